@@ -1,0 +1,220 @@
+"""SGLang 0.5.17.
+
+`register` runs in every process that loads plugins and adds the options, nothing else. `install` runs in a scheduler
+process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV memory.
+
+    option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_page_size
+    pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator
+    allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode
+    tree        mem_cache.kv_cache_builder.create_tree_cache, through the registry of radix caches
+    attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
+    epochs      Scheduler.run_batch
+    statistics  Scheduler.get_internal_state, which GET /server_info shows
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextvars
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_vtensor.srt.runtime import Runtime
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+#: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
+_parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options", default=None)
+
+
+def register() -> None:
+    """Add the options. A server that does not use them runs SGLang's own code, unpatched."""
+    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_cli_args, HookType.AROUND)
+    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
+    HookRegistry.register(f"{_SERVER_ARGS}.__init__", _init_server_args, HookType.AROUND)
+    HookRegistry.register(f"{_SERVER_ARGS}._handle_page_size", _choose_page_size, HookType.BEFORE)
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.configure_scheduler_process", _configure_scheduler, HookType.BEFORE
+    )
+
+
+# The option.
+
+
+def _add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+    from sglang.srt import server_args
+
+    from sglang_vtensor.srt import options
+
+    if options.ATTENTION_BACKEND not in server_args.ATTENTION_BACKEND_CHOICES:
+        server_args.add_attention_backend_choices([options.ATTENTION_BACKEND])
+    original(parser)
+    options.add_arguments(parser)
+
+
+def _from_cli_args(original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
+    from sglang_vtensor.srt.options import Options
+
+    token = _parsed.set(Options.of(args))
+    try:
+        return original(cls, args)
+    finally:
+        _parsed.reset(token)
+
+
+def _init_server_args(original: Callable[..., None], self: ServerArgs, *args: Any, **kwargs: Any) -> None:
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options, Refused
+
+    given = {name: kwargs.pop(name) for name in Options.names() if name in kwargs}
+    options = Options(**given) if given else _parsed.get() or Options()
+    options.attach(self)
+    if options.kv_backend == "vtensor":
+        _choose_attention(kwargs)
+    elif kwargs.get("attention_backend") == ATTENTION_BACKEND:
+        raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
+    original(self, *args, **kwargs)
+
+
+def _choose_attention(kwargs: dict[str, Any]) -> None:
+    """On the host, segments unless the user chose otherwise. Raises `Refused` for a backend that cannot run."""
+    import torch
+    from sglang.srt.platforms import current_platform
+
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND, HOST_ATTENTION_BACKENDS, Refused
+
+    if current_platform.device_name == "cpu" and current_platform.is_out_of_tree():
+        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+            value = kwargs.get(option)
+            if value is not None and value not in HOST_ATTENTION_BACKENDS:
+                raise Refused(
+                    f"--{option.replace('_', '-')} {value} does not run on host memory: use "
+                    f"{' or '.join(HOST_ATTENTION_BACKENDS)}"
+                )
+        if kwargs.get("attention_backend") is None:
+            kwargs["attention_backend"] = ATTENTION_BACKEND
+        return
+    if not torch.cuda.is_available():
+        raise Refused(
+            "--kv-backend vtensor found no NVIDIA GPU. To run without one, on host memory, set "
+            "SGLANG_PLATFORM=vtensor_host"
+        )
+    raise Refused("--kv-backend vtensor serves from host memory only in this version: set SGLANG_PLATFORM=vtensor_host")
+
+
+def _choose_page_size(self: ServerArgs) -> None:
+    """The model's geometry is known and nothing has used the page size yet."""
+    if getattr(self, "kv_backend", "default") != "vtensor":
+        return
+    from sglang_vtensor.srt.options import layout_for, refuse_unsupported
+
+    refuse_unsupported(self)
+    self.page_size = layout_for(self, device=self.device, page_tokens=self.page_size).page_tokens
+
+
+# The scheduler process.
+
+
+def _configure_scheduler(server_args: ServerArgs, *_: Any, **__: Any) -> None:
+    if getattr(server_args, "kv_backend", "default") == "vtensor":
+        install()
+
+
+def install() -> None:
+    """Replace the KV memory of the scheduler that this process is about to build."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
+
+    from sglang_vtensor.srt import allocation
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND
+
+    HookRegistry.register(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding, HookType.AROUND)
+    HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE)
+    HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE)
+    module = "sglang.srt.mem_cache.allocation"
+    HookRegistry.register(f"{module}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE)
+    HookRegistry.register(f"{module}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
+    HookRegistry.apply_hooks()
+    register_attention_backend(ATTENTION_BACKEND)(_build_attention)
+    if get_radix_cache_factory("vtensor") is None:
+        register_radix_cache_backend("vtensor", _build_tree)
+
+
+def _layout(configurator: Any) -> Any:
+    from sglang_vtensor.srt.options import layout_for
+
+    return layout_for(configurator.server_args, device=configurator.device, page_tokens=configurator.server_args.page_size)
+
+
+def _without_padding(original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:
+    """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
+    layout = _layout(self)
+    return int((original(self, *args, **kwargs) - layout.page_bytes) * (1 - layout.waste))
+
+
+def _build_pool(self: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
+    from sglang_vtensor.srt.kv_pool import VTensorKVPool
+    from sglang_vtensor.srt.options import Options
+
+    return VTensorKVPool(
+        sizes.max_total_num_tokens,
+        layout=_layout(self),
+        options=Options.of(self.server_args),
+        device=self.device,
+        max_running=req_to_token_pool.req_to_token.shape[0] - 1,
+        max_tokens=req_to_token_pool.req_to_token.shape[1],
+        start_layer=self.layer_info.start_layer,
+        end_layer=self.layer_info.end_layer,
+    )
+
+
+def _build_allocator(self: Any, *, sizes: Any, token_to_kv_pool: Any, **_: Any) -> Any:
+    from sglang_vtensor.srt.allocator import VTensorAllocator
+
+    return VTensorAllocator(sizes.max_total_num_tokens, token_to_kv_pool)
+
+
+def _build_tree(context: Any) -> Any:
+    from sglang_vtensor.srt.radix_cache import VTensorChunkCache, VTensorRadixCache
+
+    if context.disable_radix_cache:
+        return VTensorChunkCache(context.params)
+    return VTensorRadixCache(context.params)
+
+
+def _build_attention(runner: Any) -> Any:
+    from sglang_vtensor.srt.attention_host import HostAttentionBackend
+
+    return HostAttentionBackend(runner)
+
+
+def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
+    """SGLang's small indexing kernels have torch twins for backends that run without Triton."""
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND
+
+    return backend != ATTENTION_BACKEND and original(backend)
+
+
+def _run_batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, batch, *args, **kwargs)
+    memory = _runtime(self).memory
+    memory.complete(memory.launch())  # the host computes in this very call: the batch is done
+    return result
+
+
+def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
+    result.internal_state["vtensor"] = _runtime(self).stats()
+    return result
+
+
+def _runtime(scheduler: Any) -> Runtime:
+    return scheduler.token_to_kv_pool_allocator.runtime

@@ -1,0 +1,348 @@
+"""The manager: the two pools behind one lock, the mapping worker, and what is told of them.
+
+Everything that maps or unmaps goes through here. The scheduling thread calls it before each batch for exactly what that
+batch needs. The mapping worker does the rest in slices of one driver operation a turn, so that the scheduling thread
+never waits for more than one of them: pages created ahead of need, retired segments unmapped, idle pages given back.
+
+Time is counted in epochs, one for each launched batch. What a batch may read carries its epoch, and is not unmapped
+before `complete` has been told of it: nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.pages import PagePool
+from sglang_vtensor.segments import Segment, SegmentPool, SegmentState
+from sglang_vtensor.vmm import OutOfMemory, VirtualMemory, VMMError
+
+logger = logging.getLogger(__name__)
+
+#: After a failed creation the worker leaves the driver alone for this long.
+RETRY_SECONDS = 1.0
+#: Addresses that all segments together may take; reserving 64 TiB was seen to succeed, a process has 128.
+SEGMENT_ADDRESS_BYTES = 32 << 40
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot. Counts are pages or segments, `_bytes` and `_seconds` say so; counters grow from the start."""
+
+    page_tokens: int
+    page_bytes: int
+    waste: float
+    pages_capacity: int
+    pages_limit: int
+    pages_backed: int
+    pages_free: int
+    pages_owned: int
+    backed_bytes: int
+    owned_bytes: int
+    segments_idle: int
+    segments_leased: int
+    segments_parked: int
+    segments_retired: int
+    segment_mappings: int
+    pages_created: int
+    pages_released: int
+    pages_allocated: int
+    pages_shared: int
+    prefix_tokens_served: int
+    maps: int
+    unmaps: int
+    adoptions: int
+    fresh_segments: int
+    swaps: int
+    scheduling_seconds: float
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+class KVMemory:
+    """The KV memory of one rank.
+
+    `capacity_pages` is what requests and nodes may own together (the padding page comes on top); `max_tokens` the
+    longest context; `num_segments` as many as requests may run, plus `max_parked`. `reserve_pages` are kept backed and
+    free for what comes next, and free pages beyond them go back to the driver after `idle_seconds`.
+    With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
+    """
+
+    def __init__(
+        self,
+        vmm: VirtualMemory,
+        layout: KVLayout,
+        *,
+        capacity_pages: int,
+        max_tokens: int,
+        max_running: int,
+        max_parked: int | None = None,
+        reserve_pages: int = 0,
+        idle_seconds: float = 10.0,
+        worker: bool = True,
+    ) -> None:
+        if capacity_pages < 1:
+            raise ValueError(
+                f"the KV cache has room for {capacity_pages} pages of {layout.page_tokens} tokens "
+                f"({layout.page_bytes} bytes): raise --mem-fraction-static or --max-total-tokens"
+            )
+        self.vmm = vmm
+        self.layout = layout
+        max_pages = layout.pages_for(max_tokens)
+        affordable = SEGMENT_ADDRESS_BYTES // (max_pages * layout.page_bytes)
+        if affordable <= max_running:
+            raise ValueError(
+                f"{max_running} requests of {max_tokens} tokens need more than {SEGMENT_ADDRESS_BYTES >> 40} TiB of "
+                f"addresses: lower --max-running-requests to {max(1, affordable // 2)} or --context-length"
+            )
+        if max_parked is None:
+            max_parked = max_running
+        # Retired segments wait for a batch or two, so there are a few more than requests and parked ones.
+        num_segments = min(affordable, max_running + max_parked + 16)
+        self.pages = PagePool(vmm, layout.page_bytes, capacity_pages + 1)
+        self.segments = SegmentPool(vmm, self.pages, num_segments, max_pages, min(max_parked, num_segments))
+        self.reserve_pages = min(reserve_pages, capacity_pages)
+        self.idle_seconds = idle_seconds
+        self.launched = 0
+        self.pages_allocated = 0
+        self.pages_shared = 0
+        self.prefix_tokens_served = 0
+        self.scheduling_seconds = 0.0
+        self._lock = threading.RLock()
+        self._used_at = time.monotonic()
+        self._retry_at = 0.0
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        if worker:
+            self._thread = threading.Thread(target=self._work, name="vtensor-mapping", daemon=True)
+            self._thread.start()
+
+    # Pages.
+
+    def available_pages(self) -> int:
+        return self.pages.available()
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages, or None where the limit or the device has no room for all of them."""
+        if not count:
+            return []
+        with self._timed():
+            pages = self.pages.allocate(count)
+            self._used_at = time.monotonic()
+        if pages is not None:
+            self.pages_allocated += count
+            if self.pages.free_backed < self.reserve_pages:
+                self._wake.set()
+        return pages
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Take pages back. The batches launched so far may still read them, and the one being made."""
+        if not pages:
+            return
+        with self._timed():
+            self.pages.free(pages, self.next_epoch)
+
+    def free_all(self) -> None:
+        """Take every page back, and drop every segment: nothing is cached or running any more."""
+        with self._timed():
+            for segment in self.segments.segments:
+                if segment.state is SegmentState.LEASED:
+                    self.segments.release(segment)
+            self.segments.drop_parked()
+            unused = set(self.pages.unused_pages())
+            owned = [page for page in range(1, self.pages.num_pages) if page not in unused]
+            self.pages.free(owned, self.next_epoch)
+        self._wake.set()
+
+    # Segments.
+
+    def lease(self, segment: Segment | None, pages: Sequence[int], *, shared: int = 0) -> Segment:
+        """A segment on which `pages` lie in order, for the next batch to read.
+
+        `segment` is the one the request holds, or a parked one to adopt, or None for a fresh one; `shared` says how
+        many of the pages came from the tree, for the statistics. All or nothing: if a mapping fails, what the request
+        held it still holds, and the parked one is still parked.
+        """
+        with self._timed():
+            owner = segment.owner if segment is not None else None
+            if segment is None:
+                held = self.segments.take()
+            else:
+                held = segment if owner is None else self.segments.adopt(segment)
+            try:
+                fitted = self.segments.fit(held, pages)
+            except VMMError:
+                if owner is not None:
+                    self.segments.park(held, len(held.pages), owner)
+                elif segment is None:
+                    self.segments.release(held)
+                raise
+            fitted.busy_until = self.next_epoch
+            self.pages_shared += shared
+            return fitted
+
+    def park(self, segment: Segment, keep_pages: int, owner: object) -> None:
+        """Leave a leased segment at `owner` (a tree node) for the turn that continues it."""
+        with self._timed():
+            self.segments.park(segment, keep_pages, owner)
+
+    def release(self, segment: Segment) -> None:
+        with self._timed():
+            self.segments.release(segment)
+        self._wake.set()
+
+    def drop(self, segment: Segment) -> None:
+        with self._timed():
+            self.segments.drop(segment)
+        self._wake.set()
+
+    # Epochs.
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the batch that is being made: it may read what was freed or leased until it is launched."""
+        return self.launched + 1
+
+    def launch(self) -> int:
+        """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it."""
+        self.launched += 1
+        return self.launched
+
+    def complete(self, epoch: int) -> None:
+        """Every batch up to `epoch` is done."""
+        if epoch > self.segments.completed:
+            self.segments.completed = epoch
+            if self.segments.counts()["retired"]:
+                self._wake.set()
+
+    # The worker.
+
+    def housekeep(self) -> bool:
+        """One turn of what needs not be done now. True if it did something, and there may be more."""
+        with self._lock:
+            now = time.monotonic()
+            before = self.segments.unmaps
+            self.segments.reclaim()
+            if self.segments.unmaps != before:
+                return True
+            if self.pages.free_backed < min(self.reserve_pages, self.pages.available()) and now >= self._retry_at:
+                try:
+                    self.pages.back(1)
+                    return True
+                except OutOfMemory as error:
+                    self._retry_at = now + RETRY_SECONDS
+                    logger.debug("no page ahead of need: %s", error)
+            if now - self._used_at >= self.idle_seconds and self.pages.free_backed > self.reserve_pages:
+                return self.pages.trim(self.pages.free_backed - 1, self.segments.completed) > 0
+            return False
+
+    def trim(self) -> int:
+        """Give every free page beyond the reserve back to the driver now. Returns how many."""
+        with self._lock:
+            self.segments.reclaim()
+            return self.pages.trim(self.reserve_pages, self.segments.completed)
+
+    def _work(self) -> None:
+        self.vmm.attach_thread()
+        while not self._closing:
+            try:
+                if self.housekeep():
+                    continue
+            except VMMError:
+                # A driver that cannot unmap is broken; say so each time, and keep serving from what is mapped.
+                logger.exception("the mapping worker failed; it tries again in %g s", RETRY_SECONDS)
+            self._wake.wait(RETRY_SECONDS)
+            self._wake.clear()
+
+    # Tensors.
+
+    def identity_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer by slot: `(slots, kv_heads, head_dim)`, token stride constant, not contiguous."""
+        region = self.vmm.tensor(self.pages.base, self.pages.num_pages * self.layout.page_bytes)
+        return self.layout.layer_views(region, layer)
+
+    def segment_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer by segment: `(segments, max_tokens, kv_heads, head_dim)`. What is not mapped faults."""
+        pool = self.segments
+        region = self.vmm.tensor(pool.base, pool.num_segments * pool.segment_bytes)
+        k, v = self.layout.layer_views(region, layer)
+        shape = (pool.num_segments, pool.max_pages * self.layout.page_tokens, *k.shape[1:])
+        return k.view(shape), v.view(shape)
+
+    # What is told.
+
+    def stats(self) -> Stats:
+        with self._lock:
+            pages, counts = self.pages, self.segments.counts()
+            return Stats(
+                page_tokens=self.layout.page_tokens,
+                page_bytes=self.layout.page_bytes,
+                waste=self.layout.waste,
+                pages_capacity=pages.num_pages - 1,
+                pages_limit=pages.limit,
+                pages_backed=pages.backed,
+                pages_free=pages.free_backed,
+                pages_owned=pages.owned,
+                backed_bytes=pages.backed * pages.page_bytes,
+                owned_bytes=pages.owned * pages.page_bytes,
+                segments_idle=counts["idle"],
+                segments_leased=counts["leased"],
+                segments_parked=counts["parked"],
+                segments_retired=counts["retired"],
+                segment_mappings=self.segments.mappings(),
+                pages_created=pages.creates,
+                pages_released=pages.releases,
+                pages_allocated=self.pages_allocated,
+                pages_shared=self.pages_shared,
+                prefix_tokens_served=self.prefix_tokens_served,
+                maps=self.segments.maps,
+                unmaps=self.segments.unmaps,
+                adoptions=self.segments.adoptions,
+                fresh_segments=self.segments.fresh,
+                swaps=self.segments.swaps,
+                scheduling_seconds=self.scheduling_seconds,
+            )
+
+    def check_integrity(self) -> None:
+        """Every invariant that the two pools can check. Raises `AssertionError`."""
+        with self._lock:
+            self.pages.check_integrity()
+            self.segments.check_integrity()
+            for segment in self.segments.segments:
+                assert segment.busy_until <= self.next_epoch, segment
+
+    def close(self) -> None:
+        """Stop the worker, unmap and release everything. No batch may be in flight, and no view may be read after."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            self.segments.close()
+            self.pages.close()
+
+    def _timed(self) -> _Timed:
+        return _Timed(self)
+
+
+class _Timed:
+    """Holds the lock, and adds what that took to the time of the scheduling thread."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._memory = memory
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._memory._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._memory._lock.release()
+        self._memory.scheduling_seconds += time.perf_counter() - self._start

@@ -1,0 +1,199 @@
+"""The page pool: which physical pages exist, which are free, which are owned, and the identity region they sit in.
+
+    unbacked --back--> free --allocate--> owned
+        ^               | ^                 |
+        +----- trim ----+ +------ free -----+
+
+A page has one owner at a time: a request while it is being written, then the tree node that caches it. Sharing needs
+no count here, because the tree counts who reads a node (SGLang's lock_ref), and a node gives a page up only when
+nobody does.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections import deque
+from collections.abc import Sequence
+
+from sglang_vtensor.vmm import Handle, OutOfMemory, VirtualMemory, VMMError
+
+
+class PageState(enum.IntEnum):
+    UNBACKED = 0
+    FREE = 1
+    OWNED = 2
+
+
+class PagePool:
+    """`num_pages` pages of `page_bytes`, and the identity region: page i, while backed, is mapped at
+    `base + i * page_bytes`.
+
+    Page 0 is always backed and never handed out: SGLang writes padding to slot 0 (invariant 5). Not thread-safe.
+    """
+
+    def __init__(self, vmm: VirtualMemory, page_bytes: int, num_pages: int) -> None:
+        if num_pages < 2:
+            raise ValueError(f"a pool of {num_pages} pages holds nothing beside the padding page: give at least 2")
+        self.vmm = vmm
+        self.page_bytes = page_bytes
+        self.num_pages = num_pages
+        self.limit = num_pages - 1
+        self.base = vmm.reserve(num_pages * page_bytes)
+        self.creates = 0
+        self.releases = 0
+        self._state = bytearray(num_pages)
+        self._handles: list[Handle] = [Handle(0)] * num_pages
+        self._aliases = [0] * num_pages  # mappings of a page in segments: it cannot be released before they go
+        self._freed_at = [0] * num_pages  # the epoch that was the newest when the page was freed
+        self._free: deque[int] = deque()  # last freed first handed out: the oldest end is what trim takes
+        self._unbacked = list(range(1, num_pages))  # a heap: low addresses first
+        self._owned = 0
+        self._back(0)
+        self._state[0] = PageState.OWNED
+
+    # What there is.
+
+    @property
+    def owned(self) -> int:
+        """Pages that requests and nodes own; the padding page is not among them."""
+        return self._owned
+
+    @property
+    def free_backed(self) -> int:
+        return len(self._free)
+
+    @property
+    def backed(self) -> int:
+        """Pages that hold memory, the padding page included."""
+        return 1 + self._owned + len(self._free)
+
+    def available(self) -> int:
+        """How many pages `allocate` may hand out before the limit is reached."""
+        return max(0, self.limit - self._owned)
+
+    def handle(self, page: int) -> Handle:
+        if not self._handles[page]:
+            raise VMMError("map", f"page {page} is {PageState(self._state[page]).name}, not backed")
+        return self._handles[page]
+
+    def address(self, page: int) -> int:
+        return self.base + page * self.page_bytes
+
+    def state(self, page: int) -> PageState:
+        return PageState(self._state[page])
+
+    def unused_pages(self) -> list[int]:
+        """Every page that is not owned, ascending."""
+        return [page for page in range(1, self.num_pages) if self._state[page] != PageState.OWNED]
+
+    # Hand out and take back.
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages, now owned by the caller; None if the limit or the device has no room for all of them.
+
+        After None nothing is owned that was not before. Pages that were created on the way stay backed and free.
+        """
+        if count > self.available():
+            return None
+        if count > len(self._free):
+            try:
+                self.back(count - len(self._free))
+            except OutOfMemory:
+                return None
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._state[page] = PageState.OWNED
+        self._owned += count
+        return pages
+
+    def free(self, pages: Sequence[int], epoch: int = 0) -> None:
+        """Take owned pages back. Batches up to `epoch` may still read them; they stay backed until those are done."""
+        for page in pages:
+            if not 0 < page < self.num_pages or self._state[page] != PageState.OWNED:
+                raise ValueError(f"page {page} is not owned, so it cannot be freed: it was freed before, or never was")
+            self._state[page] = PageState.FREE
+            self._freed_at[page] = epoch
+        self._free.extend(pages)
+        self._owned -= len(pages)
+
+    # Physical memory.
+
+    def back(self, count: int) -> None:
+        """Create `count` more pages and map them into the identity region. Raises `OutOfMemory` after the first
+        that does not fit: those before it are backed and free, the failing one is as it was."""
+        for _ in range(min(count, len(self._unbacked))):
+            page = self._unbacked[0]
+            self._back(page)
+            heapq.heappop(self._unbacked)
+            self._state[page] = PageState.FREE
+            self._free.appendleft(page)
+
+    def trim(self, keep: int, completed: int) -> int:
+        """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many.
+
+        A page stays while a segment still maps it, or a batch later than `completed` may still read it.
+        """
+        stay: list[int] = []
+        released = 0
+        while len(self._free) + len(stay) > keep and self._free:
+            page = self._free.popleft()
+            if self._aliases[page] or self._freed_at[page] > completed:
+                stay.append(page)
+                continue
+            self._unback(page)
+            released += 1
+        self._free.extendleft(reversed(stay))
+        return released
+
+    def count_alias(self, page: int, change: int) -> None:
+        """Note that a segment maps the page (+1) or no longer does (-1)."""
+        self._aliases[page] += change
+        assert self._aliases[page] >= 0, f"page {page} lost a mapping it never had"
+
+    def _back(self, page: int) -> None:
+        handle = self.vmm.create(self.page_bytes)
+        try:
+            self.vmm.map(self.address(page), self.page_bytes, handle)
+        except VMMError:
+            self.vmm.release(handle)
+            raise
+        try:
+            self.vmm.clear(self.address(page), self.page_bytes)
+        except VMMError:
+            self.vmm.unmap(self.address(page), self.page_bytes)
+            self.vmm.release(handle)
+            raise
+        self._handles[page] = handle
+        self.creates += 1
+
+    def _unback(self, page: int) -> None:
+        # The mapping goes first: a handle released while mapped keeps its memory (invariant 4).
+        self.vmm.unmap(self.address(page), self.page_bytes)
+        self.vmm.release(self._handles[page])
+        self._handles[page] = Handle(0)
+        self._state[page] = PageState.UNBACKED
+        heapq.heappush(self._unbacked, page)
+        self.releases += 1
+
+    def close(self) -> None:
+        """Unmap and release everything, owned or not. The pool is not to be used after."""
+        for page, handle in enumerate(self._handles):
+            if handle:
+                self.vmm.unmap(self.address(page), self.page_bytes)
+                self.vmm.release(handle)
+                self._handles[page] = Handle(0)
+        self.vmm.free(self.base, self.num_pages * self.page_bytes)
+
+    def check_integrity(self) -> None:
+        """Invariants 1 and 4, as far as the pool alone can see."""
+        counts = {state: self._state.count(state) for state in PageState}
+        assert counts[PageState.OWNED] == self._owned + 1, (counts, self._owned)
+        assert counts[PageState.FREE] == len(self._free) == len(set(self._free)), (counts, len(self._free))
+        assert counts[PageState.UNBACKED] == len(self._unbacked) == len(set(self._unbacked))
+        for page in range(self.num_pages):
+            backed = self._state[page] != PageState.UNBACKED
+            assert bool(self._handles[page]) == backed, f"page {page}: {self.state(page).name}, handle {backed}"
+            assert backed or not self._aliases[page], f"page {page} is unbacked but mapped in {self._aliases[page]}"
+        handles = [handle for handle in self._handles if handle]
+        assert len(handles) == len(set(handles)) == self.backed

@@ -1,0 +1,50 @@
+"""The entry points that SGLang discovers: `sglang.srt.plugins` and `sglang.srt.platforms`.
+
+SGLang logs an exception of a plugin and goes on without it, so what must stop a start ends the process instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Put `--kv-backend` on SGLang's command line, by the patch module of the installed version."""
+    from sglang_vtensor import patches
+
+    try:
+        patch = patches.load()
+    except patches.UnsupportedVersion as error:
+        logger.info("%s Nothing is changed without --kv-backend vtensor.", error)
+        _refuse_flag(str(error))
+        return
+    patch.register()
+
+
+def host_platform() -> str | None:
+    """The no-GPU platform, if the environment asks for it by name."""
+    if os.environ.get("SGLANG_PLATFORM") != "vtensor_host":
+        return None
+    return "sglang_vtensor.srt.platform.HostPlatform"
+
+
+def _refuse_flag(message: str) -> None:
+    """With an unknown SGLang version: refuse the flag wherever it may come from, and touch nothing else."""
+    import sys
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    asked = any(arg == "--kv-backend" or arg.startswith("--kv-backend=") for arg in sys.argv[1:])
+    if asked and any("vtensor" in arg for arg in sys.argv[1:]):
+        raise SystemExit(f"error: {message}")
+
+    def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.pop("kv_backend", "default") != "default":
+            raise ValueError(message)
+        original(self, *args, **kwargs)
+
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", init, HookType.AROUND)

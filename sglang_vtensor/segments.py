@@ -1,0 +1,259 @@
+"""The segment pool: runs of addresses on which the pages of one root-to-leaf path lie in order.
+
+    idle --take--> leased --park--> parked --adopt--> leased
+     ^               |                 |
+     +--- reclaim -- retired <---------+
+
+A segment is as long as the longest context. Kernels read it as a plain strided tensor, so before a batch may read n
+tokens of it, its first ceil(n / page_tokens) pages must be the request's pages, in order (invariant 2): `fit` makes
+that so, and is the only thing that maps. A segment that a batch in flight may still read is never changed, only
+retired, and unmapped when that batch is done (invariant 3). What is mapped behind the pages in use is stale and
+harmless: nobody reads it, and the next `fit` replaces it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sglang_vtensor.pages import PagePool
+from sglang_vtensor.vmm import VirtualMemory, VMMError
+
+
+class SegmentState(enum.Enum):
+    IDLE = "idle"
+    LEASED = "leased"
+    PARKED = "parked"
+    RETIRED = "retired"
+
+
+@dataclass(eq=False)
+class Segment:
+    """One run of addresses. `pages[i]` is what is mapped at `address + i * page_bytes`."""
+
+    index: int
+    address: int
+    state: SegmentState = SegmentState.IDLE
+    pages: list[int] = field(default_factory=list)
+    #: The last epoch whose batch may read the segment; beyond the pool's `completed` it is busy.
+    busy_until: int = 0
+    #: While parked, what it is parked at. None says to whoever remembers the segment that it is gone.
+    owner: object = None
+
+
+class SegmentPool:
+    """`num_segments` segments of `max_pages` pages each, in one reservation. Not thread-safe.
+
+    `max_parked` bounds the segments that wait at tree leaves; the oldest is retired for a newer one, or for a request
+    that finds no idle one.
+    """
+
+    def __init__(self, vmm: VirtualMemory, pages: PagePool, num_segments: int, max_pages: int, max_parked: int) -> None:
+        if num_segments < 1 or max_pages < 1:
+            raise ValueError(f"{num_segments} segments of {max_pages} pages: both must be at least 1")
+        self.vmm = vmm
+        self.page_pool = pages
+        self.page_bytes = pages.page_bytes
+        self.num_segments = num_segments
+        self.max_pages = max_pages
+        self.max_parked = max_parked
+        self.segment_bytes = max_pages * self.page_bytes
+        self.base = vmm.reserve(num_segments * self.segment_bytes)
+        self.completed = 0
+        self.maps = 0
+        self.unmaps = 0
+        self.adoptions = 0
+        self.fresh = 0
+        self.swaps = 0
+        self.segments = [Segment(i, self.base + i * self.segment_bytes) for i in range(num_segments)]
+        self._idle = list(reversed(self.segments))
+        self._parked: OrderedDict[int, Segment] = OrderedDict()  # by index, the longest parked first
+        self._retired: deque[Segment] = deque()
+        self._leased = 0
+
+    # Life of a segment.
+
+    def take(self) -> Segment:
+        """An idle segment with nothing mapped, leased to the caller. Retires the longest-parked one where none is.
+
+        Raises `VMMError` if every segment is leased, or busy in flight.
+        """
+        self.reclaim()
+        while not self._idle and self._parked:
+            self.drop(next(iter(self._parked.values())))
+            self.reclaim()
+        if not self._idle:
+            raise VMMError(
+                "take", f"all {self.num_segments} segments are in use: lower --max-running-requests to fewer than that"
+            )
+        segment = self._idle.pop()
+        segment.state = SegmentState.LEASED
+        self._leased += 1
+        self.fresh += 1
+        return segment
+
+    def park(self, segment: Segment, keep_pages: int, owner: object) -> None:
+        """Leave a leased segment, with its first `keep_pages` pages, at `owner`, for the turn that continues it."""
+        self._expect(segment, SegmentState.LEASED)
+        self._leased -= 1
+        if not self.is_busy(segment):
+            self._unmap_from(segment, keep_pages)
+        segment.state = SegmentState.PARKED
+        segment.owner = owner
+        self._parked[segment.index] = segment
+        while len(self._parked) > self.max_parked:
+            self.drop(next(iter(self._parked.values())))
+
+    def adopt(self, segment: Segment) -> Segment:
+        """Lease a parked segment as it is."""
+        self._expect(segment, SegmentState.PARKED)
+        del self._parked[segment.index]
+        segment.owner = None
+        segment.state = SegmentState.LEASED
+        self._leased += 1
+        self.adoptions += 1
+        return segment
+
+    def release(self, segment: Segment) -> None:
+        """The lease ends; what is mapped goes as soon as no batch reads it."""
+        self._expect(segment, SegmentState.LEASED)
+        self._leased -= 1
+        self._retire(segment)
+
+    def drop(self, segment: Segment) -> None:
+        """A parked segment is not wanted any more."""
+        self._expect(segment, SegmentState.PARKED)
+        del self._parked[segment.index]
+        segment.owner = None
+        self._retire(segment)
+
+    def drop_parked(self) -> int:
+        """Drop every parked segment. Returns how many."""
+        count = len(self._parked)
+        for segment in list(self._parked.values()):
+            self.drop(segment)
+        return count
+
+    def reclaim(self) -> None:
+        """Unmap the retired segments that no batch in flight reads any more."""
+        for _ in range(len(self._retired)):
+            segment = self._retired.popleft()
+            if self.is_busy(segment):
+                self._retired.append(segment)
+                continue
+            try:
+                self._unmap_from(segment, 0)
+            except VMMError:
+                self._retired.append(segment)  # it keeps what is still mapped, and is tried again
+                raise
+            segment.state = SegmentState.IDLE
+            self._idle.append(segment)
+
+    def is_busy(self, segment: Segment) -> bool:
+        return segment.busy_until > self.completed
+
+    # What is mapped in it.
+
+    def fit(self, segment: Segment, pages: Sequence[int]) -> Segment:
+        """Make the segment's first `len(pages)` pages be `pages`; all of it, or on failure none.
+
+        Returns the segment, or another one where it is busy and holds something else at those addresses: then it is
+        retired and a fresh one is mapped from the start. Raises `ValueError` if the pages are more than it is long.
+        """
+        self._expect(segment, SegmentState.LEASED)
+        if len(pages) > self.max_pages:
+            raise ValueError(
+                f"{len(pages)} pages do not fit a segment of {self.max_pages}: the context is longer than the model's"
+            )
+        common = self.common(segment, pages)
+        if common == len(pages):
+            return segment
+        if common < len(segment.pages) and self.is_busy(segment):
+            fresh = self.take()
+            try:
+                self._map_on(fresh, pages)
+            except VMMError:
+                self.release(fresh)
+                raise
+            self.release(segment)
+            self.swaps += 1
+            return fresh
+        self.swaps += common < len(segment.pages)
+        self._unmap_from(segment, common)  # stale: not worth restoring if the mapping below fails
+        self._map_on(segment, pages)
+        return segment
+
+    def common(self, segment: Segment, pages: Sequence[int]) -> int:
+        """How many leading pages the segment and `pages` have in common."""
+        mapped = segment.pages
+        short = min(len(mapped), len(pages))
+        if mapped[:short] == pages[:short]:
+            return short
+        return next(i for i in range(short) if mapped[i] != pages[i])
+
+    def _map_on(self, segment: Segment, pages: Sequence[int]) -> None:
+        """Map `pages[len(segment.pages):]` behind what is mapped."""
+        start = len(segment.pages)
+        try:
+            for position in range(start, len(pages)):
+                page = pages[position]
+                self.vmm.map(
+                    segment.address + position * self.page_bytes, self.page_bytes, self.page_pool.handle(page)
+                )
+                self.maps += 1
+                segment.pages.append(page)
+                self.page_pool.count_alias(page, +1)
+        except VMMError:
+            self._unmap_from(segment, start)
+            raise
+
+    def _unmap_from(self, segment: Segment, keep: int) -> None:
+        while len(segment.pages) > keep:
+            position = len(segment.pages) - 1
+            self.vmm.unmap(segment.address + position * self.page_bytes, self.page_bytes)
+            self.unmaps += 1
+            self.page_pool.count_alias(segment.pages.pop(), -1)
+
+    def _retire(self, segment: Segment) -> None:
+        segment.state = SegmentState.RETIRED
+        self._retired.append(segment)
+
+    def _expect(self, segment: Segment, state: SegmentState) -> None:
+        if segment.state is not state:
+            raise ValueError(f"segment {segment.index} is {segment.state.value}, {state.value} wanted")
+
+    # What there is.
+
+    def counts(self) -> dict[str, int]:
+        """Segments by state."""
+        return {
+            "idle": len(self._idle),
+            "leased": self._leased,
+            "parked": len(self._parked),
+            "retired": len(self._retired),
+        }
+
+    def mappings(self) -> int:
+        """Pages mapped in segments; the identity region is not counted."""
+        return self.maps - self.unmaps
+
+    def close(self) -> None:
+        """Unmap everything and free the addresses. The pool is not to be used after."""
+        for segment in self.segments:
+            self._unmap_from(segment, 0)
+        self.vmm.free(self.base, self.num_segments * self.segment_bytes)
+
+    def check_integrity(self) -> None:
+        """Every segment is in one state, and the pages' alias counts are what the segments map."""
+        states = [segment.state for segment in self.segments]
+        assert self.counts() == {state.value: states.count(state) for state in SegmentState}, self.counts()
+        assert {segment.index for segment in self.segments if segment.owner is not None} <= set(self._parked)
+        aliases = [0] * self.page_pool.num_pages
+        for segment in self.segments:
+            assert segment.state is not SegmentState.IDLE or not segment.pages, segment
+            for page in segment.pages:
+                aliases[page] += 1
+        assert aliases == self.page_pool._aliases
+        assert sum(aliases) == self.mappings()

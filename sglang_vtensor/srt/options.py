@@ -1,0 +1,178 @@
+"""The options on SGLang's command line, and what they refuse."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.vmm import open_vmm
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+KV_BACKENDS = ("default", "vtensor")
+ATTENTION_BACKEND = "vtensor"
+#: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
+HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
+
+
+class Refused(ValueError):
+    """An option, or a model, that --kv-backend vtensor cannot serve. The message says why, and what to use instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asked for; carried on SGLang's `ServerArgs` as attributes of the same names."""
+
+    kv_backend: str = "default"
+    vtensor_reserve: str = "0.02"
+    vtensor_idle_seconds: float = 10.0
+    vtensor_max_parked: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_backend not in KV_BACKENDS:
+            raise Refused(f"--kv-backend {self.kv_backend!r} is unknown: choose from {', '.join(KV_BACKENDS)}")
+        parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
+        if self.vtensor_idle_seconds < 0:
+            raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
+        if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
+            raise Refused(f"--vtensor-max-parked {self.vtensor_max_parked}: give 0 or more segments")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def of(cls, carrier: Any) -> Options:
+        """The options carried by a `ServerArgs` or an argparse namespace; the defaults where it carries none."""
+        return cls(**{name: getattr(carrier, name) for name in cls.names() if hasattr(carrier, name)})
+
+    def attach(self, server_args: ServerArgs) -> None:
+        for name in self.names():
+            object.__setattr__(server_args, name, getattr(self, name))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to SGLang's parser."""
+    group = parser.add_argument_group("sglang-vtensor")
+    group.add_argument(
+        "--kv-backend",
+        choices=KV_BACKENDS,
+        default=Options.kv_backend,
+        help="Where the KV cache lives: SGLang's own preallocated buffers, or virtual tensors (sglang-vtensor).",
+    )
+    group.add_argument(
+        "--vtensor-reserve",
+        metavar="SHARE|BYTES",
+        default=Options.vtensor_reserve,
+        help="Free pages kept ready for what comes next: a share of the KV capacity, or bytes such as 512MiB.",
+    )
+    group.add_argument(
+        "--vtensor-idle-seconds",
+        type=float,
+        default=Options.vtensor_idle_seconds,
+        help="Free pages beyond the reserve go back to the driver when no page was needed for this long.",
+    )
+    group.add_argument(
+        "--vtensor-max-parked",
+        type=int,
+        default=Options.vtensor_max_parked,
+        help="Finished conversations that keep their contiguous addresses. Default: as many as requests may run.",
+    )
+
+
+def parse_share_or_bytes(text: str, option: str) -> float | int:
+    """A share below 1 as a float (`"0.02"`), a size in bytes as an int (`"512MiB"`, `"2g"`, `"0"`)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?(b?)\s*", text, re.IGNORECASE)
+    if match is None:
+        raise Refused(f"{option} {text!r}: give a share below 1, such as 0.02, or bytes, such as 512MiB or 2GB")
+    number, unit, byte = float(match[1]), (match[2] or "").lower(), match[3]
+    if not unit and not byte and 0 < number < 1:
+        return number
+    if number * _UNITS[unit] != int(number * _UNITS[unit]):
+        raise Refused(f"{option} {text!r} is no whole number of bytes; a share has no unit and is below 1")
+    return int(number * _UNITS[unit])
+
+
+def refuse_unsupported(args: ServerArgs) -> None:
+    """Raise `Refused` for what would break, or be wrong, with this KV memory."""
+
+    def refuse(option: str, why: str, instead: str) -> None:
+        raise Refused(f"--kv-backend vtensor does not support {option}: {why}. {instead}")
+
+    without = "Leave it out, or run with --kv-backend default."
+    flags: list[tuple[str, bool, str]] = [
+        ("--speculative-algorithm", args.speculative_algorithm is not None, "draft tokens are not yet mapped"),
+        ("--disaggregation-mode", args.disaggregation_mode != "null", "pages are not registered for transfer"),
+        ("--enable-hierarchical-cache", args.enable_hierarchical_cache, "pages have no copy on the host"),
+        ("--enable-lmcache", args.enable_lmcache, "it brings a tree of its own"),
+        ("--enable-flexkv", args.enable_flexkv, "it brings a tree of its own"),
+        ("--radix-cache-backend", args.radix_cache_backend is not None, "the tree is where pages are shared"),
+        ("--enable-memory-saver", args.enable_memory_saver, "two owners of the same memory"),
+        ("--enable-mixed-chunk", args.enable_mixed_chunk, "decode requests in an extend batch are not yet mapped"),
+        ("--enable-unified-memory", args.enable_unified_memory, "it is another layout of the pool"),
+        ("--enable-page-major-kv-layout", args.enable_page_major_kv_layout, "it is another layout of the pool"),
+        ("--enable-hisparse", args.enable_hisparse, "it moves tokens behind the tree's back"),
+        ("--enable-streaming-session", args.enable_streaming_session, "sessions keep pages outside of the tree"),
+        ("--enable-session-radix-cache", args.enable_session_radix_cache, "it needs SGLang's unified tree"),
+        ("--dllm-algorithm", args.dllm_algorithm is not None, "blocks are rewritten in place"),
+        ("--enable-pdmux", args.enable_pdmux, "two batches would run at once"),
+        ("--enable-two-batch-overlap", args.enable_two_batch_overlap, "two batches would run at once"),
+        ("--use-ray", args.use_ray, "the options do not reach Ray's actors"),
+        ("--prefill-only-disable-kv-cache", args.prefill_only_disable_kv_cache, "there is no KV cache to back"),
+        ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
+        ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),
+        ("--attn-cp-size above 1", args.attn_cp_size > 1, "a context would be spread over ranks"),
+    ]
+    for option, given, why in flags:
+        if given:
+            refuse(option, why, without)
+
+    model = args.get_model_config()
+    name = (model.hf_config.architectures or ["this model"])[0]
+    default = "Run this model with --kv-backend default."
+    if args.use_mla_backend():
+        refuse(name, "multi-head latent attention (MLA) caches a compressed vector, not K and V", default)
+    if model.is_hybrid_swa or getattr(model, "sliding_window_size", None):
+        refuse(name, "its sliding-window layers keep only part of a context", default)
+    if getattr(model, "is_encoder_decoder", False):
+        refuse(name, "its encoder's K and V belong to no prefix", default)
+    if model.v_head_dim != model.head_dim:
+        refuse(name, f"K has {model.head_dim} elements a head and V {model.v_head_dim}", default)
+    config = model.hf_text_config
+    if any(hasattr(config, mark) for mark in ("mamba_d_state", "ssm_state_size", "linear_num_key_heads", "mamba2")):
+        refuse(name, "its state-space (Mamba, linear-attention) layers keep a state, not K and V", default)
+    if args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
+        refuse(
+            f"--kv-cache-dtype {args.kv_cache_dtype}",
+            "a quantized KV cache keeps scales beside the tokens",
+            "Use --kv-cache-dtype auto.",
+        )
+
+
+def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVLayout:
+    """The layout of one rank's KV cache for the model in `args` on `device`. Raises `Refused` as `KVLayout.choose`
+    does, and `Unsupported` where the device has no virtual memory management."""
+    model = args.get_model_config()
+    vmm = open_vmm(device)
+    dtype = torch.bfloat16 if args.kv_cache_dtype in ("bfloat16", "bf16") else model.dtype
+    try:
+        return KVLayout.choose(
+            layers=model.num_hidden_layers,
+            kv_heads=model.get_num_kv_heads(args.tp_size // (args.dp_size if args.enable_dp_attention else 1)),
+            head_dim=model.head_dim,
+            dtype=dtype,
+            granularity=vmm.granularity,
+            tile_tokens=vmm.tile_tokens,
+            page_tokens=page_tokens,
+        )
+    except ValueError as error:
+        raise Refused(str(error)) from error

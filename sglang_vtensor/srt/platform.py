@@ -1,0 +1,62 @@
+"""The platform `vtensor_host`: SGLang's whole engine on a machine without a GPU.
+
+Chosen by `SGLANG_PLATFORM=vtensor_host` and by nothing else. With the default KV backend it is SGLang's own pool,
+allocator and tree with `torch_native` attention, at page size 1; with `--kv-backend vtensor` it is ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.server_args import ServerArgs
+
+NAME = "vtensor_host"
+
+
+class HostPlatform(SRTPlatform, CpuDeviceMixin):
+    """Host memory and torch's own operators."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
+        """Replace defaults that would compile kernels for a GPU."""
+        server_args.device = "cpu"
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = self.get_default_attention_backend()
+        server_args.sampling_backend = "pytorch"
+        if getattr(server_args, "kv_backend", "default") == "default" and server_args.page_size not in (None, 1):
+            raise ValueError(
+                f"--page-size {server_args.page_size} needs a GPU with SGLang's own KV cache: its paged allocator "
+                "launches Triton kernels. Use --page-size 1, or --kv-backend vtensor."
+            )
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+        class TokenAllocator(TokenToKVPoolAllocator):
+            """SGLang's allocator for page size 1, under the arguments of a paged one."""
+
+            def __init__(self, size: int, page_size: int, **kwargs: object) -> None:
+                assert page_size == 1, page_size
+                super().__init__(size, **kwargs)
+
+        return TokenAllocator
+
+    def get_device(self, device_id: int | None = 0) -> str:
+        return "cpu"  # SGLang splits it as text, as it does "cuda:0"

@@ -1,0 +1,247 @@
+"""SGLang's radix tree, with the pages of each node kept on the host beside its slots, and segments parked at leaves.
+
+    root -- [system prompt: pages 4 9] -- [turn 1: pages 2 7 3] (parked: 4 9 2 7 3)
+                                      \\-- [turn 1': page 11]    (parked: 4 9 11)
+
+A node owns its pages. A request that matched a node has locked it, and reads the pages without owning them. What SGLang
+finds in the tree stays as it was: values are slots on the device.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from sglang_vtensor.segments import Segment
+from sglang_vtensor.srt.runtime import RequestPages, Runtime
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+
+@dataclass
+class PagedInsertParams(InsertParams):
+    """An insertion that brings the pages of the whole key."""
+
+    pages: list[int] = field(default_factory=list)
+
+
+class VTensorRadixCache(RadixCache):
+    """Each node has `pages` (ids, in the order of its tokens) and `segment` (parked there, or None, or gone since)."""
+
+    def __init__(self, params: CacheInitParams) -> None:
+        self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
+        self.runtime.tree_stats = self.tree_stats
+        super().__init__(params)
+
+    def reset(self) -> None:
+        """Forget the tree. Its pages are freed by `VTensorAllocator.clear`, which SGLang calls with it."""
+        super().reset()
+        self.root_node.pages = []
+        self.root_node.segment = None
+
+    # Matching.
+
+    def path_pages(self, node: TreeNode) -> list[int]:
+        """The pages from the root down to the end of `node`."""
+        path = []
+        while node is not self.root_node:
+            path.append(node.pages)
+            node = node.parent
+        return [page for pages in reversed(path) for page in pages]
+
+    def parked_segment(self, node: TreeNode | None) -> Segment | None:
+        """The segment parked at `node`, if it still is."""
+        if node is None or node.segment is None or node.segment.owner is not node:
+            return None
+        return node.segment
+
+    # Insertion.
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Insert as SGLang does; a new leaf takes over the pages that the tree did not have."""
+        result = super().insert(params)
+        leaf = result.last_device_node
+        if not hasattr(leaf, "pages"):
+            assert isinstance(params, PagedInsertParams), "only requests insert, and they bring their pages"
+            leaf.pages = params.pages[result.prefix_len // self.page_size :]
+            leaf.segment = None
+            assert len(leaf.pages) * self.page_size == len(leaf.key), (leaf.pages, len(leaf.key))
+        return result
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        upper = super()._split_node(key, child, split_len)
+        count = split_len // self.page_size
+        upper.pages, child.pages = child.pages[:count], child.pages[count:]
+        upper.segment = None  # what is parked at the child shows the whole path, and stays there
+        return upper
+
+    def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        """The request is over: its full pages go to the tree, or back to the pool, and its segment is parked."""
+        record = self.runtime.requests.pop(req.req_pool_idx)
+        memory = self.runtime.memory
+        written = memory.layout.pages_for(kv_len_to_handle)
+        if not is_insert or self.disable or self.disable_finished_insert:
+            memory.free(record.pages[record.protected : written])
+            if record.segment is not None:
+                memory.release(record.segment)
+        else:
+            tokens = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
+            key, leaf, matched = self._insert_pages(req, record, tokens, chunked=False)
+            full = len(key) // self.page_size
+            memory.free(record.pages[record.protected : matched] + record.pages[full:written])
+            self._park(record, leaf, full, swapped=matched > record.protected)
+        if req.last_node is not None:
+            self.dec_lock_ref(req.last_node)
+
+    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
+        """The request goes on: its full pages go to the tree, which it reads them from now.
+
+        Where the tree has equal pages already (the same prompt twice in a batch), the request's own are freed, and the
+        tree's take their place in its record: its segment shows freed pages until it is fitted again.
+        """
+        if self.disable:
+            return
+        record = self.runtime.requests[req.req_pool_idx]
+        tokens = req.get_fill_ids()
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(tokens)]
+        key, leaf, matched = self._insert_pages(req, record, tokens, chunked=chunked)
+        full = len(key) // self.page_size
+
+        if matched > record.protected:
+            indices = self.match_prefix(MatchPrefixParams(key=key)).device_indices
+            start = record.protected * self.page_size
+            self.req_to_token_pool.write((req.req_pool_idx, slice(start, len(indices))), indices[start:])
+            self.runtime.memory.free(record.pages[record.protected : matched])
+            record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
+            record.stale = True
+        record.protected = full
+        req.cache_protected_len = len(key)
+        self.dec_lock_ref(req.last_node)
+        self.inc_lock_ref(leaf)
+        req.last_node = leaf
+        # The next chunk starts behind all of its tokens, those of the last, unfilled page included.
+        req.prefix_indices = row.to(torch.int64, copy=True)
+
+    def _insert_pages(
+        self, req: Req, record: RequestPages, tokens: list[int], *, chunked: bool
+    ) -> tuple[RadixKey, TreeNode, int]:
+        """Insert a request's full pages. Returns the key, the node it ends at, and the pages the tree had before."""
+        key = RadixKey(tokens, req.extra_key).page_aligned(self.page_size)
+        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(key)].to(torch.int64, copy=True)
+        result = self.insert(
+            PagedInsertParams(
+                key=key,
+                value=slots,
+                chunked=chunked,
+                priority=req.priority or 0,
+                pages=record.pages[: len(key) // self.page_size],
+            )
+        )
+        return key, result.last_device_node, result.prefix_len // self.page_size
+
+    def _park(self, record: RequestPages, leaf: TreeNode, pages: int, *, swapped: bool) -> None:
+        segment = record.segment
+        if segment is None:
+            return
+        if swapped or record.stale or not pages or self.parked_segment(leaf) is not None:
+            self.runtime.memory.release(segment)
+            return
+        self.runtime.memory.park(segment, pages, leaf)
+        leaf.segment = segment
+
+    # Eviction.
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Give up unlocked leaves, in the order of the eviction policy, until `params.num_tokens` are free."""
+        if self.disable:
+            return EvictResult()
+        start_time = time.perf_counter()
+        rank = self.eviction_strategy.get_priority
+        heap = [(rank(leaf), leaf) for leaf in self.evictable_leaves]
+        heapq.heapify(heap)
+        pages: list[int] = []
+        while heap and len(pages) * self.page_size < params.num_tokens:
+            leaf = heapq.heappop(heap)[1]
+            pages += leaf.pages
+            segment = self.parked_segment(leaf)
+            if segment is not None:
+                self.runtime.memory.drop(segment)
+            self._delete_leaf(leaf)
+            if leaf.parent in self.evictable_leaves:
+                heapq.heappush(heap, (rank(leaf.parent), leaf.parent))
+            self._record_remove_event(leaf)
+        self.runtime.memory.free(pages)
+        evicted = len(pages) * self.page_size
+        self.update_eviction_metrics(evicted, start_time)
+        return EvictResult(num_tokens_evicted=evicted)
+
+    # What there is.
+
+    def tree_stats(self) -> dict[str, int]:
+        return {
+            "tree_tokens": self.evictable_size() + self.protected_size(),
+            "tree_evictable_tokens": self.evictable_size(),
+        }
+
+    def nodes(self) -> list[TreeNode]:
+        """Every node but the root."""
+        found: list[TreeNode] = []
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            found.append(node)
+            stack.extend(node.children.values())
+        return found
+
+    def check_integrity(self) -> None:
+        """Nodes and requests own all owned pages, each once; slots and pages tell the same; parked segments match."""
+        self.runtime.check_integrity()
+        nodes = self.nodes()
+        owned = [page for node in nodes for page in node.pages]
+        owned += [p for record in self.runtime.requests.values() for p in record.pages[record.protected :]]
+        assert len(owned) == len(set(owned)) == self.runtime.memory.pages.owned, (len(owned), len(set(owned)))
+        for node in nodes:
+            assert len(node.pages) * self.page_size == len(node.key) == len(node.value)
+            assert (node.value[:: self.page_size] // self.page_size).tolist() == node.pages
+            segment = self.parked_segment(node)
+            if segment is not None:
+                path = self.path_pages(node)
+                assert segment.pages[: len(path)] == path, (segment, path)
+
+
+class VTensorChunkCache(ChunkCache):
+    """What SGLang uses with --disable-radix-cache: nothing is shared, requests own all of their pages."""
+
+    def __init__(self, params: CacheInitParams) -> None:
+        super().__init__(params)
+        self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
+
+    def path_pages(self, node: TreeNode | None) -> list[int]:
+        return []
+
+    def parked_segment(self, node: TreeNode | None) -> None:
+        return None
+
+    def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        record = self.runtime.requests.pop(req.req_pool_idx)
+        self.runtime.memory.free(record.pages[: self.runtime.memory.layout.pages_for(kv_len_to_handle)])
+        if record.segment is not None:
+            self.runtime.memory.release(record.segment)
+
+    def check_integrity(self) -> None:
+        self.runtime.check_integrity()

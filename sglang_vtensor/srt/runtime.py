@@ -1,0 +1,88 @@
+"""One rank's KV memory as SGLang uses it: the memory, and which request has which pages.
+
+Page ids are known on the host from the moment they are handed out, so nothing here reads them back from the device
+(invariant 6). A request's record lives from its first extend to its release:
+
+    pages    [ 0 ........ protected | protected ........ len )
+              owned by tree nodes,   owned by the request, the
+              which it has locked    last one partly written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.segments import Segment
+
+
+@dataclass(slots=True)
+class RequestPages:
+    """The pages of a running request, in the order of its tokens, and the segment they are mapped in."""
+
+    pages: list[int]
+    protected: int
+    segment: Segment | None = None
+    #: The tree swapped equal pages of its own in: the segment shows the old ones until it is fitted again.
+    stale: bool = False
+
+
+class Runtime:
+    """Ties a `KVMemory` to SGLang's request slots.
+
+    `segment_of[slot]` is the index of the segment that a request reads, for the attention backend; meaningful only
+    for slots of the batch being launched, if `extend_reads_segments` (or `decode_reads_segments`) says that kernels
+    read segments at all.
+    """
+
+    def __init__(self, memory: KVMemory, num_request_slots: int) -> None:
+        self.memory = memory
+        self.requests: dict[int, RequestPages] = {}
+        self.segment_of = np.zeros(num_request_slots, dtype=np.int64)
+        self.extend_reads_segments = False
+        self.decode_reads_segments = False
+        self.tree_stats: Callable[[], dict[str, int]] = dict
+
+    @property
+    def page_tokens(self) -> int:
+        return self.memory.layout.page_tokens
+
+    def map_request(self, slot: int, *, shared: int = 0, adopt: Segment | None = None) -> None:
+        """Lease (adopt, extend, reconcile) the segment of a request that the next batch reads."""
+        record = self.requests[slot]
+        segment = record.segment
+        if segment is None or record.stale or len(segment.pages) < len(record.pages):
+            record.segment = segment = self.memory.lease(segment or adopt, record.pages, shared=shared)
+            record.stale = False
+            self.segment_of[slot] = segment.index
+        else:
+            segment.busy_until = self.memory.next_epoch
+
+    def clear(self) -> None:
+        """Forget every request and free every page: the caches are flushed."""
+        self.requests.clear()
+        self.memory.free_all()
+
+    def stats(self) -> dict[str, Any]:
+        """What `sglang-vtensor stats` shows: the memory's statistics, the tree's, and the running requests."""
+        tree = self.tree_stats()
+        stats: dict[str, Any] = self.memory.stats().as_dict()
+        stats.update(tree)
+        stats["requests"] = len(self.requests)
+        stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
+        stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]
+        return stats
+
+    def check_integrity(self) -> None:
+        """Every owned page has one owner among requests and nodes, as far as this side can see."""
+        self.memory.check_integrity()
+        own = [page for record in self.requests.values() for page in record.pages[record.protected :]]
+        assert len(own) == len(set(own)), "two requests own one page"
+        for record in self.requests.values():
+            if record.segment is not None and not record.stale:
+                common = self.memory.segments.common(record.segment, record.pages)
+                assert common == min(len(record.segment.pages), len(record.pages)), (record, common)

@@ -1,0 +1,27 @@
+"""Virtual memory: reserve addresses, create physical pages, map the ones onto the others.
+
+One interface (`base.VirtualMemory`), two implementations: `cuda` (the driver's virtual memory management) and `host`
+(a memfd mapped at fixed addresses: the same aliasing on any Linux machine).
+"""
+
+from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMemory, VMMError
+
+__all__ = ["Handle", "OutOfMemory", "Unsupported", "VMMError", "VirtualMemory", "open_vmm"]
+
+
+def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory:
+    """The virtual memory of a torch device: `"cpu"` or `"cuda[:index]"`.
+
+    `capacity_bytes` bounds what `create` hands out on the host; on a GPU the device itself is the bound.
+    Raises `Unsupported` where the device has no virtual memory management, or is of another kind.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        from sglang_vtensor.vmm.host import HostVirtualMemory
+
+        return HostVirtualMemory(capacity_bytes=capacity_bytes)
+    if kind == "cuda":
+        from sglang_vtensor.vmm.cuda import CudaVirtualMemory
+
+        return CudaVirtualMemory(int(index or 0))
+    raise Unsupported("open_vmm", f"device {device!r} has no virtual memory here; use 'cuda', 'cuda:N' or 'cpu'")
