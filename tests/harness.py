@@ -1,0 +1,243 @@
+"""SGLang's real scheduler, with its model, pool, tree and event loop, in a child process and without sockets.
+
+A `Scheduler` takes a script: which requests arrive, and which are aborted, before which turn of the event loop. Batches
+are then the same in every run, so that two servers can be compared token for token. The children are forked from a
+process that has SGLang imported already (20 s), and start in about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["SGLANG_PLATFORM"] = "vtensor_host"
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+_context = multiprocessing.get_context("forkserver")
+# Imports only: a thread or a parallel region in the parent would not survive the fork.
+_context.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.models.registry"])
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids, decoded greedily to exactly `new` tokens."""
+
+    rid: str
+    tokens: Sequence[int]
+    new: int = 8
+    extra_key: str | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True)
+class Abort:
+    rid: str
+
+
+@dataclass
+class Answer:
+    """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i."""
+
+    tokens: list[int]
+    cached: int
+    retractions: int
+    finish: str
+    gaps: list[float] = field(default_factory=list)
+
+
+#: Before turn i of the event loop, what arrives.
+Script = Sequence[Sequence[Request | Abort]]
+
+
+class Scheduler:
+    """A scheduler of its own in a child process. Keywords are SGLang's `ServerArgs`."""
+
+    def __init__(self, model: Path, **server_args: Any) -> None:
+        args = {
+            "model_path": str(model),
+            "skip_tokenizer_init": True,
+            "grammar_backend": "none",
+            "mem_fraction_static": 0.5,
+            "random_seed": 0,
+            "max_total_tokens": 8192,
+            "max_running_requests": 32,
+            "log_level": "warning",
+            **server_args,
+        }
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(theirs, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.call(_ready)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(scheduler, *args)` in the child, between runs. Raises what it raised."""
+        self._pipe.send((function, args))
+        try:
+            result, error = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the scheduler died with exit code {self._process.exitcode}") from None
+        if error is not None:
+            raise RuntimeError(f"in the scheduler:\n{error}")
+        return result
+
+    def run(self, script: Script) -> dict[str, Answer]:
+        """Run the event loop until the script is through and the server idle (SGLang checks its pools then)."""
+        return self.call(_run, script)
+
+    def generate(self, *requests: Request) -> list[Answer]:
+        """All requests at once."""
+        answers = self.run([requests])
+        return [answers[request.rid] for request in requests]
+
+    def stats(self) -> dict[str, Any]:
+        return self.call(_stats)
+
+    def check(self) -> None:
+        self.call(_check)
+
+    def flush(self) -> bool:
+        return self.call(_flush)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# In the child.
+
+
+def _serve(pipe: Connection, kwargs: dict[str, Any]) -> None:
+    scheduler = None
+    failure = None
+    try:
+        scheduler = _build(kwargs)
+    except BaseException:  # a refusal may end the process: it is told, not swallowed
+        failure = traceback.format_exc()
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        if scheduler is None:
+            pipe.send((None, failure))
+            continue
+        try:
+            pipe.send((function(scheduler, *args), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+
+
+def _build(kwargs: dict[str, Any]) -> Any:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.managers import scheduler as module
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    server_args = ServerArgs(**kwargs)
+    server_args.check_server_args()
+    module.configure_scheduler_process(server_args, 0, 0, 0, 0, 0, 0, None)
+    publish(server_args, role="scheduler")
+    scheduler = module.Scheduler(server_args, PortArgs.init_new(server_args), 0, 0, 0, 0, 0, 0, None)
+    scheduler.finished_requests = {}
+    queue = scheduler._add_request_to_queue
+
+    def remember(req: Any, *args: Any, **more: Any) -> Any:
+        scheduler.finished_requests[req.rid] = req
+        return queue(req, *args, **more)
+
+    scheduler._add_request_to_queue = remember
+    for channel in (scheduler.ipc_channels.send_to_tokenizer, scheduler.ipc_channels.send_to_detokenizer):
+        channel.socket = None  # a sender without a socket drops what it is given
+    return scheduler
+
+
+def _ready(scheduler: Any) -> None:
+    return None
+
+
+def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    turns = iter(script)
+    scheduler.finished_requests.clear()
+
+    def receive() -> list[Any]:
+        for turn in turns:
+            return [AbortReq(rid=item.rid) if isinstance(item, Abort) else _tokenized(item) for item in turn]
+        if scheduler.is_fully_idle():
+            scheduler.gracefully_exit = True
+        return []
+
+    scheduler.request_receiver = SimpleNamespace(recv_requests=receive)
+    scheduler.gracefully_exit = False
+    scheduler.run_event_loop()
+    return {rid: _answer(req) for rid, req in scheduler.finished_requests.items()}
+
+
+def _tokenized(request: Request) -> Any:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(max_new_tokens=request.new, temperature=0.0, ignore_eos=True)
+    params.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=request.rid,
+        input_text=None,
+        input_ids=array("q", request.tokens),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        return_logprob=True,
+        logprob_start_len=-1,
+        top_logprobs_num=2,
+        token_ids_logprob=None,
+        stream=False,
+        extra_key=request.extra_key,
+        priority=request.priority,
+    )
+
+
+def _answer(req: Any) -> Answer:
+    best = req.logprob.output_top_logprobs_val or []
+    return Answer(
+        tokens=list(req.output_ids),
+        cached=req.cached_tokens,
+        retractions=req.retraction_count,
+        finish=type(req.finished_reason).__name__,
+        gaps=[float(values[0] - values[1]) for values in best],
+    )
+
+
+def _stats(scheduler: Any) -> dict[str, Any]:
+    return scheduler.token_to_kv_pool_allocator.runtime.stats()
+
+
+def _check(scheduler: Any) -> None:
+    scheduler.tree_cache.check_integrity()
+
+
+def _flush(scheduler: Any) -> bool:
+    return scheduler.flush_cache()

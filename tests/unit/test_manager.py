@@ -1,0 +1,148 @@
+import time
+
+import pytest
+import torch
+
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.segments import SegmentState
+from sglang_vtensor.vmm import VMMError
+from tests.unit.faults import FaultyVirtualMemory
+
+LAYOUT = KVLayout(2, 1, 32, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
+
+
+def make(vmm=None, **kwargs):
+    defaults = {"capacity_pages": 16, "max_tokens": 64, "max_running": 4, "worker": False}
+    return KVMemory(vmm or FaultyVirtualMemory(), LAYOUT, **(defaults | kwargs))
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the worker did not do it"
+        time.sleep(0.005)
+
+
+def test_what_is_written_by_slot_is_read_by_segment():
+    memory = make()
+    pages = memory.allocate(3)
+    segment = memory.lease(None, pages[::-1])
+    for layer in range(2):
+        k, v = memory.identity_views(layer)
+        ks, vs = memory.segment_views(layer)
+        assert ks.shape == (memory.segments.num_segments, 64, 1, 32)
+        for position, page in enumerate(pages[::-1]):
+            k[page * 8 + 5] = layer + 10 * position
+            v[page * 8 + 5] = layer + 10 * position + 1
+            assert (ks[segment.index, position * 8 + 5] == layer + 10 * position).all()
+            assert (vs[segment.index, position * 8 + 5] == layer + 10 * position + 1).all()
+    memory.check_integrity()
+
+
+def test_a_released_segment_stays_mapped_until_its_batch_is_done():
+    memory = make()
+    segment = memory.lease(None, memory.allocate(2))
+    epoch = memory.launch()
+    memory.release(segment)
+    assert not memory.housekeep()
+    assert memory.segments.mappings() == 2
+    memory.complete(epoch)
+    assert memory.housekeep()
+    assert memory.segments.mappings() == 0
+    memory.check_integrity()
+
+
+def test_a_freed_page_stays_backed_until_the_batch_being_made_is_done():
+    memory = make(reserve_pages=0)
+    memory.free(memory.allocate(2))
+    assert memory.trim() == 0
+    memory.complete(memory.launch())
+    assert memory.trim() == 2
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+def test_a_failed_lease_changes_nothing(at):
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm)
+    pages = memory.allocate(6)
+    parked = memory.lease(None, pages[:2])
+    memory.complete(memory.launch())
+    memory.park(parked, 2, "leaf")
+    before = memory.segments.counts()
+    for segment in (None, parked):
+        vmm.fail_calls, vmm.fail_at = ("map",), at
+        with pytest.raises(VMMError, match="INJECTED"):
+            memory.lease(segment, pages)
+        memory.housekeep()
+        assert parked.owner == "leaf"
+        counts = memory.segments.counts()
+        assert (counts["leased"], counts["parked"]) == (0, 1)
+        memory.check_integrity()
+    assert memory.segments.counts() | {"retired": 0} == before | {"idle": before["idle"]} | {"retired": 0}
+    assert memory.lease(parked, pages) is parked
+
+
+def test_the_worker_keeps_pages_ready_and_gives_idle_ones_back():
+    memory = make(worker=True, reserve_pages=3, idle_seconds=0.05)
+    try:
+        wait_for(lambda: memory.pages.free_backed == 3)
+        pages = memory.allocate(8)
+        assert memory.pages.backed >= 9
+        memory.free(pages)
+        memory.complete(memory.launch())
+        wait_for(lambda: memory.pages.free_backed == 3)
+        memory.check_integrity()
+    finally:
+        memory.close()
+    assert memory.vmm.created_bytes == 0
+
+
+def test_the_worker_survives_a_full_device(caplog):
+    vmm = FaultyVirtualMemory(capacity_bytes=4 * LAYOUT.page_bytes)
+    memory = make(vmm, worker=True, reserve_pages=8)
+    try:
+        wait_for(lambda: memory.pages.free_backed == 3)
+        assert memory.allocate(4) is None
+        assert len(memory.allocate(3)) == 3
+        memory.check_integrity()
+    finally:
+        memory.close()
+
+
+def test_the_worker_unmaps_behind_the_scheduler():
+    memory = make(worker=True)
+    try:
+        segment = memory.lease(None, memory.allocate(4))
+        memory.complete(memory.launch())
+        memory.release(segment)
+        wait_for(lambda: segment.state is SegmentState.IDLE)
+        assert memory.stats().unmaps == 4
+    finally:
+        memory.close()
+
+
+def test_free_all_forgets_everything():
+    memory = make()
+    pages = memory.allocate(9)
+    memory.lease(None, pages[:3])
+    memory.park(memory.lease(None, pages[3:5]), 2, "leaf")
+    memory.free_all()
+    memory.complete(memory.launch())
+    memory.housekeep()
+    stats = memory.stats()
+    assert (stats.pages_owned, stats.segment_mappings, stats.segments_leased, stats.segments_parked) == (0, 0, 0, 0)
+    memory.check_integrity()
+
+
+def test_impossible_sizes_are_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="room for 0 pages of 8 tokens.*--mem-fraction-static"):
+        make(capacity_pages=0)
+    with pytest.raises(ValueError, match=r"32 TiB of addresses: lower --max-running-requests to \d+"):
+        make(max_tokens=1 << 40)
+
+
+def test_statistics_are_plain_numbers():
+    stats = make().stats().as_dict()
+    assert all(isinstance(value, int | float) for value in stats.values()), stats
+    assert stats["pages_capacity"] == 16

@@ -1,0 +1,156 @@
+import pytest
+
+from sglang_vtensor.pages import PagePool
+from sglang_vtensor.segments import SegmentPool, SegmentState
+from sglang_vtensor.vmm import VMMError
+from tests.unit.faults import FaultyVirtualMemory
+
+SIZE = 4096
+
+
+@pytest.fixture
+def vmm():
+    return FaultyVirtualMemory()
+
+
+@pytest.fixture
+def pages(vmm):
+    return PagePool(vmm, SIZE, 33)
+
+
+@pytest.fixture
+def pool(vmm, pages):
+    return SegmentPool(vmm, pages, num_segments=4, max_pages=8, max_parked=2)
+
+
+def shown(pool, segment, count):
+    """What the segment shows: each page's first byte, which `stamp` made its id."""
+    return pool.vmm.tensor(segment.address, pool.segment_bytes)[: count * SIZE : SIZE].tolist()
+
+
+def stamp(pages, ids):
+    for page in ids:
+        pages.vmm.tensor(pages.address(page), SIZE)[0] = page
+    return ids
+
+
+def test_a_segment_shows_its_pages_in_order(pool, pages):
+    ids = stamp(pages, pages.allocate(4))[::-1]
+    segment = pool.fit(pool.take(), ids)
+    assert shown(pool, segment, 4) == ids
+    pool.check_integrity()
+
+
+def test_fit_maps_only_what_is_new(pool, pages):
+    ids = stamp(pages, pages.allocate(5))
+    segment = pool.fit(pool.take(), ids[:3])
+    maps = pool.maps
+    assert pool.fit(segment, ids) is segment
+    assert pool.maps == maps + 2
+    assert pool.fit(segment, ids[:2]) is segment, "a shorter context needs no unmapping"
+    assert pool.maps == maps + 2
+    assert shown(pool, segment, 5) == ids
+
+
+def test_fit_replaces_what_the_tree_swapped(pool, pages):
+    ids = stamp(pages, pages.allocate(5))
+    segment = pool.fit(pool.take(), ids[:4])
+    swapped = [ids[0], ids[4], ids[2]]
+    assert pool.fit(segment, swapped) is segment
+    assert shown(pool, segment, 3) == swapped
+    assert pool.swaps == 1
+    pool.check_integrity()
+
+
+def test_a_busy_segment_is_left_alone(pool, pages):
+    ids = stamp(pages, pages.allocate(4))
+    segment = pool.fit(pool.take(), ids[:3])
+    segment.busy_until = 1
+    grown = pool.fit(segment, ids)
+    assert grown is segment, "mapping behind the end disturbs no reader"
+    other = pool.fit(segment, [ids[1], ids[0]])
+    assert other is not segment
+    assert shown(pool, segment, 4) == ids, "the reader still sees what it was launched on"
+    assert segment.state is SegmentState.RETIRED
+    pool.reclaim()
+    assert segment.state is SegmentState.RETIRED
+    pool.completed = 1
+    pool.reclaim()
+    assert segment.state is SegmentState.IDLE
+    assert segment.pages == []
+    pool.check_integrity()
+
+
+def test_parked_segments_are_adopted_as_they_are(pool, pages):
+    ids = stamp(pages, pages.allocate(4))
+    segment = pool.fit(pool.take(), ids)
+    pool.park(segment, 3, "leaf")
+    assert (segment.owner, segment.pages) == ("leaf", ids[:3])
+    maps = pool.maps
+    assert pool.fit(pool.adopt(segment), ids[:3]) is segment
+    assert (pool.maps, pool.adoptions, segment.owner) == (maps, 1, None)
+
+
+def test_the_oldest_parked_segment_goes_first(pool, pages):
+    ids = pages.allocate(3)
+    parked = [pool.fit(pool.take(), [page]) for page in ids]
+    for i, segment in enumerate(parked):
+        pool.park(segment, 1, i)
+    assert [segment.owner for segment in parked] == [None, 1, 2], "two may be parked"
+    for _ in range(4):
+        pool.take()
+    assert [segment.owner for segment in parked] == [None, None, None], "a request goes before a parked one"
+    with pytest.raises(VMMError, match=r"all 4 segments are in use.*--max-running-requests"):
+        pool.take()
+
+
+def test_a_context_longer_than_a_segment_is_refused(pool, pages):
+    with pytest.raises(ValueError, match="9 pages do not fit a segment of 8"):
+        pool.fit(pool.take(), pages.allocate(9))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failing_map_leaves_the_segment_as_it_was(pool, pages, vmm, at):
+    ids = stamp(pages, pages.allocate(5))
+    segment = pool.fit(pool.take(), ids[:2])
+    vmm.fail_calls, vmm.fail_at = ("map",), at
+    with pytest.raises(VMMError, match="INJECTED"):
+        pool.fit(segment, ids)
+    assert segment.pages == ids[:2]
+    assert shown(pool, segment, 2) == ids[:2]
+    pool.check_integrity()
+    pool.fit(segment, ids)
+    assert shown(pool, segment, 5) == ids
+
+
+def test_a_failing_map_for_a_busy_segment_keeps_it_leased(pool, pages, vmm):
+    ids = stamp(pages, pages.allocate(4))
+    segment = pool.fit(pool.take(), ids[:3])
+    segment.busy_until = 1
+    vmm.fail_calls, vmm.fail_at = ("map",), 2
+    with pytest.raises(VMMError, match="INJECTED"):
+        pool.fit(segment, ids[::-1])
+    assert segment.state is SegmentState.LEASED
+    assert shown(pool, segment, 3) == ids[:3]
+    pool.check_integrity()
+
+
+def test_a_failing_unmap_loses_no_segment(pool, pages, vmm):
+    segment = pool.fit(pool.take(), pages.allocate(3))
+    pool.release(segment)
+    vmm.fail_calls, vmm.fail_at = ("unmap",), 2
+    with pytest.raises(VMMError, match="INJECTED"):
+        pool.reclaim()
+    pool.check_integrity()
+    pool.reclaim()
+    assert segment.state is SegmentState.IDLE
+    pool.check_integrity()
+
+
+def test_an_unbacked_page_is_never_mapped(pool, pages):
+    (page,) = pages.allocate(1)
+    pages.free([page])
+    pages.trim(keep=0, completed=0)
+    with pytest.raises(VMMError, match="UNBACKED"):
+        pool.fit(pool.take(), [page])
+    pool.check_integrity()

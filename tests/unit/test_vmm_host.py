@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sglang_vtensor.vmm import OutOfMemory, Unsupported, VMMError, open_vmm
+from sglang_vtensor.vmm.cuda import _from_dlpack
+from sglang_vtensor.vmm.host import HostVirtualMemory
+
+
+@pytest.fixture
+def vmm():
+    return HostVirtualMemory(capacity_bytes=8 * os.sysconf("SC_PAGE_SIZE"))
+
+
+def resident(address, nbytes):
+    """Does a read of that address fault? Asked of the kernel, not of this process."""
+    for line in open("/proc/self/maps"):
+        low, high = (int(part, 16) for part in line.split()[0].split("-"))
+        if low <= address and address + nbytes <= high:
+            return line.split()[1].startswith("r")
+    return False
+
+
+def test_one_page_at_two_addresses_is_one_memory(vmm):
+    size = vmm.granularity
+    base = vmm.reserve(4 * size)
+    page = vmm.create(size)
+    vmm.map(base, size, page)
+    vmm.map(base + 2 * size, size, page)
+    region = vmm.tensor(base, 4 * size)
+    region[:size] = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    assert torch.equal(region[:size], region[2 * size : 3 * size])
+    region[2 * size] = 99
+    assert region[0] == 99
+
+
+def test_unmapped_addresses_are_unreadable_and_stay_reserved(vmm):
+    size = vmm.granularity
+    base = vmm.reserve(2 * size)
+    assert not resident(base, size)
+    page = vmm.create(size)
+    vmm.map(base, size, page)
+    assert resident(base, size)
+    vmm.unmap(base, size)
+    assert not resident(base, size)
+    vmm.map(base, size, page)
+    assert vmm.tensor(base, size)[0] == 0
+
+
+def test_a_released_page_gives_its_memory_back_and_comes_back_clean(vmm):
+    size = vmm.granularity
+    base = vmm.reserve(size)
+    page = vmm.create(size)
+    vmm.map(base, size, page)
+    vmm.tensor(base, size).fill_(7)
+    blocks = os.fstat(vmm._fd).st_blocks
+    vmm.unmap(base, size)
+    vmm.release(page)
+    assert os.fstat(vmm._fd).st_blocks < blocks
+    assert vmm.memory()[0] == vmm.capacity_bytes
+    page = vmm.create(size)
+    vmm.map(base, size, page)
+    assert not vmm.tensor(base, size).any()
+
+
+def test_running_out_is_its_own_error_and_changes_nothing(vmm):
+    pages = [vmm.create(vmm.granularity) for _ in range(8)]
+    with pytest.raises(OutOfMemory, match=r"fallocate failed with ENOSPC: \d+ bytes on top of \d+ exceed"):
+        vmm.create(vmm.granularity)
+    vmm.release(pages.pop())
+    vmm.create(vmm.granularity)
+
+
+def test_errors_name_the_call_the_sizes_and_the_error(vmm):
+    size = vmm.granularity
+    with pytest.raises(ValueError, match=f"size {size + 1} must be multiples of {size}"):
+        vmm.create(size + 1)
+    with pytest.raises(VMMError, match="EINVAL.*handle 12345"):
+        vmm.release(12345)
+    with pytest.raises(OutOfMemory, match=r"mmap failed with ENOMEM: \d+ bytes.*max_map_count"):
+        vmm.reserve(1 << 60)
+
+
+def test_a_dlpack_tensor_lies_at_the_address(vmm):
+    size = vmm.granularity
+    base = vmm.reserve(2 * size)
+    vmm.map(base + size, size, vmm.create(size))  # the first page is not mapped: nobody may touch it
+    tensor = _from_dlpack(base, 2 * size, torch.device("cpu"))
+    tensor[size] = 5
+    assert tensor.data_ptr() == base
+    assert vmm.tensor(base, 2 * size)[size] == 5
+
+
+def test_reading_unmapped_memory_is_a_fault_not_garbage():
+    code = (
+        "from sglang_vtensor.vmm.host import HostVirtualMemory as H\n"
+        "v = H(); print(v.tensor(v.reserve(v.granularity), v.granularity)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode < 0, done
+
+
+def test_open_refuses_what_is_not_there():
+    with pytest.raises(Unsupported, match="'tpu'"):
+        open_vmm("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(Unsupported, match="no NVIDIA GPU"):
+            open_vmm("cuda")
