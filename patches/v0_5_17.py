@@ -152,7 +152,9 @@ def install() -> None:
 def _layout(configurator: Any) -> Any:
     from sglang_vtensor.srt.options import layout_for
 
-    return layout_for(configurator.server_args, device=configurator.device, page_tokens=configurator.server_args.page_size)
+    return layout_for(
+        configurator.server_args, device=configurator.device, page_tokens=configurator.server_args.page_size
+    )
 
 
 def _without_padding(original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:

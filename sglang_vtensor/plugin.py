@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Put `--kv-backend` on SGLang's command line, by the patch module of the installed version."""
-    from sglang_vtensor import patches
+    import sglang_vtensor.patches as patches
 
     try:
         patch = patches.load()

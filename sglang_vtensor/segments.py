@@ -199,9 +199,7 @@ class SegmentPool:
         try:
             for position in range(start, len(pages)):
                 page = pages[position]
-                self.vmm.map(
-                    segment.address + position * self.page_bytes, self.page_bytes, self.page_pool.handle(page)
-                )
+                self.vmm.map(segment.address + position * self.page_bytes, self.page_bytes, self.page_pool.handle(page))
                 self.maps += 1
                 segment.pages.append(page)
                 self.page_pool.count_alias(page, +1)

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import traceback
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -63,7 +64,7 @@ Script = Sequence[Sequence[Request | Abort]]
 class Scheduler:
     """A scheduler of its own in a child process. Keywords are SGLang's `ServerArgs`."""
 
-    def __init__(self, model: Path, **server_args: Any) -> None:
+    def __init__(self, model: Path, *, environment: dict[str, str] | None = None, **server_args: Any) -> None:
         args = {
             "model_path": str(model),
             "skip_tokenizer_init": True,
@@ -76,7 +77,7 @@ class Scheduler:
             **server_args,
         }
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(theirs, args), daemon=True)
+        self._process = _context.Process(target=_serve, args=(theirs, args, environment or {}), daemon=True)
         self._process.start()
         theirs.close()
         self.call(_ready)
@@ -126,7 +127,8 @@ class Scheduler:
 # In the child.
 
 
-def _serve(pipe: Connection, kwargs: dict[str, Any]) -> None:
+def _serve(pipe: Connection, kwargs: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     scheduler = None
     failure = None
     try:
@@ -160,6 +162,7 @@ def _build(kwargs: dict[str, Any]) -> Any:
     module.configure_scheduler_process(server_args, 0, 0, 0, 0, 0, 0, None)
     publish(server_args, role="scheduler")
     scheduler = module.Scheduler(server_args, PortArgs.init_new(server_args), 0, 0, 0, 0, 0, 0, None)
+    scheduler.result_queue = deque()  # the event loop makes it; a flush before the first run asks for it
     scheduler.finished_requests = {}
     queue = scheduler._add_request_to_queue
 

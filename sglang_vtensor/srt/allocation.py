@@ -39,7 +39,9 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             fresh.append(slot)
             runtime.memory.prefix_tokens_served += prefix_len
         records.append(runtime.requests[slot])
-    wanted = [runtime.memory.layout.pages_for(n) - len(record.pages) for n, record in zip(seq_lens, records, strict=True)]
+    wanted = [
+        runtime.memory.layout.pages_for(n) - len(record.pages) for n, record in zip(seq_lens, records, strict=True)
+    ]
     try:
         _grow(batch, runtime, records, wanted)
         if runtime.extend_reads_segments:

@@ -136,7 +136,7 @@ def test_free_all_forgets_everything():
 
 
 def test_impossible_sizes_are_refused_with_what_to_do():
-    with pytest.raises(ValueError, match="room for 0 pages of 8 tokens.*--mem-fraction-static"):
+    with pytest.raises(ValueError, match=r"room for 0 pages of 8 tokens.*--mem-fraction-static"):
         make(capacity_pages=0)
     with pytest.raises(ValueError, match=r"32 TiB of addresses: lower --max-running-requests to \d+"):
         make(max_tokens=1 << 40)

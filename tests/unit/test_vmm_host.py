@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def vmm():
 
 def resident(address, nbytes):
     """Does a read of that address fault? Asked of the kernel, not of this process."""
-    for line in open("/proc/self/maps"):
+    for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(part, 16) for part in line.split()[0].split("-"))
         if low <= address and address + nbytes <= high:
             return line.split()[1].startswith("r")
@@ -78,7 +79,7 @@ def test_errors_name_the_call_the_sizes_and_the_error(vmm):
     size = vmm.granularity
     with pytest.raises(ValueError, match=f"size {size + 1} must be multiples of {size}"):
         vmm.create(size + 1)
-    with pytest.raises(VMMError, match="EINVAL.*handle 12345"):
+    with pytest.raises(VMMError, match=r"EINVAL.*handle 12345"):
         vmm.release(12345)
     with pytest.raises(OutOfMemory, match=r"mmap failed with ENOMEM: \d+ bytes.*max_map_count"):
         vmm.reserve(1 << 60)

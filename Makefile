@@ -1,0 +1,45 @@
+# One way to run each thing. Every target sets up what it needs in .venv.
+
+SHELL := /bin/bash
+# A Python 3.11 or 3.12 that runs; `make PYTHON=...` chooses another.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+
+.PHONY: demo test test-gpu lint bench lock setup clean
+
+demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
+	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
+
+test: lint  ## everything that runs without a GPU
+	$(BIN)/python -m pytest tests -q --ignore=tests/gpu $(ARGS)
+
+test-gpu:  ## on a machine with an NVIDIA GPU, in the environment at hand
+	python3 -m pytest tests/gpu -q $(ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(SETUP)  ## what needs no GPU
+	$(BIN)/python -m benchmarks.host
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
+	$(BIN)/python -m uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/python -m uv pip install -q --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock:
+	$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --extra test --extra bench \
+		--no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,72 @@
+"""Results files: what was measured, where, and with what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings")
+
+
+def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]]) -> Path:
+    """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1."""
+    device, driver = _device()
+    record = {
+        "name": name,
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device,
+        "driver": driver,
+        "versions": {"python": sys.version.split()[0]} | {p: v for p in PACKAGES if (v := _version(p))},
+        "summary": {key: round(value, 4) for key, value in summary.items()},
+        "rows": rows,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def commit() -> str:
+    """The commit that was measured, with a mark if the tree had changes beside results."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = [line for line in _git("status", "--porcelain").splitlines() if "benchmarks/results/" not in line]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if changed else "")
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> tuple[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+        return torch.cuda.get_device_name(0), driver
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1] for line in lines if line.startswith("model name")), "CPU")
+    return f"{model.strip()}, {torch.get_num_threads()} threads", "none"

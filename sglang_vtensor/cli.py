@@ -1,0 +1,100 @@
+"""The command `sglang-vtensor`: demo, stats, check."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="KV memory for SGLang on virtual tensors.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+#: A pipe has no width of its own; tables need some.
+console = Console(width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True)
+
+URL = "http://127.0.0.1:30000"
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or hub id. Default: a tiny one, made here.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of each of the two conversations.")] = 4,
+    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: a free one.")] = None,
+) -> None:
+    """Start a server, let two users chat under one system prompt, and show what was shared."""
+    from sglang_vtensor.demo import run
+
+    raise typer.Exit(run(console, model=model, turns=turns, port=port))
+
+
+@app.command()
+def stats(
+    url: Annotated[str, typer.Option(help="The server.")] = URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable: a list, one object a rank.")] = False,
+) -> None:
+    """Show the KV memory of a running server."""
+    from sglang_vtensor.server_client import NoStatistics, server_stats
+
+    try:
+        ranks = server_stats(url)
+    except NoStatistics as error:
+        errors.print(f"error: {error}", style="red")
+        raise typer.Exit(1) from error
+    if as_json:
+        print(json.dumps(ranks, indent=2))
+        return
+    for rank, values in enumerate(ranks):
+        console.print(stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url))
+
+
+@app.command()
+def check() -> None:
+    """Say what this machine offers, which patch would load, and what stands in the way."""
+    from sglang_vtensor.check import examine
+
+    table = Table(box=None, show_header=False)
+    findings = examine()
+    for finding in findings:
+        mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}[finding.level]
+        table.add_row(mark, finding.subject, finding.text)
+    console.print(table)
+    raise typer.Exit(any(finding.level == "problem" for finding in findings))
+
+
+def mib(count: float) -> str:
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+def stats_table(values: dict[str, Any], title: str) -> Table:
+    """The statistics as a table of four groups."""
+    table = Table(title=title, box=None, show_header=False, title_justify="left")
+    page = values["page_bytes"]
+    rows: list[tuple[str, str]] = [
+        ("page", f"{values['page_tokens']} tokens, {mib(page)}, {values['waste']:.1%} padding"),
+        ("pages live", f"{values['pages_live']:,}  {mib(values['pages_live'] * page)}"),
+        ("pages cached", f"{values['pages_cached']:,}  {mib(values['pages_cached'] * page)}"),
+        ("pages free", f"{values['pages_free']:,}  {mib(values['pages_free'] * page)}"),
+        ("pages backed", f"{values['pages_backed']:,}  {mib(values['backed_bytes'])}"),
+        ("of a capacity of", f"{values['pages_capacity']:,}  {mib(values['pages_capacity'] * page)}"),
+        ("requests", f"{values['requests']:,}"),
+        ("segments", f"{values['segments_leased']:,} leased, {values['segments_parked']:,} parked"),
+        ("segments taken", f"{values['fresh_segments']:,} fresh, {values['adoptions']:,} adopted"),
+        ("mapping calls", f"{values['maps']:,} maps, {values['unmaps']:,} unmaps"),
+        ("prefix tokens served", f"{values['prefix_tokens_served']:,}"),
+        ("time in the scheduler", f"{values['scheduling_seconds']:.3f} s"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+if __name__ == "__main__":
+    app(prog_name=Path(__file__).stem)

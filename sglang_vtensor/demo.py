@@ -1,0 +1,194 @@
+"""The demo: a real server, two users, one system prompt, four turns each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from sglang_vtensor import tiny_model
+from sglang_vtensor.cli import mib, stats_table
+from sglang_vtensor.server_client import server_stats
+
+SYSTEM = (
+    "you are a helpful assistant that answers every question about virtual memory in a few plain words. "
+    + "the pages of a conversation are shared by every turn that continues it and a branch shares what came before. "
+    * 6
+)
+QUESTIONS = {
+    "alice": ["what is a page", "who owns it", "why is the second answer so much faster", "thank you say it again"],
+    "bob": ["what is a segment", "how long is it", "what happens when memory is short", "give me an example"],
+}
+START_SECONDS = 600
+
+
+def run(console: Console, *, model: str | None, turns: int, port: int | None) -> int:
+    """Returns the exit code: 0 only if every turn after a user's first reused its prefix."""
+    with tempfile.TemporaryDirectory(prefix="vtensor-demo-") as folder:
+        arguments = []
+        if model is None:
+            console.print("No model given: a tiny one with random weights is made. What it says is meaningless.")
+            model = str(tiny_model.build(Path(folder) / "tiny"))
+            arguments = ["--max-total-tokens", "16384", "--max-running-requests", "32"]
+            arguments += ["--dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
+        log = Path(folder) / "server.log"
+        with serve(console, model, port=port or free_port(), log=log, arguments=arguments) as url:
+            rows = chat(console, url, turns)
+            console.print(turns_table(rows))
+            for rank in server_stats(url):
+                console.print(stats_table(rank, title="After the chat"))
+    missed = [row for row in rows if row["turn"] > 1 and not row["cached"]]
+    if missed:
+        console.print(f"[red]{len(missed)} turns computed their prefix again.[/]")
+        return 1
+    served, asked = sum(row["cached"] for row in rows), sum(row["prompt"] for row in rows)
+    console.print(
+        f"Every turn after the first reused its prefix: {served:,} of {asked:,} prompt tokens were not computed."
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def serve(console: Console, model: str, *, port: int, log: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """`sglang serve --kv-backend vtensor` on 127.0.0.1, on the GPU if there is one. Yields its URL."""
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["SGLANG_PLATFORM"] = "vtensor_host"
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--kv-backend", "vtensor"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-cache-report", "--grammar-backend", "none"]
+    command += arguments
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            with console.status("starting the server") as status:
+                wait_until_ready(process, url, log, status)
+            yield url
+        finally:
+            stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, status: Any) -> None:
+    start = time.monotonic()
+    while True:
+        seconds = time.monotonic() - start
+        lines = log.read_text(errors="replace").splitlines()
+        if process.poll() is not None or seconds > START_SECONDS:
+            tail = "\n".join(lines[-25:])
+            raise RuntimeError(f"the server did not start (exit code {process.poll()} after {seconds:.0f} s):\n{tail}")
+        last = next((line for line in reversed(lines) if line.startswith("[")), "importing SGLang")
+        status.update(f"starting the server, {seconds:.0f} s: {last[:110]}")
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/health_generate", timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server, which ends its own children."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def chat(console: Console, url: str, turns: int) -> list[dict[str, Any]]:
+    """The users take turns. One row a turn: what it took, and what the memory did for it."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    histories = {user: [{"role": "system", "content": SYSTEM}] for user in QUESTIONS}
+    rows = []
+    for turn in range(1, turns + 1):
+        for user, questions in QUESTIONS.items():
+            history = histories[user]
+            history.append({"role": "user", "content": questions[(turn - 1) % len(questions)]})
+            before = server_stats(url)[0]
+            text, usage, first = ask(client, model, history)
+            after = server_stats(url)[0]
+            history.append({"role": "assistant", "content": text})
+            console.print(f"[dim]{user}:[/] {history[-2]['content']}\n[dim]model:[/] {text.strip()}", highlight=False)
+            gain = {key: after[key] - before[key] for key in ("pages_allocated", "pages_shared", "adoptions")}
+            rows.append(
+                {
+                    "turn": turn,
+                    "user": user,
+                    "prompt": usage.prompt_tokens,
+                    "cached": usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0,
+                    "new": gain["pages_allocated"],
+                    "shared": gain["pages_shared"],
+                    "segment": "adopted" if gain["adoptions"] else "mapped",
+                    "backed": after["backed_bytes"],
+                    "first": first,
+                }
+            )
+    return rows
+
+
+def ask(client: OpenAI, model: str, history: list[Any]) -> tuple[str, Any, float]:
+    """One streamed answer: the text, the usage, and the seconds to the first token."""
+    start = time.perf_counter()
+    first, text, usage = 0.0, "", None
+    stream = client.chat.completions.create(
+        model=model,
+        messages=history,
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for part in stream:
+        if part.choices and part.choices[0].delta.content:
+            first = first or time.perf_counter() - start
+            text += part.choices[0].delta.content
+        usage = part.usage or usage
+    return text, usage, first
+
+
+def turns_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Each turn", title_justify="left")
+    for heading in (
+        "turn",
+        "user",
+        "prompt tokens",
+        "cached",
+        "pages new",
+        "pages shared",
+        "segment",
+        "backed",
+        "TTFT",
+    ):
+        table.add_column(heading, justify="left" if heading in ("user", "segment") else "right")
+    for row in rows:
+        table.add_row(
+            str(row["turn"]),
+            row["user"],
+            f"{row['prompt']:,}",
+            f"{row['cached']:,}",
+            str(row["new"]),
+            str(row["shared"]),
+            row["segment"],
+            mib(row["backed"]),
+            f"{1000 * row['first']:.0f} ms",
+        )
+    return table

@@ -1,0 +1,46 @@
+"""The same requests on SGLang's own KV cache and on ours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tests.harness import Answer, Request, Scheduler
+
+#: By how much (nats) the reference's best token must beat its second for a difference to be an error. A different page
+#: size splits a prompt into other batches, and the last bits of a sum depend on the batch: below this, a tie is a tie.
+TIE = {"float32": 1e-3, "bfloat16": 0.26}
+
+
+class Prompts:
+    """Random token ids that the tiny model's vocabulary has."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(self, count: int) -> list[int]:
+        return [self._random.randrange(6, 400) for _ in range(count)]
+
+
+def assert_same(reference: Answer, ours: Answer, *, tie: float, what: str = "") -> None:
+    """Token for token the same, unless the reference itself was undecided where they part."""
+    assert len(reference.tokens) == len(ours.tokens), (what, reference.finish, ours.finish)
+    for i, (theirs, mine) in enumerate(zip(reference.tokens, ours.tokens, strict=True)):
+        if theirs != mine:
+            gap = reference.gaps[i]
+            assert gap <= tie, f"{what}: token {i} is {mine}, the reference says {theirs}, ahead by {gap} nats"
+            return
+
+
+def both(reference: Scheduler, ours: Scheduler, requests: list[Request], *, tie: float) -> list[Answer]:
+    """Run the requests at once on both, compare, check the invariants. Returns the reference's answers, from which a
+    conversation goes on, so that both sides are always asked the same."""
+    expected, got = reference.generate(*requests), ours.generate(*requests)
+    for request, theirs, mine in zip(requests, expected, got, strict=True):
+        assert_same(theirs, mine, tie=tie, what=request.rid)
+    ours.check()
+    return expected
+
+
+Pair = tuple[Scheduler, Scheduler, float]
+Pairs = Callable[..., Pair]

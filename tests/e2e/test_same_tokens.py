@@ -1,0 +1,191 @@
+"""Token for token what the same SGLang answers without the plugin (torch_native, page size 1)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.compare import TIE, Prompts, assert_same, both
+from tests.harness import Abort, Request
+
+CONTESTANTS = [
+    pytest.param(("gqa", "float32", 1), id="gqa-float32-page1"),
+    pytest.param(("gqa", "float32", 16), id="gqa-float32-page16"),
+    pytest.param(("gqa", "float32", 64), id="gqa-float32-page64"),
+    pytest.param(("mha", "float32", 16), id="mha-float32-page16"),
+    pytest.param(("gqa", "bfloat16", 16), id="gqa-bfloat16-page16"),
+]
+
+
+@pytest.fixture(params=CONTESTANTS)
+def pair(request, schedulers):
+    """`pair(**server_args)`: the reference, ours at this page size, and what counts as a tie."""
+    model, dtype, page_size = request.param
+
+    def get(**server_args):
+        reference = schedulers(model, dtype=dtype, **server_args)
+        ours = schedulers(model, dtype=dtype, kv_backend="vtensor", page_size=page_size, **server_args)
+        return reference, ours, TIE[dtype]
+
+    get.page_size = page_size
+    return get
+
+
+def test_single_requests_of_every_length(pair):
+    reference, ours, tie = pair()
+    prompt = Prompts(1)
+    for length in (1, 2, 15, 16, 17, 63, 64, 65, 128, 200):
+        both(reference, ours, [Request(f"len{length}", prompt(length), 20)], tie=tie)
+
+
+def test_a_batch(pair):
+    reference, ours, tie = pair()
+    prompt = Prompts(2)
+    both(reference, ours, [Request(f"r{n}", prompt(10 + 13 * n), 5 + 3 * n) for n in range(12)], tie=tie)
+
+
+def test_conversations_reuse_their_prefix_and_their_segment(pair):
+    reference, ours, tie = pair()
+    prompt = Prompts(3)
+    system = prompt(100)
+    chats = [system + prompt(30 + n) for n in range(4)]
+    for turn in range(4):
+        before = ours.stats()
+        requests = [Request(f"t{turn}c{n}", chat, 24) for n, chat in enumerate(chats)]
+        expected, answers = reference.generate(*requests), ours.generate(*requests)
+        after = ours.stats()
+        for request, theirs, mine in zip(requests, expected, answers, strict=True):
+            assert_same(theirs, mine, tie=tie, what=request.rid)
+        if turn:
+            assert after["adoptions"] - before["adoptions"] == 4, "each chat goes on in its own segment"
+            # Nothing of the last turn is computed again but what fills no page (its last token may have no KV yet).
+            known = sum(len(chat) - 17 for chat in chats)
+            served = after["prefix_tokens_served"] - before["prefix_tokens_served"]
+            assert known - 4 * pair.page_size <= served <= known
+        ours.check()
+        chats = [chat + answer.tokens + prompt(17) for chat, answer in zip(chats, answers, strict=True)]
+
+
+def test_two_branches_in_the_middle_of_a_page(pair):
+    reference, ours, tie = pair()
+    prompt = Prompts(4)
+    stem = prompt(70)
+    both(reference, ours, [Request("stem", stem, 10)], tie=tie)
+    branches = [stem[:cut] + prompt(40) for cut in (5, 23, 64, 69)]
+    both(reference, ours, [Request(f"b{n}", branch, 16) for n, branch in enumerate(branches)], tie=tie)
+    both(reference, ours, [Request(f"again{n}", branch, 16) for n, branch in enumerate(branches)], tie=tie)
+
+
+def test_the_same_prompt_twice_in_one_batch(pair):
+    reference, ours, tie = pair()
+    prompt = Prompts(5)
+    twice = prompt(90)
+    before = ours.stats()["pages_owned"]
+    both(reference, ours, [Request(f"same{n}", twice, 30) for n in range(3)], tie=tie)
+    grown = ours.stats()["pages_owned"] - before
+    assert grown * pair.page_size <= 90 + 30 * 3, "equal pages are kept once"
+    both(reference, ours, [Request("third", twice + prompt(20), 30)], tie=tie)
+
+
+def test_parallel_sampling(pair):
+    # What SGLang makes of n=4: the prompt once, to fill the cache, and then four requests for it.
+    reference, ours, tie = pair()
+    tokens = Prompts(6)(77)
+    both(reference, ours, [Request("first", tokens, 1)], tie=tie)
+    both(reference, ours, [Request(f"sample{n}", tokens, 20) for n in range(4)], tie=tie)
+
+
+def test_chunked_prefill(pair):
+    reference, ours, tie = pair(chunked_prefill_size=64)
+    prompt = Prompts(7)
+    long = prompt(500)
+    requests = [Request("long", long, 20), Request("longer", prompt(700), 20), Request("short", prompt(20), 40)]
+    both(reference, ours, requests, tie=tie)
+    both(reference, ours, [Request("again", long + prompt(100), 20), Request("twin", long, 20)], tie=tie)
+    twin = prompt(400)
+    both(reference, ours, [Request("twin1", twin, 20), Request("twin2", twin, 20)], tie=tie)
+
+
+def test_a_pool_so_small_that_leaves_are_evicted_and_requests_retracted(pair):
+    reference, ours, tie = pair(max_total_tokens=768, max_running_requests=16)
+    prompt = Prompts(8)
+    stem = prompt(20)
+    before, retractions = ours.stats(), 0
+    for wave in range(2):
+        requests = [Request(f"w{wave}r{n}", stem + prompt(9 * n), 160) for n in range(8)]
+        expected, got = reference.generate(*requests), ours.generate(*requests)
+        for request, theirs, mine in zip(requests, expected, got, strict=True):
+            assert_same(theirs, mine, tie=tie, what=request.rid)
+        retractions += sum(answer.retractions for answer in got)
+        ours.check()
+    after = ours.stats()
+    assert retractions > 0
+    evicted = after["pages_allocated"] - before["pages_allocated"] - after["pages_owned"]
+    assert evicted > after["pages_capacity"] / 2, "the tree held on to its leaves"
+
+
+def test_aborts_in_the_middle(pair):
+    reference, ours, tie = pair(chunked_prefill_size=64)
+    prompt = Prompts(10)
+    stem = prompt(50)
+    requests = [Request(f"r{n}", stem + prompt(20 * n), 30) for n in range(6)]
+    script = [
+        requests,
+        [],
+        [Abort("r1")],
+        [],
+        [],
+        [Abort("r4"), Request("late", stem + prompt(33), 10)],
+        [],
+        [Request("doomed", prompt(300), 10)],
+        [],
+        [Abort("doomed")],
+    ]
+    expected, got = reference.run(script), ours.run(script)
+    for rid in ("r0", "r2", "r3", "r5", "late"):
+        assert_same(expected[rid], got[rid], tie=tie, what=rid)
+    assert all(len(got[rid].tokens) < 30 for rid in ("r1", "r4")), "they ran on to their end"
+    ours.check()
+    both(reference, ours, [Request("after", stem + prompt(11), 10)], tie=tie)
+
+
+def test_flush_forgets_everything(pair):
+    reference, ours, tie = pair()
+    tokens = Prompts(11)(150)
+    both(reference, ours, [Request("one", tokens, 10)], tie=tie)
+    assert ours.flush()
+    stats = ours.stats()
+    assert (stats["pages_owned"], stats["segments_parked"], stats["segments_leased"]) == (0, 0, 0)
+    assert ours.generate(Request("two", tokens, 10))[0].cached == 0
+    assert reference.flush()
+    both(reference, ours, [Request("three", tokens + tokens, 10)], tie=tie)
+
+
+def test_separate_namespaces_share_nothing(pair):
+    reference, ours, tie = pair()
+    tokens = Prompts(12)(100)
+    both(reference, ours, [Request("a", tokens, 10, extra_key="a")], tie=tie)
+    (answer,) = ours.generate(Request("b", tokens, 10, extra_key="b"))
+    assert answer.cached == 0
+    both(reference, ours, [Request("a2", tokens, 10, extra_key="a")], tie=tie)
+
+
+@pytest.mark.parametrize("pair", [CONTESTANTS[1]], indirect=True)
+@pytest.mark.parametrize(
+    "server_args",
+    [
+        {"disable_radix_cache": True, "chunked_prefill_size": 64},
+        {"disable_overlap_schedule": True},
+        {"radix_eviction_policy": "lfu", "max_total_tokens": 1024},
+        {"attention_backend": "torch_native"},
+        {"schedule_policy": "lpm"},
+    ],
+    ids=lambda args: "-".join(args),
+)
+def test_other_ways_to_run(pair, server_args):
+    reference, ours, tie = pair(**server_args)
+    prompt = Prompts(13)
+    stem = prompt(64)
+    chats = [stem + prompt(20 + n) for n in range(5)]
+    for turn in range(3):
+        answers = both(reference, ours, [Request(f"t{turn}c{n}", c, 40) for n, c in enumerate(chats)], tie=tie)
+        chats = [chat + answer.tokens + prompt(40) for chat, answer in zip(chats, answers, strict=True)]

@@ -1,0 +1,118 @@
+"""The whole server: command line, HTTP, processes, client; started once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+
+import pytest
+import requests
+from openai import OpenAI
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sglang_vtensor import demo
+from sglang_vtensor.cli import app
+from sglang_vtensor.server_client import server_stats
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--dtype", "float32"]
+    with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
+        yield url
+    text = log.read_text(errors="replace")
+    assert "Traceback" not in text, text[-3000:]
+
+
+def test_the_chat_of_the_demo(server):
+    rows = demo.chat(Console(quiet=True), server, 3)
+    assert all(row["cached"] > 0 for row in rows if row["turn"] > 1)
+    assert all(row["segment"] == "adopted" for row in rows if row["turn"] > 1)
+    assert rows[1]["shared"] > 0, "the second user shares the system prompt"
+    assert all(row["first"] > 0 for row in rows)
+    demo.turns_table(rows)
+
+
+def test_parallel_samples_share_their_prompt(server):
+    body = {
+        "text": "what is a page and who owns it when two users ask about the same thing " * 5,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 12, "n": 3, "ignore_eos": True},
+    }
+    answers = requests.post(f"{server}/generate", json=body, timeout=60).json()
+    assert len({answer["text"] for answer in answers}) == 1, "greedy samples differ"
+    assert sum(answer["meta_info"]["cached_tokens"] > 0 for answer in answers) == 3
+
+
+def test_bad_requests_are_answered_and_leave_nothing(server):
+    long = {"input_ids": [7] * 5000, "sampling_params": {"max_new_tokens": 4}}
+    answer = requests.post(f"{server}/generate", json=long, timeout=60)
+    assert answer.status_code == 400
+    assert "context" in answer.text
+    assert requests.post(f"{server}/generate", data="{nonsense", timeout=60).status_code in (400, 422)
+    assert requests.post(f"{server}/generate", json={"sampling_params": {}}, timeout=60).status_code in (400, 422)
+    assert quiet(server)["requests"] == 0
+
+
+def test_a_client_that_hangs_up_leaves_nothing(server):
+    body = {
+        "text": "tell me more about the tree",
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True},
+    }
+    for _ in range(3):
+        with requests.post(f"{server}/generate", json=body, stream=True, timeout=60) as answer:
+            next(answer.iter_lines())
+    stats = quiet(server)
+    assert (stats["requests"], stats["segments_leased"], stats["pages_live"]) == (0, 0, 0)
+
+
+def test_many_clients_at_once(server):
+    client = OpenAI(base_url=f"{server}/v1", api_key="none")
+
+    def ask(n):
+        messages = [{"role": "user", "content": "tell me more about the tree its nodes its leaves " * (n % 5 + 1)}]
+        return client.chat.completions.create(model="default", messages=messages, max_tokens=10, temperature=0)
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(40)))
+    assert len({answer.choices[0].message.content for answer in answers[::5]}) == 1, "one prompt, two answers"
+    assert quiet(server)["pages_live"] == 0
+
+
+def test_stats_on_the_command_line(server):
+    shown = CliRunner().invoke(app, ["stats", "--url", server])
+    assert shown.exit_code == 0
+    assert "pages backed" in shown.output
+    (rank,) = json.loads(CliRunner().invoke(app, ["stats", "--url", server, "--json"]).output)
+    assert rank["pages_capacity"] * rank["page_tokens"] == 4096
+    assert rank["pages_owned"] == rank["pages_live"] + rank["pages_cached"]
+    nowhere = CliRunner().invoke(app, ["stats", "--url", f"http://127.0.0.1:{demo.free_port()}"])
+    assert nowhere.exit_code == 1
+
+
+def test_flush_gives_the_cache_up(server):
+    assert requests.post(f"{server}/flush_cache", timeout=60).status_code == 200
+    stats = server_stats(server)[0]
+    assert (stats["pages_owned"], stats["segments_parked"], stats["tree_tokens"]) == (0, 0, 0)
+
+
+def test_check_on_the_command_line():
+    shown = CliRunner().invoke(app, ["check"])
+    assert shown.exit_code == 0, shown.output
+    assert "0.5.17, patch v0_5_17" in shown.output
+
+
+def quiet(url):
+    """The statistics once nothing runs any more."""
+    import time
+
+    for _ in range(100):
+        with contextlib.suppress(requests.RequestException):
+            stats = server_stats(url)[0]
+            if not stats["requests"]:
+                return stats
+        time.sleep(0.1)
+    raise AssertionError(f"still running after 10 s: {stats}")

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from sglang_vtensor import patches
+from sglang_vtensor.srt.options import Options, Refused, parse_share_or_bytes
+
+
+def test_a_known_version_has_its_module():
+    assert patches.load().__name__ == "sglang_vtensor.patches.v0_5_17"
+
+
+def test_an_unknown_version_is_refused_with_those_there_are():
+    with pytest.raises(patches.UnsupportedVersion, match=r"no patch for SGLang 9\.9\.9.*works with 0\.5\.17"):
+        patches.module_name("9.9.9")
+
+
+@pytest.mark.parametrize("flag", [["--kv-backend", "vtensor"], ["--kv-backend=vtensor"], []])
+def test_an_unknown_version_stops_only_who_asks_for_us(flag):
+    code = (
+        "import sglang_vtensor.patches as p; p.MODULES = {'0.0.1': 'none'}\n"
+        "from sglang_vtensor.plugin import register; register(); print('started')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *flag], capture_output=True, text=True, check=False)
+    if flag:
+        assert done.returncode == 1
+        assert "no patch for SGLang 0.5.17; --kv-backend vtensor works with 0.0.1" in done.stderr
+    else:
+        assert done.stdout.strip() == "started", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.25", 0.25), ("0", 0), ("512MiB", 512 << 20), ("2g", 2 * 10**9), ("1.5 GiB", 3 << 29), ("4096B", 4096)],
+)
+def test_sizes_and_shares(text, value):
+    assert parse_share_or_bytes(text, "--vtensor-reserve") == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "5 parsecs", "1.5", "half"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(Refused, match="--vtensor-reserve"):
+        parse_share_or_bytes(text, "--vtensor-reserve")
+
+
+def test_options_travel_on_what_carries_them():
+    class Carrier:
+        kv_backend = "vtensor"
+        vtensor_idle_seconds = 3.0
+
+    assert Options.of(Carrier()) == Options(kv_backend="vtensor", vtensor_idle_seconds=3.0)
+    assert Options.of(object()) == Options()

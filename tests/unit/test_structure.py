@@ -1,0 +1,62 @@
+"""The map of the tree, held to what it says."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = [*(ROOT / "sglang_vtensor/vmm").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+CORE += [ROOT / "sglang_vtensor" / f"{name}.py" for name in ("layout", "pages", "segments", "manager")]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_does_not_know_sglang(path):
+    assert "sglang" not in set(imported(path))
+
+
+def test_only_the_patches_know_a_version():
+    for path in (ROOT / "sglang_vtensor").rglob("*.py"):
+        assert "0.5.17" not in path.read_text(), path
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_no_other(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"sglang_vtensor", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    for module in ("kernels/__init__", "patches/v0_5_17", "vmm/cuda", "srt/radix_cache"):
+        assert f"sglang_vtensor/{module}.py" in names
+
+
+def test_the_wheel_imports_and_has_its_entry_points(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import sglang_vtensor, sglang_vtensor.kernels, sglang_vtensor.patches.v0_5_17\n"
+        "from importlib.metadata import distribution\n"
+        f"assert sglang_vtensor.__file__.startswith({str(tmp_path)!r}), sglang_vtensor.__file__\n"
+        f"d = next(d for d in __import__('importlib.metadata').metadata.distributions(path=[{str(tmp_path)!r}]))\n"
+        "print(sorted(e.name for e in d.entry_points))"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "['sglang-vtensor', 'vtensor', 'vtensor_host']", done.stderr
