@@ -3,7 +3,7 @@
 `register` runs in every process that loads plugins and adds the options, nothing else. `install` runs in a scheduler
 process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV memory.
 
-    option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_page_size
+    option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
     pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode
     tree        mem_cache.kv_cache_builder.create_tree_cache, through the registry of radix caches
@@ -38,7 +38,7 @@ def register() -> None:
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_cli_args, HookType.AROUND)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
     HookRegistry.register(f"{_SERVER_ARGS}.__init__", _init_server_args, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}._handle_page_size", _choose_page_size, HookType.BEFORE)
+    HookRegistry.register(f"{_SERVER_ARGS}._handle_model_specific_adjustments", _choose_page_size, HookType.BEFORE)
     HookRegistry.register(
         "sglang.srt.managers.scheduler.configure_scheduler_process", _configure_scheduler, HookType.BEFORE
     )
@@ -108,7 +108,7 @@ def _choose_attention(kwargs: dict[str, Any]) -> None:
 
 
 def _choose_page_size(self: ServerArgs) -> None:
-    """The model's geometry is known and nothing has used the page size yet."""
+    """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size."""
     if getattr(self, "kv_backend", "default") != "vtensor":
         return
     from sglang_vtensor.srt.options import layout_for, refuse_unsupported

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,11 @@ def host_platform() -> str | None:
 
 def _refuse_flag(message: str) -> None:
     """With an unknown SGLang version: refuse the flag wherever it may come from, and touch nothing else."""
-    import sys
+    asked = " ".join(sys.argv[1:]).replace("=", " ")
+    if "--kv-backend vtensor" in asked:
+        raise SystemExit(f"error: {message}")
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    asked = any(arg == "--kv-backend" or arg.startswith("--kv-backend=") for arg in sys.argv[1:])
-    if asked and any("vtensor" in arg for arg in sys.argv[1:]):
-        raise SystemExit(f"error: {message}")
 
     def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.pop("kv_backend", "default") != "default":

@@ -29,7 +29,7 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size):
     reference = schedulers(**limits)
     ours = schedulers(kv_backend="vtensor", page_size=page_size, **limits)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(seed=st.integers(0, 1 << 30), rounds=st.lists(STEPS, min_size=1, max_size=3))
     def run(seed, rounds):
         prompt = Prompts(seed)

@@ -21,7 +21,13 @@ def test_the_default_backend_is_sglangs_own(schedulers):
     packages, patched = schedulers().call(classes)
     assert packages <= {"sglang", "sglang_vtensor"}
     names = [name.rsplit(".", 1)[1] for name in patched]
-    assert names == ["configure_scheduler_process", "__init__", "_handle_page_size", "add_cli_args", "from_cli_args"]
+    assert names == [
+        "configure_scheduler_process",
+        "__init__",
+        "_handle_model_specific_adjustments",
+        "add_cli_args",
+        "from_cli_args",
+    ]
 
 
 def allocator_module(scheduler):

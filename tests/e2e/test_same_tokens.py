@@ -111,7 +111,7 @@ def test_a_pool_so_small_that_leaves_are_evicted_and_requests_retracted(pair):
     stem = prompt(20)
     before, retractions = ours.stats(), 0
     for wave in range(2):
-        requests = [Request(f"w{wave}r{n}", stem + prompt(9 * n), 160) for n in range(8)]
+        requests = [Request(f"w{wave}r{n}", stem + prompt(9 * n), 200) for n in range(8)]
         expected, got = reference.generate(*requests), ours.generate(*requests)
         for request, theirs, mine in zip(requests, expected, got, strict=True):
             assert_same(theirs, mine, tie=tie, what=request.rid)

@@ -58,5 +58,7 @@ def test_the_wheel_imports_and_has_its_entry_points(wheel, tmp_path):
         "print(sorted(e.name for e in d.entry_points))"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert done.stdout.strip() == "['sglang-vtensor', 'vtensor', 'vtensor_host']", done.stderr
