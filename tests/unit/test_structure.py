@@ -62,3 +62,10 @@ def test_the_wheel_imports_and_has_its_entry_points(wheel, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
     )
     assert done.stdout.strip() == "['sglang-vtensor', 'vtensor', 'vtensor_host']", done.stderr
+
+
+def test_the_readme_says_what_was_measured():
+    from benchmarks import report
+
+    assert report.README.read_text() == report.render(report.README.read_text())
+    assert set(report.re.findall(r"<!-- results (\w+) -->", report.README.read_text())) == set(report.TABLES)

@@ -1,0 +1,69 @@
+"""Write the numbers of `benchmarks/results/*.json` into the README, between its marks.
+
+    python -m benchmarks.report           rewrite the README
+    python -m benchmarks.report --check   exit with 1 if the README says anything else
+
+A mark is `<!-- results NAME -->`, up to the next `<!-- end -->`; NAME is a function below.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import results
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def host() -> str:
+    """Rates of both engines on the host backend."""
+    record = results.read("host")
+    if record is None:
+        return "Not measured yet."
+    lines = ["| chat on the host backend, tokens/s | SGLang, torch_native | vtensor | ratio |", "|---|---|---|---|"]
+    for part, what in (("prefill", "new prompt tokens"), ("decode", "answers")):
+        rates = [
+            statistics.median(row[part] for row in record["rows"] if row["engine"] == engine)
+            for engine in ("torch_native", "vtensor")
+        ]
+        ratio = record["summary"][f"{part}_vs_torch_native"]
+        lines.append(f"| {what} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
+    return "\n".join([*lines, "", source(record)])
+
+
+def source(record: dict[str, Any]) -> str:
+    """Where a table comes from, in one line."""
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("sglang", "torch"))
+    return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
+
+
+TABLES = {"host": host}
+
+
+def render(text: str) -> str:
+    """The README with every marked block made anew. Raises `KeyError` for a mark without a function."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- results {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
+    """Rewrite README.md, or compare it."""
+    text = README.read_text()
+    wanted = render(text)
+    if check and text != wanted:
+        print("README.md does not say what benchmarks/results says: run python -m benchmarks.report")
+        raise typer.Exit(1)
+    if not check:
+        README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    typer.run(main)
