@@ -8,7 +8,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode
     tree        mem_cache.kv_cache_builder.create_tree_cache, through the registry of radix caches
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
-    epochs      Scheduler.run_batch
+    epochs      Scheduler.run_batch, .on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextvars
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
     from sglang_vtensor.srt.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
@@ -75,36 +78,55 @@ def _init_server_args(original: Callable[..., None], self: ServerArgs, *args: An
     options = Options(**given) if given else _parsed.get() or Options()
     options.attach(self)
     if options.kv_backend == "vtensor":
-        _choose_attention(kwargs)
+        _choose_attention(kwargs, options.vtensor_prefill_kernel)
     elif kwargs.get("attention_backend") == ATTENTION_BACKEND:
         raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
     original(self, *args, **kwargs)
 
 
-def _choose_attention(kwargs: dict[str, Any]) -> None:
-    """On the host, segments unless the user chose otherwise. Raises `Refused` for a backend that cannot run."""
+def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
+    """Segments, unless the user chose a backend by name. Raises `Refused` for one that cannot run here.
+
+    On the host one backend does both halves; on a GPU segments are for extend, and decode is SGLang's own choice.
+    """
     import torch
     from sglang.srt.platforms import current_platform
 
-    from sglang_vtensor.srt.options import ATTENTION_BACKEND, HOST_ATTENTION_BACKENDS, Refused
+    from sglang_vtensor.srt import options
 
-    if current_platform.device_name == "cpu" and current_platform.is_out_of_tree():
-        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-            value = kwargs.get(option)
-            if value is not None and value not in HOST_ATTENTION_BACKENDS:
-                raise Refused(
-                    f"--{option.replace('_', '-')} {value} does not run on host memory: use "
-                    f"{' or '.join(HOST_ATTENTION_BACKENDS)}"
-                )
-        if kwargs.get("attention_backend") is None:
-            kwargs["attention_backend"] = ATTENTION_BACKEND
-        return
-    if not torch.cuda.is_available():
-        raise Refused(
+    host = current_platform.device_name == "cpu" and current_platform.is_out_of_tree()
+    if not host and not torch.cuda.is_available():
+        raise options.Refused(
             "--kv-backend vtensor found no NVIDIA GPU. To run without one, on host memory, set "
             "SGLANG_PLATFORM=vtensor_host"
         )
-    raise Refused("--kv-backend vtensor serves from host memory only in this version: set SGLANG_PLATFORM=vtensor_host")
+    allowed = options.HOST_ATTENTION_BACKENDS if host else options.CUDA_ATTENTION_BACKENDS
+    named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    for option in named:
+        value = kwargs.get(option)
+        segments_prefill = option == "prefill_attention_backend" and value == options.ATTENTION_BACKEND
+        if value is not None and value not in allowed and not segments_prefill:
+            raise options.Refused(
+                f"--{option.replace('_', '-')} {value} does not run on {'host memory' if host else 'strided K and V'}: "
+                f"use {' or '.join(allowed)}, or leave it out"
+            )
+    if any(kwargs.get(option) is not None for option in named):
+        if prefill_kernel != "auto" and kwargs.get("prefill_attention_backend") != options.ATTENTION_BACKEND:
+            raise options.Refused(
+                f"--vtensor-prefill-kernel {prefill_kernel} reads segments, and an attention backend was named that "
+                "does not: leave one of the two out"
+            )
+        return
+    if host:
+        kwargs["attention_backend"] = options.ATTENTION_BACKEND
+    elif torch.cuda.get_device_capability() == (9, 0):
+        kwargs["prefill_attention_backend"] = options.ATTENTION_BACKEND
+    else:
+        logger.warning(
+            "--kv-backend vtensor: extend reads pages, not segments, on this GPU (sm_%d%d): the segment kernel is "
+            "FlashAttention-3, which needs sm_90. Nothing is to be done; prefixes are shared all the same.",
+            *torch.cuda.get_device_capability(),
+        )
 
 
 def _choose_page_size(self: ServerArgs) -> None:
@@ -122,10 +144,10 @@ def _choose_page_size(self: ServerArgs) -> None:
 
 def _configure_scheduler(server_args: ServerArgs, *_: Any, **__: Any) -> None:
     if getattr(server_args, "kv_backend", "default") == "vtensor":
-        install()
+        install(server_args)
 
 
-def install() -> None:
+def install(server_args: ServerArgs) -> None:
     """Replace the KV memory of the scheduler that this process is about to build."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
@@ -140,9 +162,11 @@ def install() -> None:
     HookRegistry.register(f"{module}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE)
     HookRegistry.register(f"{module}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE)
     HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
-    HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE)
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
+    if server_args.device == "cpu":
+        HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
     HookRegistry.apply_hooks()
     register_attention_backend(ATTENTION_BACKEND)(_build_attention)
     if get_radix_cache_factory("vtensor") is None:
@@ -194,9 +218,14 @@ def _build_tree(context: Any) -> Any:
 
 
 def _build_attention(runner: Any) -> Any:
-    from sglang_vtensor.srt.attention_host import HostAttentionBackend
+    if runner.device == "cpu":
+        from sglang_vtensor.srt.attention_host import HostAttentionBackend
 
-    return HostAttentionBackend(runner)
+        return HostAttentionBackend(runner)
+    from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+
+    runner.token_to_kv_pool.runtime.use_device_table()
+    return SegmentPrefillBackend(runner)
 
 
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
@@ -208,9 +237,16 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
 
 def _run_batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, batch, *args, **kwargs)
-    memory = _runtime(self).memory
-    memory.complete(memory.launch())  # the host computes in this very call: the batch is done
+    runtime = _runtime(self)
+    if self.device == "cpu":
+        runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
+    else:
+        runtime.launched(self.forward_stream if self.enable_overlap else self.device_module.current_stream())
     return result
+
+
+def _on_idle(self: Any) -> None:
+    _runtime(self).poll()
 
 
 def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:

@@ -189,6 +189,11 @@ class KVMemory:
             self.pages_shared += shared
             return fitted
 
+    def pin_padding(self) -> Segment:
+        """A segment that shows the padding page at every address, for the padding requests of captured batches."""
+        with self._timed():
+            return self.segments.pin(0)
+
     def park(self, segment: Segment, keep_pages: int, owner: object) -> None:
         """Leave a leased segment at `owner` (a tree node) for the turn that continues it."""
         with self._timed():

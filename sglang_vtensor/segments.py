@@ -27,6 +27,7 @@ class SegmentState(enum.Enum):
     LEASED = "leased"
     PARKED = "parked"
     RETIRED = "retired"
+    PINNED = "pinned"
 
 
 @dataclass(eq=False)
@@ -72,6 +73,7 @@ class SegmentPool:
         self._parked: OrderedDict[int, Segment] = OrderedDict()  # by index, the longest parked first
         self._retired: deque[Segment] = deque()
         self._leased = 0
+        self._pinned = 0
 
     # Life of a segment.
 
@@ -135,6 +137,16 @@ class SegmentPool:
         for segment in list(self._parked.values()):
             self.drop(segment)
         return count
+
+    def pin(self, page: int) -> Segment:
+        """A segment that shows one page everywhere, for good: what padding requests of a batch read."""
+        segment = self.take()
+        self._map_on(segment, [page] * self.max_pages)
+        segment.state = SegmentState.PINNED
+        self._leased -= 1
+        self.fresh -= 1
+        self._pinned += 1
+        return segment
 
     def reclaim(self) -> None:
         """Unmap the retired segments that no batch in flight reads any more."""
@@ -231,6 +243,7 @@ class SegmentPool:
             "leased": self._leased,
             "parked": len(self._parked),
             "retired": len(self._retired),
+            "pinned": self._pinned,
         }
 
     def mappings(self) -> int:

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ["SGLANG_PLATFORM"] = "vtensor_host"
+ON_GPU = os.environ.get("VTENSOR_TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ["SGLANG_PLATFORM"] = "vtensor_host"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
@@ -74,6 +76,7 @@ class Scheduler:
             "max_total_tokens": 8192,
             "max_running_requests": 32,
             "log_level": "warning",
+            "sampling_backend": "pytorch",
             **server_args,
         }
         self._pipe, theirs = _context.Pipe()

@@ -64,6 +64,8 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     out_cache_loc = _to_device(np.concatenate(out), batch.device)
     slots_cpu = torch.tensor(slots, dtype=torch.int64)
     slots_device = slots_cpu.to(batch.device, non_blocking=True)
+    if runtime.extend_reads_segments:
+        runtime.publish_segments(slots, slots_device)
     prefix_lens_cpu = torch.tensor(prefix_lens, dtype=torch.int64)
     extend_lens_cpu = torch.tensor(batch.extend_lens, dtype=torch.int64)
     write_cache_indices(

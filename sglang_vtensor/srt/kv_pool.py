@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_vtensor.kernels.kv_store import store_kv
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.srt.options import Options, parse_share_or_bytes
@@ -91,8 +92,12 @@ class VTensorKVPool(MHATokenToKVPool):
         )
 
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
-        self.k_buffer[layer_idx][loc] = cache_k
-        self.v_buffer[layer_idx][loc] = cache_v
+        keys, values = self.k_buffer[layer_idx], self.v_buffer[layer_idx]
+        if loc.is_cuda:
+            store_kv(cache_k, cache_v, keys, values, loc)
+        else:
+            keys[loc] = cache_k
+            values[loc] = cache_v
 
     def _move_kv_cache_impl(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         for buffer in (*self.k_buffer, *self.v_buffer):

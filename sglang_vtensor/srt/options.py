@@ -19,6 +19,8 @@ KV_BACKENDS = ("default", "vtensor")
 ATTENTION_BACKEND = "vtensor"
 #: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
 HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
+CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
+PREFILL_KERNELS = ("auto", "fa3")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
@@ -36,10 +38,16 @@ class Options:
     vtensor_reserve: str = "0.02"
     vtensor_idle_seconds: float = 10.0
     vtensor_max_parked: int | None = None
+    vtensor_prefill_kernel: str = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_backend not in KV_BACKENDS:
             raise Refused(f"--kv-backend {self.kv_backend!r} is unknown: choose from {', '.join(KV_BACKENDS)}")
+        if self.vtensor_prefill_kernel not in PREFILL_KERNELS:
+            raise Refused(
+                f"--vtensor-prefill-kernel {self.vtensor_prefill_kernel!r} is unknown: choose from "
+                f"{', '.join(PREFILL_KERNELS)}"
+            )
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         if self.vtensor_idle_seconds < 0:
             raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
@@ -87,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Options.vtensor_max_parked,
         help="Finished conversations that keep their contiguous addresses. Default: as many as requests may run.",
     )
+    group.add_argument(
+        "--vtensor-prefill-kernel",
+        choices=PREFILL_KERNELS,
+        default=Options.vtensor_prefill_kernel,
+        help="The kernel that reads segments in extend: FlashAttention-3, or the fastest that runs on this GPU.",
+    )
 
 
 def parse_share_or_bytes(text: str, option: str) -> float | int:
@@ -104,6 +118,7 @@ def parse_share_or_bytes(text: str, option: str) -> float | int:
 
 def refuse_unsupported(args: ServerArgs) -> None:
     """Raise `Refused` for what would break, or be wrong, with this KV memory."""
+    from sglang.srt.environ import envs
 
     def refuse(option: str, why: str, instead: str) -> None:
         raise Refused(f"--kv-backend vtensor does not support {option}: {why}. {instead}")
@@ -128,6 +143,11 @@ def refuse_unsupported(args: ServerArgs) -> None:
         ("--enable-two-batch-overlap", args.enable_two_batch_overlap, "two batches would run at once"),
         ("--use-ray", args.use_ray, "the options do not reach Ray's actors"),
         ("--prefill-only-disable-kv-cache", args.prefill_only_disable_kv_cache, "there is no KV cache to back"),
+        (
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+            envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
+            "the pool's size is settled before graphs are captured, its memory is not",
+        ),
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),
         ("--attn-cp-size above 1", args.attn_cp_size > 1, "a context would be spread over ranks"),

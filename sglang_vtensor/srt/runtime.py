@@ -10,11 +10,13 @@ Page ids are known on the host from the moment they are handed out, so nothing h
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.segments import Segment
@@ -43,6 +45,8 @@ class Runtime:
         self.memory = memory
         self.requests: dict[int, RequestPages] = {}
         self.segment_of = np.zeros(num_request_slots, dtype=np.int64)
+        self._device_table: torch.Tensor | None = None
+        self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self.extend_reads_segments = False
         self.decode_reads_segments = False
         self.tree_stats: Callable[[], dict[str, int]] = dict
@@ -61,6 +65,39 @@ class Runtime:
             self.segment_of[slot] = segment.index
         else:
             segment.busy_until = self.memory.next_epoch
+
+    # On a GPU: the same table on the device, and the batches in flight.
+
+    def use_device_table(self) -> None:
+        """Keep `segment_of` on the device too. Slot 0, SGLang's padding request, reads the padding page."""
+        self.segment_of[0] = self.memory.pin_padding().index
+        self._device_table = torch.from_numpy(self.segment_of).to(self.memory.vmm.device, torch.int32)
+
+    def publish_segments(self, slots: list[int], slots_device: torch.Tensor) -> None:
+        """Write the segments of these slots (a list, and the same int64 on the device) into the device's table.
+
+        On the current stream, which runs before the forward pass that reads the table, and after the one before it.
+        """
+        if self._device_table is not None:
+            segments = torch.from_numpy(self.segment_of[slots].astype(np.int32)).pin_memory()
+            self._device_table[slots_device] = segments.to(self.memory.vmm.device, non_blocking=True)
+
+    def device_segments(self, slots: torch.Tensor) -> torch.Tensor:
+        """The segments (int32, on the device) of request slots (on the device)."""
+        assert self._device_table is not None
+        return self._device_table[slots]
+
+    def launched(self, stream: torch.cuda.Stream) -> None:
+        """A batch was launched on `stream`. Batches that are done by now are told to the memory; nothing waits."""
+        event = torch.cuda.Event()
+        event.record(stream)
+        self._flying.append((self.memory.launch(), event))
+        self.poll()
+
+    def poll(self) -> None:
+        """Tell the memory which batches are done."""
+        while self._flying and self._flying[0][1].query():
+            self.memory.complete(self._flying.popleft()[0])
 
     def clear(self) -> None:
         """Forget every request and free every page: the caches are flushed."""

@@ -1,0 +1,1 @@
+"""What needs an NVIDIA GPU with virtual memory management: `make test-gpu`."""

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+
+os.environ["VTENSOR_TEST_GPU"] = "1"  # before the harness is imported
+
+import pytest
+import torch
+
+from sglang_vtensor import tiny_model
+from tests.e2e.compare import TIE
+from tests.e2e.conftest import schedulers  # noqa: F401
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.gpu)
+
+
+def pytest_sessionstart(session):
+    if not torch.cuda.is_available():
+        pytest.exit("tests/gpu needs an NVIDIA GPU: run `make test` for what runs without one", returncode=2)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Llama-3-8B's KV heads at a depth of four: 16 KiB a token, pages of 128 tokens and 2 MiB."""
+    root = tmp_path_factory.mktemp("models")
+    geometry = {"layers": 4, "hidden": 512, "heads": 32, "kv_heads": 8, "head_dim": 128, "max_tokens": 16384}
+    return {"gqa": tiny_model.build(root / "gqa", **geometry)}
+
+
+@pytest.fixture(params=["segments", "fa3"])
+def pair(request, schedulers):  # noqa: F811
+    """Ours by segments in extend, or by slot with the same kernel and page size on both sides."""
+
+    def get(**server_args):
+        common = {"dtype": "bfloat16", "mem_fraction_static": 0.1} | server_args
+        if request.param == "fa3":
+            reference = schedulers(attention_backend="fa3", page_size=128, **common)
+            ours = schedulers(kv_backend="vtensor", attention_backend="fa3", **common)
+        else:
+            reference = schedulers(attention_backend="fa3", **common)
+            ours = schedulers(kv_backend="vtensor", **common)
+        return reference, ours, TIE["bfloat16"]
+
+    get.page_size = 128
+    return get

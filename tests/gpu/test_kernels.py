@@ -1,0 +1,122 @@
+"""Kernels against plain references, on random inputs, with poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_vtensor.kernels.kv_store import store_kv
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.vmm import open_vmm
+
+flash_attn = pytest.importorskip("sgl_kernel.flash_attn")
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (1, 64), (3, 80), (32, 128)])
+@pytest.mark.parametrize("tokens", [1, 7, 513])
+def test_store(heads, dim, tokens):
+    row = heads * dim
+    qkv = torch.randn(tokens, 5 * row, device="cuda", dtype=torch.bfloat16)
+    k = qkv[:, row : 2 * row].view(tokens, heads, dim)
+    v = qkv[:, 3 * row : 4 * row].view(tokens, heads, dim)
+    pool = torch.full((1024, 4, row), float("nan"), device="cuda", dtype=torch.bfloat16)
+    k_cache, v_cache = pool[:, 1].view(1024, heads, dim), pool[:, 2].view(1024, heads, dim)
+    slots = torch.randperm(1024, device="cuda")[:tokens]
+    store_kv(k, v, k_cache, v_cache, slots)
+    assert torch.equal(k_cache[slots], k)
+    assert torch.equal(v_cache[slots], v)
+    untouched = torch.ones(1024, dtype=torch.bool, device="cuda")
+    untouched[slots] = False
+    assert pool[untouched].isnan().all(), "another token was written"
+    assert pool[:, (0, 3)].isnan().all(), "another layer was written"
+
+
+def test_store_refuses_what_does_not_fit():
+    k = torch.zeros(4, 2, 64, device="cuda", dtype=torch.bfloat16)
+    cache = torch.zeros(16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    slots = torch.zeros(4, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="one dtype wanted"):
+        store_kv(k.float(), k, cache, cache, slots)
+    with pytest.raises(ValueError, match=r"slots are \(4,\)"):
+        store_kv(k, k, cache, cache, slots[:3])
+    with pytest.raises(ValueError, match="contiguous"):
+        store_kv(k, k, cache.transpose(0, 1).contiguous().transpose(0, 1), cache, slots)
+
+
+@pytest.fixture(scope="module")
+def memory():
+    vmm = open_vmm("cuda:0")
+    layout = KVLayout.choose(
+        layers=2, kv_heads=8, head_dim=128, dtype=torch.bfloat16, granularity=vmm.granularity, tile_tokens=128
+    )
+    return KVMemory(vmm, layout, capacity_pages=128, max_tokens=8192, max_running=8, worker=False)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(1, 1)], [(128, 1)], [(129, 129)], [(1, 1), (127, 127), (128, 5), (1000, 300), (4095, 64), (255, 1)]],
+    ids=str,
+)
+def test_segments_give_what_pages_give(memory, shapes):
+    """FlashAttention-3 on segments against the same kernel on pages, and against float32: `(context, new)` a request.
+
+    Behind a context's last page nothing is mapped: an over-read past it would fault.
+    """
+    tokens = memory.layout.page_tokens
+    k, v = memory.identity_views(1)
+    ks, vs = memory.segment_views(1)
+    requests = []
+    for context, _ in shapes:
+        pages = memory.allocate(memory.layout.pages_for(context))
+        pages = pages[::-1]
+        slots = torch.cat([torch.arange(p * tokens, (p + 1) * tokens) for p in pages])[:context].cuda()
+        k[slots] = torch.randn(context, 8, 128, device="cuda", dtype=torch.bfloat16)
+        v[slots] = torch.randn(context, 8, 128, device="cuda", dtype=torch.bfloat16)
+        requests.append((pages, slots, memory.lease(None, pages)))
+    new = [count for _, count in shapes]
+    q = torch.randn(sum(new), 32, 128, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    contexts = torch.tensor([context for context, _ in shapes], dtype=torch.int32, device="cuda")
+    longest = -(-max(context for context, _ in shapes) // 128) * 128
+    common = {
+        "cache_seqlens": contexts,
+        "cu_seqlens_q": starts,
+        "max_seqlen_q": max(new),
+        "softmax_scale": 128**-0.5,
+        "causal": True,
+    }
+    by_segment = flash_attn.flash_attn_with_kvcache(
+        q=q,
+        k_cache=ks[:, :longest],
+        v_cache=vs[:, :longest],
+        cache_batch_idx=torch.tensor([r[2].index for r in requests], dtype=torch.int32, device="cuda"),
+        **common,
+    )
+    table = torch.zeros(len(shapes), longest // tokens, dtype=torch.int32)
+    for i, (pages, _, _) in enumerate(requests):
+        table[i, : len(pages)] = torch.tensor(pages)
+    by_page = flash_attn.flash_attn_with_kvcache(
+        q=q,
+        k_cache=k.view(-1, tokens, 8, 128),
+        v_cache=v.view(-1, tokens, 8, 128),
+        page_table=table.cuda(),
+        **common,
+    )
+    torch.cuda.synchronize()
+    for i, (context, count) in enumerate(shapes):
+        rows = slice(int(starts[i]), int(starts[i + 1]))
+        slots = requests[i][1]
+        scores = torch.einsum("qhgd,khd->hgqk", q[rows].float().view(count, 8, 4, 128), k[slots].float()) * (128**-0.5)
+        mask = torch.ones(count, context, dtype=torch.bool, device="cuda").tril(context - count)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        expected = torch.einsum("hgqk,khd->qhgd", weights, v[slots].float()).reshape(count, 32, 128)
+        for got in (by_segment, by_page):
+            error = (got[rows].float() - expected).norm() / expected.norm()
+            assert error < 1e-2, (i, context, count, float(error))
+    for pages, _, segment in requests:
+        memory.release(segment)
+        memory.free(pages)
+    memory.complete(memory.launch())
+    memory.housekeep()
+    memory.check_integrity()
