@@ -1,4 +1,4 @@
-"""The scenarios of `tests/e2e`, on a GPU: FlashAttention-3 on both sides, with CUDA graphs and the overlap scheduler."""
+"""The scenarios of `tests/e2e`, on a GPU: FlashAttention-3 on both sides, CUDA graphs, the overlap scheduler."""
 
 from tests.e2e.test_same_tokens import (  # noqa: F401
     test_a_batch,
