@@ -27,9 +27,11 @@ os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-_context = multiprocessing.get_context("forkserver")
-# Imports only: a thread or a parallel region in the parent would not survive the fork.
-_context.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.models.registry"])
+# Importing SGLang beside a GPU initializes CUDA, which survives no fork.
+_context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
+if not ON_GPU:
+    # Imports only: a thread or a parallel region in the parent would not survive the fork.
+    _context.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.models.registry"])
 
 
 @dataclass(frozen=True)

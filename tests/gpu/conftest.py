@@ -35,7 +35,7 @@ def pair(request, schedulers):  # noqa: F811
     """Ours by segments in extend, or by slot with the same kernel and page size on both sides."""
 
     def get(**server_args):
-        common = {"dtype": "bfloat16", "mem_fraction_static": 0.1} | server_args
+        common = {"dtype": "bfloat16", "mem_fraction_static": 0.06, "cuda_graph_max_bs_decode": 8} | server_args
         if request.param == "fa3":
             reference = schedulers(attention_backend="fa3", page_size=128, **common)
             ours = schedulers(kv_backend="vtensor", attention_backend="fa3", **common)

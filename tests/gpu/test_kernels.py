@@ -93,7 +93,7 @@ def test_segments_give_what_pages_give(memory, shapes):
         cache_batch_idx=torch.tensor([r[2].index for r in requests], dtype=torch.int32, device="cuda"),
         **common,
     )
-    table = torch.zeros(len(shapes), longest // tokens, dtype=torch.int32)
+    table = torch.zeros(len(shapes), max(len(pages) for pages, _, _ in requests), dtype=torch.int32)
     for i, (pages, _, _) in enumerate(requests):
         table[i, : len(pages)] = torch.tensor(pages)
     by_page = flash_attn.flash_attn_with_kvcache(

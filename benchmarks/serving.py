@@ -1,0 +1,247 @@
+"""Whole servers on a GPU: ours against SGLang's own KV cache, in turn on one machine, driven by one client.
+
+    python -m benchmarks.serving --workload chat,random --compare fa3,triton
+
+Llama-3-8B's geometry with random weights: the real kernels, no tokenizer. Every contestant is started `--starts` times, in
+turn, so that neither profits from what the other compiled; each start runs each workload once to warm up and `--rounds`
+times for the clock. The last start counts for the start-up time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import requests
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import results
+from sglang_vtensor.demo import free_port, stop
+
+VOCABULARY = 128_256
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CONTESTANTS = {
+    "vtensor": ["--kv-backend", "vtensor"],
+    "fa3": ["--attention-backend", "fa3"],
+    "fa3-page128": ["--attention-backend", "fa3", "--page-size", "128"],
+    "triton": ["--attention-backend", "triton"],
+}
+console = Console(width=130)
+
+
+@dataclass
+class Round:
+    """One run of a workload."""
+
+    seconds: float
+    tokens: int
+    first: list[float]
+    mapping: float
+
+    def row(self) -> dict[str, float]:
+        first = sorted(self.first)
+        return {
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "ttft_median_ms": round(1000 * statistics.median(first), 1),
+            "ttft_p99_ms": round(1000 * first[int(0.99 * (len(first) - 1))], 1),
+            "mapping_share": round(self.mapping / self.seconds, 5),
+        }
+
+
+class Client:
+    """Requests by token ids, streamed."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.first: list[float] = []
+
+    async def ask(self, session: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
+        body = {
+            "input_ids": tokens,
+            "stream": True,
+            "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
+        }
+        start = time.perf_counter()
+        first = 0.0
+        last = b""
+        async with session.post(f"{self.url}/generate", json=body) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    first = first or time.perf_counter() - start
+                    last = line
+        self.first.append(first)
+        ids: list[int] = json.loads(last[6:])["output_ids"]
+        return ids[-new:]
+
+    def run(self, workload: str, seed: int) -> Round:
+        self.first = []
+        before = self.mapping_seconds()
+        start = time.perf_counter()
+        tokens = asyncio.run(WORKLOADS[workload](self, random.Random(seed)))
+        seconds = time.perf_counter() - start
+        return Round(seconds, tokens, self.first, self.mapping_seconds() - before)
+
+    def mapping_seconds(self) -> float:
+        state = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"][0]
+        return float(state.get("vtensor", {}).get("scheduling_seconds", 0.0))
+
+
+def session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(600), connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
+    )
+
+
+async def chat(client: Client, rng: random.Random) -> int:
+    """64 conversations of 4 turns: a 2048-token system prompt for all, 512 tokens in, 128 out. Returns tokens out."""
+    system = words(rng, 2048)
+    questions = [[words(rng, 512) for _ in range(4)] for _ in range(64)]
+
+    async def converse(http: aiohttp.ClientSession, turns: list[list[int]]) -> None:
+        history = list(system)
+        for question in turns:
+            history += question
+            history += await client.ask(http, history, 128)
+
+    async with session() as http:
+        await asyncio.gather(*(converse(http, turns) for turns in questions))
+    return 64 * 4 * 128
+
+
+async def without_reuse(client: Client, rng: random.Random) -> int:
+    """192 requests of 1024 tokens in and 512 out, 64 at a time, nothing shared. Returns tokens out."""
+    prompts = [words(rng, 1024) for _ in range(192)]
+    gate = asyncio.Semaphore(64)
+
+    async def one(http: aiohttp.ClientSession, prompt: list[int]) -> None:
+        async with gate:
+            await client.ask(http, prompt, 512)
+
+    async with session() as http:
+        await asyncio.gather(*(one(http, prompt) for prompt in prompts))
+    return 192 * 512
+
+
+WORKLOADS = {"chat": chat, "random": without_reuse}
+
+
+def words(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def server(name: str, model: Path, log: Path) -> Iterator[tuple[str, float]]:
+    """Start a contestant. Yields its URL and the seconds until it answered."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--load-format", "dummy"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--dtype", "bfloat16"]
+    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none", "--random-seed", "0"]
+    start = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command + CONTESTANTS[name], stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ)
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                if process.poll() is not None or time.perf_counter() - start > 300:
+                    raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-4000:]}")
+                with contextlib.suppress(requests.RequestException):
+                    if requests.get(f"{url}/health_generate", timeout=5).status_code == 200:
+                        break
+                time.sleep(0.2)
+            yield url, time.perf_counter() - start
+        finally:
+            stop(process)
+
+
+def main(
+    workload: Annotated[str, typer.Option(help="chat, random, or both with a comma.")] = "chat,random",
+    compare: Annotated[str, typer.Option(help="Contestants beside ours, with commas.")] = "fa3,triton",
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    starts: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Measure, print and write serving.json."""
+    names = [*compare.split(","), "vtensor"]
+    workloads = workload.split(",")
+    rows: list[dict[str, Any]] = []
+    startup: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
+        for turn in range(starts):
+            for name in names if turn % 2 == 0 else names[::-1]:
+                with server(name, Path(folder), Path(folder) / f"{name}.log") as (url, seconds):
+                    startup[name] = seconds
+                    client = Client(url)
+                    for kind in workloads:
+                        client.run(kind, seed=0)
+                        for number in range(rounds):
+                            row = client.run(kind, seed=1 + turn * rounds + number).row()
+                            rows.append({"contestant": name, "workload": kind, "start": turn} | row)
+                            console.print(rows[-1])
+                    console.print(f"{name}: up in {seconds:.1f} s")
+    summary: dict[str, float] = {}
+    table = Table("workload", "contestant", "tokens/s", "TTFT median", "TTFT p99", "mapping", "ours / theirs", box=None)
+    for kind in workloads:
+        for name in names:
+            mine = [row for row in rows if row["contestant"] == name and row["workload"] == kind]
+            middle = {key: statistics.median(row[key] for row in mine) for key in Round(1, 1, [0.0], 0).row()}
+            ours = statistics.median(
+                row["tokens_per_second"] for row in rows if row["contestant"] == "vtensor" and row["workload"] == kind
+            )
+            ratio = ours / middle["tokens_per_second"]
+            if name != "vtensor":
+                summary[f"{kind}_vs_{name}"] = ratio
+            table.add_row(
+                kind,
+                name,
+                f"{middle['tokens_per_second']:,.0f}",
+                f"{middle['ttft_median_ms']:.0f} ms",
+                f"{middle['ttft_p99_ms']:.0f} ms",
+                f"{middle['mapping_share']:.2%}",
+                f"{ratio:.3f}",
+            )
+    summary["mapping_share"] = max(row["mapping_share"] for row in rows if row["contestant"] == "vtensor")
+    summary["startup_extra_s"] = startup["vtensor"] - startup[names[0]]
+    console.print(table)
+    console.print(summary)
+    console.print(f"written to {results.write('serving', summary, rows)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
