@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -40,7 +41,12 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def commit() -> str:
-    """The commit that was measured, with a mark if the tree had changes beside results."""
+    """The commit that was measured, with a mark if the tree had changes beside results.
+
+    Where the tree travelled without its history, `VTENSOR_COMMIT` says which it is.
+    """
+    if "VTENSOR_COMMIT" in os.environ:
+        return os.environ["VTENSOR_COMMIT"]
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = [line for line in _git("status", "--porcelain").splitlines() if "benchmarks/results/" not in line]

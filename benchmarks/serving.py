@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving --workload chat,random --compare fa3,triton
 
-Llama-3-8B's geometry with random weights: the real kernels, no tokenizer. Every contestant is started `--starts` times, in
-turn, so that neither profits from what the other compiled; each start runs each workload once to warm up and `--rounds`
-times for the clock. The last start counts for the start-up time.
+Llama-3-8B's geometry with random weights: the real kernels, no tokenizer. Every contestant is started `--starts` times,
+in turn, so that neither profits from what the other compiled; each start runs each workload once to warm up and
+`--rounds` times for the clock. The last start counts for the start-up time.
 """
 
 from __future__ import annotations
