@@ -1,8 +1,9 @@
 """The manager: the two pools behind one lock, the mapping worker, and what is told of them.
 
 Everything that maps or unmaps goes through here. The scheduling thread calls it before each batch for exactly what that
-batch needs. The mapping worker does the rest in slices of one driver operation a turn, so that the scheduling thread
-never waits for more than one of them: pages created ahead of need, retired segments unmapped, idle pages given back.
+batch needs. The mapping worker does the rest: pages created ahead of need, retired segments unmapped, idle pages given
+back. It takes one page or segment in hand at a time and calls the driver without the lock; the scheduling thread waits
+for it only where just that page or segment is the last one there is.
 
 Time is counted in epochs, one for each launched batch. What a batch may read carries its epoch, and is not unmapped
 before `complete` has been told of it: nothing here waits for a device.
@@ -116,6 +117,7 @@ class KVMemory:
         self.prefix_tokens_served = 0
         self.scheduling_seconds = 0.0
         self._lock = threading.RLock()
+        self._settled = threading.Condition(self._lock)  # the worker has let go of a page or a segment
         self._used_at = time.monotonic()
         self._retry_at = 0.0
         self._wake = threading.Event()
@@ -136,6 +138,9 @@ class KVMemory:
             return []
         with self._timed():
             pages = self.pages.allocate(count)
+            while pages is None and self.pages.moving and count <= self.pages.available():
+                self._settled.wait()
+                pages = self.pages.allocate(count)
             self._used_at = time.monotonic()
         if pages is not None:
             self.pages_allocated += count
@@ -174,6 +179,8 @@ class KVMemory:
         with self._timed():
             owner = segment.owner if segment is not None else None
             if segment is None:
+                while self.segments.exhausted() and self.segments.in_hand:
+                    self._settled.wait()
                 held = self.segments.take()
             else:
                 held = segment if owner is None else self.segments.adopt(segment)
@@ -231,23 +238,63 @@ class KVMemory:
     # The worker.
 
     def housekeep(self) -> bool:
-        """One turn of what needs not be done now. True if it did something, and there may be more."""
+        """One turn of what needs not be done now. True if it did something, and there may be more.
+
+        The driver is called without the lock: the page or the segment is in this thread's hands meanwhile, and nobody
+        else's.
+        """
         with self._lock:
-            now = time.monotonic()
-            before = self.segments.unmaps
-            self.segments.reclaim()
-            if self.segments.unmaps != before:
-                return True
-            if self.pages.free_backed < min(self.reserve_pages, self.pages.available()) and now >= self._retry_at:
-                try:
-                    self.pages.back(1)
-                    return True
-                except OutOfMemory as error:
-                    self._retry_at = now + RETRY_SECONDS
-                    logger.debug("no page ahead of need: %s", error)
-            if now - self._used_at >= self.idle_seconds and self.pages.free_backed > self.reserve_pages:
-                return self.pages.trim(self.pages.free_backed - 1, self.segments.completed) > 0
-            return False
+            segment = self.segments.begin_reclaim()
+        if segment is not None:
+            self._reclaim(segment)
+            return True
+        with self._lock:
+            page = self._page_to_back()
+        if page is not None:
+            return self._back(page)
+        with self._lock:
+            page = self._page_to_trim()
+        if page is not None:
+            self.pages.release_page(page)
+            with self._settled:
+                self.pages.finish_trim(page)
+                self._settled.notify()
+            return True
+        return False
+
+    def _reclaim(self, segment: Segment) -> None:
+        left = len(segment.pages)
+        try:
+            for left in self.segments.unmap_segment(segment):  # noqa: B007
+                pass
+        finally:
+            with self._settled:
+                self.segments.finish_reclaim(segment, left)
+                self._settled.notify()
+
+    def _page_to_back(self) -> int | None:
+        wanted = min(self.reserve_pages, self.pages.available())
+        if self.pages.free_backed >= wanted or time.monotonic() < self._retry_at:
+            return None
+        return self.pages.begin_back()
+
+    def _back(self, page: int) -> bool:
+        handle = None
+        try:
+            handle = self.pages.create_page(page)
+        except OutOfMemory as error:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            logger.debug("no page ahead of need: %s", error)
+        finally:
+            with self._settled:
+                self.pages.finish_back(page, handle)
+                self._settled.notify()
+        return handle is not None
+
+    def _page_to_trim(self) -> int | None:
+        if time.monotonic() - self._used_at < self.idle_seconds:
+            return None
+        return self.pages.begin_trim(self.reserve_pages, self.segments.completed)
 
     def trim(self) -> int:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""

@@ -23,6 +23,8 @@ class PageState(enum.IntEnum):
     UNBACKED = 0
     FREE = 1
     OWNED = 2
+    #: On its way from unbacked to free or back, in the hands of whoever calls the driver for it.
+    MOVING = 3
 
 
 class PagePool:
@@ -49,7 +51,8 @@ class PagePool:
         self._free: deque[int] = deque()  # last freed first handed out: the oldest end is what trim takes
         self._unbacked = list(range(1, num_pages))  # a heap: low addresses first
         self._owned = 0
-        self._back(0)
+        self.moving = 0
+        self._handles[0] = self.create_page(0)
         self._state[0] = PageState.OWNED
 
     # What there is.
@@ -65,7 +68,7 @@ class PagePool:
 
     @property
     def backed(self) -> int:
-        """Pages that hold memory, the padding page included."""
+        """Pages that hold memory, the padding page included; not those on their way."""
         return 1 + self._owned + len(self._free)
 
     def available(self) -> int:
@@ -90,7 +93,8 @@ class PagePool:
     # Hand out and take back.
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, now owned by the caller; None if the limit or the device has no room for all of them.
+        """`count` pages, now owned by the caller; None if the limit or the device has no room for all of them, or if
+        the last ones are `moving`.
 
         After None nothing is owned that was not before. Pages that were created on the way stay backed and free.
         """
@@ -101,6 +105,8 @@ class PagePool:
                 self.back(count - len(self._free))
             except OutOfMemory:
                 return None
+        if count > len(self._free):
+            return None  # the rest is in the worker's hands
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._state[page] = PageState.OWNED
@@ -117,41 +123,82 @@ class PagePool:
         self._free.extend(pages)
         self._owned -= len(pages)
 
-    # Physical memory.
+    # Physical memory. Each change is begin (take the page in hand), a call of the driver, and finish, so that the
+    # driver can be called without the lock that the other two need.
 
     def back(self, count: int) -> None:
         """Create `count` more pages and map them into the identity region. Raises `OutOfMemory` after the first
         that does not fit: those before it are backed and free, the failing one is as it was."""
-        for _ in range(min(count, len(self._unbacked))):
-            page = self._unbacked[0]
-            self._back(page)
-            heapq.heappop(self._unbacked)
-            self._state[page] = PageState.FREE
-            self._free.appendleft(page)
+        for _ in range(count):
+            page = self.begin_back()
+            if page is None:
+                return
+            handle = None
+            try:
+                handle = self.create_page(page)
+            finally:
+                self.finish_back(page, handle)
+
+    def begin_back(self) -> int | None:
+        """Take an unbacked page in hand, the lowest; None if there is none."""
+        if not self._unbacked:
+            return None
+        page = heapq.heappop(self._unbacked)
+        self._state[page] = PageState.MOVING
+        self.moving += 1
+        return page
+
+    def finish_back(self, page: int, handle: Handle | None) -> None:
+        """The page in hand has memory now, and is free; or has none (`handle` is None), and is as before."""
+        self.moving -= 1
+        if handle is None:
+            self._state[page] = PageState.UNBACKED
+            heapq.heappush(self._unbacked, page)
+            return
+        self._handles[page] = handle
+        self._state[page] = PageState.FREE
+        self._free.appendleft(page)
+        self.creates += 1
 
     def trim(self, keep: int, completed: int) -> int:
-        """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many.
+        """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many."""
+        released = 0
+        while (page := self.begin_trim(keep, completed)) is not None:
+            self.release_page(page)
+            self.finish_trim(page)
+            released += 1
+        return released
+
+    def begin_trim(self, keep: int, completed: int) -> int | None:
+        """Take in hand the longest-free page that may go; None if `keep` or fewer are free, or none may.
 
         A page stays while a segment still maps it, or a batch later than `completed` may still read it.
         """
-        stay: list[int] = []
-        released = 0
-        while len(self._free) + len(stay) > keep and self._free:
-            page = self._free.popleft()
-            if self._aliases[page] or self._freed_at[page] > completed:
-                stay.append(page)
-                continue
-            self._unback(page)
-            released += 1
-        self._free.extendleft(reversed(stay))
-        return released
+        if len(self._free) <= keep:
+            return None
+        for page in self._free:
+            if not self._aliases[page] and self._freed_at[page] <= completed:
+                self._free.remove(page)
+                self._state[page] = PageState.MOVING
+                self.moving += 1
+                return page
+        return None
+
+    def finish_trim(self, page: int) -> None:
+        """The page in hand has no memory any more."""
+        self.moving -= 1
+        self._handles[page] = Handle(0)
+        self._state[page] = PageState.UNBACKED
+        heapq.heappush(self._unbacked, page)
+        self.releases += 1
 
     def count_alias(self, page: int, change: int) -> None:
         """Note that a segment maps the page (+1) or no longer does (-1)."""
         self._aliases[page] += change
         assert self._aliases[page] >= 0, f"page {page} lost a mapping it never had"
 
-    def _back(self, page: int) -> None:
+    def create_page(self, page: int) -> Handle:
+        """Create the memory of a page in hand and map it at its place. On failure nothing is left of it."""
         handle = self.vmm.create(self.page_bytes)
         try:
             self.vmm.map(self.address(page), self.page_bytes, handle)
@@ -164,17 +211,13 @@ class PagePool:
             self.vmm.unmap(self.address(page), self.page_bytes)
             self.vmm.release(handle)
             raise
-        self._handles[page] = handle
-        self.creates += 1
+        return handle
 
-    def _unback(self, page: int) -> None:
+    def release_page(self, page: int) -> None:
+        """Unmap a page in hand from its place and release its memory."""
         # The mapping goes first: a handle released while mapped keeps its memory (invariant 4).
         self.vmm.unmap(self.address(page), self.page_bytes)
         self.vmm.release(self._handles[page])
-        self._handles[page] = Handle(0)
-        self._state[page] = PageState.UNBACKED
-        heapq.heappush(self._unbacked, page)
-        self.releases += 1
 
     def close(self) -> None:
         """Unmap and release everything, owned or not. The pool is not to be used after."""
@@ -191,9 +234,11 @@ class PagePool:
         assert counts[PageState.OWNED] == self._owned + 1, (counts, self._owned)
         assert counts[PageState.FREE] == len(self._free) == len(set(self._free)), (counts, len(self._free))
         assert counts[PageState.UNBACKED] == len(self._unbacked) == len(set(self._unbacked))
-        for page in range(self.num_pages):
+        assert counts[PageState.MOVING] == self.moving
+        settled = [page for page in range(self.num_pages) if self._state[page] != PageState.MOVING]
+        for page in settled:
             backed = self._state[page] != PageState.UNBACKED
             assert bool(self._handles[page]) == backed, f"page {page}: {self.state(page).name}, handle {backed}"
             assert backed or not self._aliases[page], f"page {page} is unbacked but mapped in {self._aliases[page]}"
-        handles = [handle for handle in self._handles if handle]
+        handles = [self._handles[page] for page in settled if self._handles[page]]
         assert len(handles) == len(set(handles)) == self.backed

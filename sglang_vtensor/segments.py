@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sglang_vtensor.pages import PagePool
@@ -74,6 +74,7 @@ class SegmentPool:
         self._retired: deque[Segment] = deque()
         self._leased = 0
         self._pinned = 0
+        self.in_hand = 0
 
     # Life of a segment.
 
@@ -82,7 +83,8 @@ class SegmentPool:
 
         Raises `VMMError` if every segment is leased, or busy in flight.
         """
-        self.reclaim()
+        if not self._idle:
+            self.reclaim()  # the mapping worker was slower than the requests
         while not self._idle and self._parked:
             self.drop(next(iter(self._parked.values())))
             self.reclaim()
@@ -150,18 +152,45 @@ class SegmentPool:
 
     def reclaim(self) -> None:
         """Unmap the retired segments that no batch in flight reads any more."""
-        for _ in range(len(self._retired)):
-            segment = self._retired.popleft()
-            if self.is_busy(segment):
-                self._retired.append(segment)
-                continue
+        while (segment := self.begin_reclaim()) is not None:
+            left = len(segment.pages)
             try:
-                self._unmap_from(segment, 0)
-            except VMMError:
-                self._retired.append(segment)  # it keeps what is still mapped, and is tried again
-                raise
-            segment.state = SegmentState.IDLE
-            self._idle.append(segment)
+                for left in self.unmap_segment(segment):  # noqa: B007
+                    pass
+            finally:
+                self.finish_reclaim(segment, left)
+
+    def begin_reclaim(self) -> Segment | None:
+        """Take in hand a retired segment that no batch reads any more; None if there is none."""
+        for segment in self._retired:
+            if not self.is_busy(segment):
+                self._retired.remove(segment)
+                self.in_hand += 1
+                return segment
+        return None
+
+    def unmap_segment(self, segment: Segment) -> Iterator[int]:
+        """Unmap a segment in hand, the last page first. Yields, after each call of the driver, how many are left."""
+        for position in reversed(range(len(segment.pages))):
+            self.vmm.unmap(segment.address + position * self.page_bytes, self.page_bytes)
+            yield position
+
+    def finish_reclaim(self, segment: Segment, left: int) -> None:
+        """Of the segment in hand `left` pages are still mapped: none, and it is idle; or it is tried again."""
+        self.in_hand -= 1
+        for page in segment.pages[left:]:
+            self.page_pool.count_alias(page, -1)
+        self.unmaps += len(segment.pages) - left
+        del segment.pages[left:]
+        if left:
+            self._retired.append(segment)
+            return
+        segment.state = SegmentState.IDLE
+        self._idle.append(segment)
+
+    def exhausted(self) -> bool:
+        """No segment is idle, none can be made so, and none is parked: `take` would fail."""
+        return not self._idle and not self._parked and all(self.is_busy(segment) for segment in self._retired)
 
     def is_busy(self, segment: Segment) -> bool:
         return segment.busy_until > self.completed
@@ -242,7 +271,7 @@ class SegmentPool:
             "idle": len(self._idle),
             "leased": self._leased,
             "parked": len(self._parked),
-            "retired": len(self._retired),
+            "retired": len(self._retired) + self.in_hand,
             "pinned": self._pinned,
         }
 

@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -110,6 +111,34 @@ def test_the_worker_survives_a_full_device(caplog):
         memory.close()
 
 
+def test_the_last_page_is_waited_for_in_the_workers_hands():
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm, worker=False, reserve_pages=16)
+    memory.allocate(15)
+    begun, go = threading.Event(), threading.Event()
+    clear = vmm.clear
+
+    def slow(*args):
+        begun.set()
+        assert go.wait(10)
+        clear(*args)
+
+    vmm.clear = slow
+    worker = threading.Thread(target=memory.housekeep)
+    worker.start()
+    assert begun.wait(10)
+    got = []
+    taker = threading.Thread(target=lambda: got.append(memory.allocate(1)))
+    taker.start()
+    taker.join(0.1)
+    assert taker.is_alive(), "the page was handed out before it was there"
+    go.set()
+    for thread in (worker, taker):
+        thread.join(10)
+    assert len(got[0]) == 1
+    memory.check_integrity()
+
+
 def test_the_worker_unmaps_behind_the_scheduler():
     memory = make(worker=True)
     try:
@@ -129,7 +158,8 @@ def test_free_all_forgets_everything():
     memory.park(memory.lease(None, pages[3:5]), 2, "leaf")
     memory.free_all()
     memory.complete(memory.launch())
-    memory.housekeep()
+    while memory.housekeep():
+        pass
     stats = memory.stats()
     assert (stats.pages_owned, stats.segment_mappings, stats.segments_leased, stats.segments_parked) == (0, 0, 0, 0)
     memory.check_integrity()
