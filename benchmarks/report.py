@@ -36,13 +36,39 @@ def host() -> str:
     return "\n".join([*lines, "", source(record)])
 
 
+def serving() -> str:
+    """Throughput, time to first token and mapping time of whole servers."""
+    record = results.read("serving")
+    if record is None:
+        return "Not measured yet."
+    lines = [
+        "| workload | server | tokens/s | TTFT median | TTFT p99 | mapping, share of time | vtensor / it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def middle(name: str, kind: str, key: str) -> float:
+        rows = [row for row in record["rows"] if row["contestant"] == name and row["workload"] == kind]
+        return statistics.median(row[key] for row in rows)
+
+    for kind in dict.fromkeys(row["workload"] for row in record["rows"]):
+        for name in dict.fromkeys(row["contestant"] for row in record["rows"]):
+            ratio = middle("vtensor", kind, "tokens_per_second") / middle(name, kind, "tokens_per_second")
+            lines.append(
+                f"| {kind} | {name} | {middle(name, kind, 'tokens_per_second'):,.0f} | "
+                f"{middle(name, kind, 'ttft_median_ms'):.0f} ms | {middle(name, kind, 'ttft_p99_ms'):.0f} ms | "
+                f"{middle(name, kind, 'mapping_share'):.2%} | {ratio:.3f} |"
+            )
+    extra = record["summary"]["startup_extra_s"]
+    return "\n".join([*lines, "", f"Start-up takes {extra:+.1f} s. {source(record)}"])
+
+
 def source(record: dict[str, Any]) -> str:
     """Where a table comes from, in one line."""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("sglang", "torch"))
     return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
 
 
-TABLES = {"host": host}
+TABLES = {"host": host, "serving": serving}
 
 
 def render(text: str) -> str:

@@ -30,19 +30,19 @@ def models(tmp_path_factory):
     return {"gqa": tiny_model.build(root / "gqa", **geometry)}
 
 
-@pytest.fixture(params=["segments", "fa3"])
+@pytest.fixture(params=["segments", "fa3", "triton"])
 def pair(request, schedulers):  # noqa: F811
-    """Ours by segments in extend, or by slot with the same kernel and page size on both sides."""
+    """Ours by segments in extend, or by slot; SGLang's own kernel of that name on the other side."""
+    kernel = "fa3" if request.param == "segments" else request.param
+    ours_by = {} if request.param == "segments" else {"attention_backend": kernel}
 
     def get(**server_args):
-        common = {"dtype": "bfloat16", "mem_fraction_static": 0.06, "cuda_graph_max_bs_decode": 8} | server_args
-        if request.param == "fa3":
-            reference = schedulers(attention_backend="fa3", page_size=128, **common)
-            ours = schedulers(kv_backend="vtensor", attention_backend="fa3", **common)
-        else:
-            reference = schedulers(attention_backend="fa3", **common)
-            ours = schedulers(kv_backend="vtensor", **common)
-        return reference, ours, TIE["bfloat16"]
+        common = {"dtype": "bfloat16", "mem_fraction_static": 0.05, "cuda_graph_max_bs_decode": 8} | server_args
+        # By slot with the same kernel, page sizes are the same too, so that only the memory differs.
+        page_size = {"page_size": 128} if request.param == "fa3" else {}
+        reference = schedulers(attention_backend=kernel, **page_size, **common)
+        return reference, schedulers(kv_backend="vtensor", **ours_by, **common), TIE["bfloat16"]
 
     get.page_size = 128
+    get.segments = request.param == "segments"
     return get

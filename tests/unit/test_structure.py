@@ -69,3 +69,9 @@ def test_the_readme_says_what_was_measured():
 
     assert report.README.read_text() == report.render(report.README.read_text())
     assert set(report.re.findall(r"<!-- results (\w+) -->", report.README.read_text())) == set(report.TABLES)
+
+
+def test_the_page_size_table_is_what_the_layout_chooses():
+    from benchmarks import page_sizes
+
+    assert page_sizes.PAGE.read_text() == page_sizes.table()
