@@ -26,7 +26,7 @@ from sglang_vtensor.server_client import server_stats
 SYSTEM = (
     "you are a helpful assistant that answers every question about virtual memory in a few plain words. "
     + "the pages of a conversation are shared by every turn that continues it and a branch shares what came before. "
-    * 6
+    * 12
 )
 QUESTIONS = {
     "alice": ["what is a page", "who owns it", "why is the second answer so much faster", "thank you say it again"],
@@ -41,7 +41,9 @@ def run(console: Console, *, model: str | None, turns: int, port: int | None) ->
         arguments = []
         if model is None:
             console.print("No model given: a tiny one with random weights is made. What it says is meaningless.")
-            model = str(tiny_model.build(Path(folder) / "tiny"))
+            # On a GPU a page is 2 MiB at least: Llama-3-8B's KV heads make that 128 tokens, which the prompt fills.
+            wide = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 128} if torch.cuda.is_available() else {}
+            model = str(tiny_model.build(Path(folder) / "tiny", **wide))
             arguments = ["--max-total-tokens", "16384", "--max-running-requests", "32"]
             arguments += ["--dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
         log = Path(folder) / "server.log"

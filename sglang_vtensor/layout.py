@@ -91,8 +91,8 @@ class KVLayout:
 
         Without `page_tokens`, the smallest of PAGE_TOKENS that is whole tiles (`tile_tokens`, so that a kernel that
         loads whole tiles stays within a context's own pages) and whole granules; where that page were larger than
-        LARGEST_PAGE_BYTES, or none fits, the token stride is padded to fit. With it, that size and no padding, or a
-        `ValueError` that names the sizes that fit.
+        LARGEST_PAGE_BYTES, or none fits, the token stride is padded to fit. With it, that size: without padding, or
+        padded where it is the one that would have been chosen; or a `ValueError` that names the sizes that fit.
         """
         kv_bytes = layers * 2 * kv_heads * head_dim * dtype.itemsize
         # The sizes that need no padding are the multiples of this one.
@@ -102,15 +102,25 @@ class KVLayout:
             return cls(layers, kv_heads, head_dim, dtype, tokens, stride, granularity)
 
         if page_tokens is not None:
-            if page_tokens <= 0 or page_tokens % step:
-                fits = ", ".join(str(step * k) for k in (1, 2, 4, 8))
-                raise ValueError(
-                    f"--page-size {page_tokens} cannot be mapped: {kv_bytes} bytes a token make a page of "
-                    f"{page_tokens * kv_bytes} bytes, and pages here are multiples of {granularity} bytes and of "
-                    f"{tile_tokens} tokens. Sizes that fit are the multiples of {step}: {fits}, ... Leave --page-size "
-                    "out to have one chosen."
-                )
-            return layout(page_tokens, kv_bytes)
+            if page_tokens > 0 and page_tokens % step == 0:
+                return layout(page_tokens, kv_bytes)
+            chosen = cls.choose(
+                layers=layers,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+                granularity=granularity,
+                tile_tokens=tile_tokens,
+            )
+            if page_tokens == chosen.page_tokens:
+                return chosen
+            fits = ", ".join(str(step * k) for k in (1, 2, 4, 8))
+            raise ValueError(
+                f"--page-size {page_tokens} cannot be mapped: {kv_bytes} bytes a token make a page of "
+                f"{page_tokens * kv_bytes} bytes, and pages here are multiples of {granularity} bytes and of "
+                f"{tile_tokens} tokens. Sizes that fit are the multiples of {step}: {fits}, ... Leave --page-size out "
+                f"to have one chosen ({chosen.page_tokens})."
+            )
         for tokens in PAGE_TOKENS:
             if tokens % step == 0 and tokens * kv_bytes <= LARGEST_PAGE_BYTES:
                 return layout(tokens, kv_bytes)

@@ -38,9 +38,20 @@ def test_a_size_is_found_for_every_usual_model(tile):
                 granularity=2 * MIB,
                 tile_tokens=tile,
             )
+            # The scheduler asks again with the size that was chosen, and must get the same strides, padding and all.
+            geometry = {"layers": layers, "kv_heads": max(1, heads // tp), "head_dim": dim, "dtype": torch.bfloat16}
+            again = {"granularity": 2 * MIB, "tile_tokens": tile, "page_tokens": layout.page_tokens}
+            assert KVLayout.choose(**geometry, **again) == layout
             assert layout.page_bytes % (2 * MIB) == 0
             assert layout.page_tokens % tile == 0
             assert layout.waste <= 0.125
+
+
+def test_a_padded_stride_is_kept_when_its_size_is_named():
+    narrow = {"layers": 28, "kv_heads": 1, "head_dim": 128, "dtype": torch.bfloat16}  # Qwen3-0.6B at TP 8
+    layout = KVLayout.choose(**narrow, granularity=2 * MIB, tile_tokens=128)
+    assert layout.waste > 0
+    assert KVLayout.choose(**narrow, granularity=2 * MIB, tile_tokens=128, page_tokens=layout.page_tokens) == layout
 
 
 def test_llama_3_8b_pages_need_no_padding():
