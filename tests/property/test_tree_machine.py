@@ -1,0 +1,212 @@
+"""Pages, segments and the radix tree together, against a model that is plainly right: what a token's KV must be.
+
+The KV of a token depends on all tokens up to it, and on nothing else. So the model of the whole cache is one function:
+`content(tokens[: i + 1])`. Requests write it by slot; whatever the tree then says is cached, and whatever a segment
+shows, must read back as exactly that, through splits, duplicates, evictions, retractions and adopted addresses.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.srt.runtime import RequestPages, Runtime
+from sglang_vtensor.vmm.host import HostVirtualMemory
+
+ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
+
+
+def content(tokens) -> int:
+    return hash(tuple(tokens)) % 1_000_003
+
+
+class TreeMachine(RuleBasedStateMachine):
+    @initialize(page_tokens=st.sampled_from([1, 4, 8]))
+    def build(self, page_tokens: int) -> None:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+        from sglang_vtensor.srt.allocator import VTensorAllocator
+        from sglang_vtensor.srt.radix_cache import VTensorRadixCache
+
+        layout = KVLayout(1, 8, 64, torch.float32, page_tokens, stride_bytes=4096, granularity=4096)
+        self.memory = KVMemory(
+            HostVirtualMemory(),
+            layout,
+            capacity_pages=CAPACITY_TOKENS // page_tokens,
+            max_tokens=CONTEXT,
+            max_running=ROWS,
+            max_parked=3,
+            worker=False,
+        )
+        self.runtime = Runtime(self.memory, ROWS + 1)
+        kvcache = SimpleNamespace(page_size=page_tokens, dtype=torch.float32, device="cpu", runtime=self.runtime)
+        allocator = VTensorAllocator(CAPACITY_TOKENS, kvcache)
+        self.rows = ReqToTokenPool(ROWS, CONTEXT, "cpu", False)
+        self.tree = VTensorRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=allocator,
+                page_size=page_tokens,
+            )
+        )
+        self.tokens_a_page = page_tokens
+        self.keys = self.memory.identity_views(0)[0]
+        self.by_segment = self.memory.segment_views(0)[0]
+        self.requests: list[SimpleNamespace] = []
+        self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
+
+    # What SGLang's scheduler does, in its order.
+
+    def grow(self, req: SimpleNamespace, upto: int) -> bool:
+        """Pages for `upto` tokens, evicting if need be; then the new tokens' KV, by slot."""
+        record = self.runtime.requests[req.req_pool_idx]
+        wanted = self.memory.layout.pages_for(upto) - len(record.pages)
+        short = wanted - self.memory.available_pages()
+        if short > 0:
+            self.tree.evict(SimpleNamespace(num_tokens=short * self.tokens_a_page))
+        pages = self.memory.allocate(wanted)
+        if pages is None:
+            return False
+        record.pages.extend(pages)
+        tokens = req.origin_input_ids + req.output_ids
+        for i in range(req.written, upto):
+            slot = record.pages[i // self.tokens_a_page] * self.tokens_a_page + i % self.tokens_a_page
+            self.rows.req_to_token[req.req_pool_idx, i] = slot
+            self.keys[slot] = float(content(tokens[: i + 1]))
+        req.written = upto
+        return True
+
+    def read(self, req: SimpleNamespace) -> None:
+        """A batch reads the request's segment."""
+        adopt = self.tree.parked_segment(req.last_node)
+        record = self.runtime.requests[req.req_pool_idx]
+        self.runtime.map_request(req.req_pool_idx, adopt=adopt if record.segment is None else None)
+        tokens = req.origin_input_ids + req.output_ids
+        shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
+        assert shown == [float(content(tokens[: i + 1])) for i in range(req.written)]
+        self.memory.complete(self.memory.launch())
+
+    @rule(data=st.data(), cut=st.integers(0, CONTEXT), more=st.lists(st.integers(0, 3), min_size=1, max_size=16))
+    @precondition(lambda self: len(self.requests) < ROWS)
+    def start(self, data, cut: int, more: list[int]) -> None:
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        tokens = (data.draw(st.sampled_from(self.spoken))[:cut] + more)[: CONTEXT - 8]
+        req = SimpleNamespace(
+            origin_input_ids=array("q", tokens), output_ids=array("q"), extra_key=None, priority=0, written=0
+        )
+        req.get_fill_ids = lambda: req.origin_input_ids + req.output_ids
+        match = self.tree.match_prefix(
+            MatchPrefixParams(key=RadixKey(req.origin_input_ids, None, limit=len(tokens) - 1))
+        )
+        prefix = len(match.device_indices)
+        assert self.keys[match.device_indices, 0, 0].tolist() == [
+            float(content(tokens[: i + 1])) for i in range(prefix)
+        ]
+        req.req_pool_idx = self.rows.free_slots.pop()
+        req.last_node, req.cache_protected_len, req.written = match.last_device_node, prefix, prefix
+        self.tree.inc_lock_ref(req.last_node)
+        self.rows.req_to_token[req.req_pool_idx, :prefix] = match.device_indices.to(torch.int32)
+        pages = self.tree.path_pages(req.last_node)
+        assert len(pages) * self.tokens_a_page == prefix
+        self.runtime.requests[req.req_pool_idx] = RequestPages(pages, len(pages))
+        if not self.grow(req, len(tokens)):
+            self.end(req, insert=False)
+            return
+        self.read(req)
+        self.requests.append(req)
+        self.spoken = [*self.spoken[-11:], tokens]
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests)
+    def stash(self, data) -> None:
+        """The prefill's result is processed: full pages go to the tree, equal ones are swapped."""
+        self.tree.cache_unfinished_req(data.draw(st.sampled_from(self.requests)))
+
+    @rule(data=st.data(), token=st.integers(0, 3))
+    @precondition(lambda self: self.requests)
+    def decode(self, data, token: int) -> None:
+        req = data.draw(st.sampled_from(self.requests))
+        if req.written + 1 >= CONTEXT:
+            return
+        req.output_ids.append(token)
+        if not self.grow(req, req.written + 1):
+            req.output_ids.pop()
+            self.requests.remove(req)
+            self.end(req, insert=False)
+            return
+        self.read(req)
+
+    @rule(data=st.data(), insert=st.booleans())
+    @precondition(lambda self: self.requests)
+    def finish(self, data, insert: bool) -> None:
+        req = data.draw(st.sampled_from(self.requests))
+        self.requests.remove(req)
+        self.spoken = [*self.spoken[-11:], list(req.get_fill_ids())]
+        self.end(req, insert=insert)
+
+    def end(self, req: SimpleNamespace, *, insert: bool) -> None:
+        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.written)
+        self.rows.free_slots.append(req.req_pool_idx)
+
+    @rule(tokens=st.integers(1, CAPACITY_TOKENS))
+    def evict(self, tokens: int) -> None:
+        self.tree.evict(SimpleNamespace(num_tokens=tokens))
+
+    @rule()
+    def housekeep(self) -> None:
+        while self.memory.housekeep():
+            pass
+
+    @rule()
+    @precondition(lambda self: not self.requests)
+    def flush(self) -> None:
+        self.tree.reset()
+        self.runtime.clear()
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        self.tree.check_integrity()
+        live = sum(len(r.pages) - r.protected for r in self.runtime.requests.values()) * self.tokens_a_page
+        cached = self.tree.evictable_size() + self.tree.protected_size()
+        assert self.memory.available_pages() * self.tokens_a_page + cached + live == CAPACITY_TOKENS
+        stack = [(self.tree.root_node, [])]
+        while stack:
+            node, before = stack.pop()
+            tokens = before + list(node.key.token_ids)
+            if node is not self.tree.root_node:
+                got = self.keys[node.value, 0, 0].tolist()
+                assert got == [float(content(tokens[: i + 1])) for i in range(len(before), len(tokens))]
+            stack += [(child, tokens) for child in node.children.values()]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        for req in self.requests:
+            self.end(req, insert=True)
+        self.tree.evict(SimpleNamespace(num_tokens=CAPACITY_TOKENS))
+        assert self.memory.pages.owned == 0
+        assert self.memory.segments.counts()["parked"] == 0
+        self.memory.close()
+
+
+TreeMachine.TestCase.settings = settings(
+    max_examples=300,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+TestTree = TreeMachine.TestCase
