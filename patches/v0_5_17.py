@@ -6,7 +6,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
     pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode
-    tree        mem_cache.kv_cache_builder.create_tree_cache, through the registry of radix caches
+    tree        mem_cache.registry.default_radix_cache_factory
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
     epochs      Scheduler.run_batch, .on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
@@ -150,7 +150,6 @@ def _configure_scheduler(server_args: ServerArgs, *_: Any, **__: Any) -> None:
 def install(server_args: ServerArgs) -> None:
     """Replace the KV memory of the scheduler that this process is about to build."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
 
     from sglang_vtensor.srt import allocation
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
@@ -169,8 +168,6 @@ def install(server_args: ServerArgs) -> None:
         HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
     HookRegistry.apply_hooks()
     register_attention_backend(ATTENTION_BACKEND)(_build_attention)
-    if get_radix_cache_factory("vtensor") is None:
-        register_radix_cache_backend("vtensor", _build_tree)
 
 
 def _layout(configurator: Any) -> Any:
