@@ -5,7 +5,8 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
 
     option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
     pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator
-    allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode
+    allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode, ScheduleBatch.check_decode_mem
+    shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
     tree        mem_cache.registry.default_radix_cache_factory
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
     epochs      Scheduler.run_batch, .on_idle
@@ -160,6 +161,11 @@ def install(server_args: ServerArgs) -> None:
     module = "sglang.srt.mem_cache.allocation"
     HookRegistry.register(f"{module}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE)
     HookRegistry.register(f"{module}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE)
+    batch = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+    HookRegistry.register(f"{batch}.check_decode_mem", allocation.check_decode_mem, HookType.REPLACE)
+    HookRegistry.register(f"{batch}.retract_decode", _retract_decode, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.schedule_policy.PrefillAdder.__init__", _init_adder, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill, HookType.AROUND)
     HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE)
@@ -230,6 +236,77 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
     return backend != ATTENTION_BACKEND and original(backend)
+
+
+# The device gives less than the pool's size promised: admission goes down, batches wait, requests are retracted.
+
+
+def _init_adder(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Admission counts without the memory that the driver refuses."""
+    original(self, *args, **kwargs)
+    missing = self.token_to_kv_pool_allocator.runtime.missing_tokens()
+    self.rem_total_token_offset += missing
+    self.cur_rem_token_offset += missing
+
+
+def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
+    from sglang_vtensor.srt.allocation import PutOff
+
+    running_batch = kwargs["running_batch"]
+    if running_batch.is_empty():
+        running_batch.batch_is_full = False  # no request will end that would set it back
+    chunked = self.chunked_req
+    try:
+        return original(self, *args, **kwargs)
+    except PutOff as put_off:
+        _put_off(self, put_off.reqs, chunked, alone=running_batch.is_empty())
+        return None, running_batch
+
+
+def _put_off(self: Any, reqs: list[Any], chunked: Any, alone: bool) -> None:
+    """Undo the admission of `reqs`; `chunked` is the one among them that has its first chunks already, if any.
+
+    That one keeps its pages, unless it is `alone`, with nothing running whose end would make room: then it gives them
+    up and queues again, for what others can use and the tree keeps of it.
+    """
+    from sglang.srt.managers.schedule_batch import retract_all
+
+    if self.chunked_req is not None:
+        self.chunked_req.inflight_middle_chunks -= 1
+    self.chunked_req = chunked
+    waiting = [req for req in reqs if req is not chunked]
+    for req in waiting:
+        self.tree_cache.dec_lock_ref(req.last_node)
+    self.waiting_queue = waiting + self.waiting_queue
+    if chunked is None:
+        return
+    # No tokens in its range tell SGLang that there is no new chunk of it to be cached.
+    chunked.set_extend_range(len(chunked.prefix_indices), len(chunked.prefix_indices))
+    if alone and not chunked.inflight_middle_chunks:
+        self.chunked_req = None
+        retract_all(
+            reqs=[chunked],
+            server_args=self.server_args,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            tree_cache=self.tree_cache,
+            hisparse_coordinator=None,
+        )
+        self._add_request_to_queue(chunked, is_retracted=True)
+
+
+def _retract_decode(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The last request, if it finds no page, is retracted too, and waits; it is aborted only where the pool, with
+    nothing else in it, is too small for it."""
+    retracted, ratio, aborted = original(self, *args, **kwargs)
+    memory = self.token_to_kv_pool_allocator.runtime.memory
+    for req in list(aborted):
+        if memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= memory.pages.limit:
+            req.to_finish = None
+            aborted.remove(req)
+            retracted.append(req)
+    return retracted, ratio, aborted
 
 
 def _run_batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -22,12 +22,14 @@ import torch
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.pages import PagePool
 from sglang_vtensor.segments import Segment, SegmentPool, SegmentState
-from sglang_vtensor.vmm import OutOfMemory, VirtualMemory, VMMError
+from sglang_vtensor.vmm import VirtualMemory, VMMError
 
 logger = logging.getLogger(__name__)
 
-#: After a failed creation the worker leaves the driver alone for this long.
+#: After the driver refused, it is left alone for this long.
 RETRY_SECONDS = 1.0
+#: That the driver refuses is said again only after this long: beside another process it may refuse many times a second.
+WARN_SECONDS = 60.0
 #: Addresses that all segments together may take; reserving 64 TiB was seen to succeed, a process has 128.
 SEGMENT_ADDRESS_BYTES = 32 << 40
 
@@ -61,6 +63,7 @@ class Stats:
     adoptions: int
     fresh_segments: int
     swaps: int
+    shortages: int
     scheduling_seconds: float
 
     def as_dict(self) -> dict[str, int | float]:
@@ -115,11 +118,14 @@ class KVMemory:
         self.pages_allocated = 0
         self.pages_shared = 0
         self.prefix_tokens_served = 0
+        self.shortages = 0
+        self.retry_seconds = RETRY_SECONDS
         self.scheduling_seconds = 0.0
         self._lock = threading.RLock()
         self._settled = threading.Condition(self._lock)  # the worker has let go of a page or a segment
         self._used_at = time.monotonic()
         self._retry_at = 0.0
+        self._warn_at = 0.0
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -132,21 +138,60 @@ class KVMemory:
     def available_pages(self) -> int:
         return self.pages.available()
 
+    @property
+    def short(self) -> bool:
+        """The driver refused when it was last asked: until it gives again, what is backed is all there is."""
+        return self.pages.refusal is not None
+
+    def missing_pages(self) -> int:
+        """How many of `available_pages` are not to be had now, because the driver refused."""
+        return max(0, self.pages.available() - self.pages.free_backed) if self.short else 0
+
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages, or None where the limit or the device has no room for all of them."""
         if not count:
             return []
         with self._timed():
-            pages = self.pages.allocate(count)
+            pages = self._allocate(count)
             while pages is None and self.pages.moving and count <= self.pages.available():
                 self._settled.wait()
-                pages = self.pages.allocate(count)
+                pages = self._allocate(count)
             self._used_at = time.monotonic()
         if pages is not None:
             self.pages_allocated += count
             if self.pages.free_backed < self.reserve_pages:
                 self._wake.set()
         return pages
+
+    def _allocate(self, count: int) -> list[int] | None:
+        if count > self.pages.free_backed and self.short and time.monotonic() < self._retry_at:
+            return None
+        was = self.pages.refusal
+        pages = self.pages.allocate(count)
+        if self.pages.refusal is not was:
+            self._answered(was)
+        return pages
+
+    def _answered(self, was: VMMError | None) -> None:
+        """The driver refused, or gave again after it had: say so once, and when to ask again."""
+        refusal = self.pages.refusal
+        now = time.monotonic()
+        if refusal is not None:
+            self._retry_at = now + self.retry_seconds
+            self.shortages += was is None
+            if was is None and now >= self._warn_at:
+                self._warn_at = now + WARN_SECONDS
+                logger.warning(
+                    "the device gives no more memory: %s. The KV cache stays at %d of %d pages, requests wait or are "
+                    "retracted, and it asks again every %g s: free what else holds memory there, or lower "
+                    "--mem-fraction-static",
+                    refusal,
+                    self.pages.backed,
+                    self.pages.num_pages,
+                    self.retry_seconds,
+                )
+        elif was is not None:
+            logger.debug("the device gives memory again: %d pages are backed", self.pages.backed)
 
     def free(self, pages: Sequence[int]) -> None:
         """Take pages back. The batches launched so far may still read them, and the one being made."""
@@ -173,8 +218,8 @@ class KVMemory:
         """A segment on which `pages` lie in order, for the next batch to read.
 
         `segment` is the one the request holds, or a parked one to adopt, or None for a fresh one; `shared` says how
-        many of the pages came from the tree, for the statistics. All or nothing: if a mapping fails, what the request
-        held it still holds, and the parked one is still parked.
+        many of the pages came from the tree, for the statistics. All or nothing: if a mapping fails (`VMMError`), what
+        the request held it still holds, and the parked one is still parked.
         """
         with self._timed():
             owner = segment.owner if segment is not None else None
@@ -186,11 +231,13 @@ class KVMemory:
                 held = segment if owner is None else self.segments.adopt(segment)
             try:
                 fitted = self.segments.fit(held, pages)
-            except VMMError:
+            except VMMError as error:
                 if owner is not None:
                     self.segments.park(held, len(held.pages), owner)
                 elif segment is None:
                     self.segments.release(held)
+                was, self.pages.refusal = self.pages.refusal, error
+                self._answered(was)
                 raise
             fitted.busy_until = self.next_epoch
             self.pages_shared += shared
@@ -273,22 +320,26 @@ class KVMemory:
                 self._settled.notify()
 
     def _page_to_back(self) -> int | None:
-        wanted = min(self.reserve_pages, self.pages.available())
-        if self.pages.free_backed >= wanted or time.monotonic() < self._retry_at:
+        available = self.pages.available()
+        wanted = min(self.reserve_pages, available)
+        if self.short:  # one page more than there is tells whether the driver gives again
+            wanted = min(max(wanted, self.pages.free_backed + 1), available)
+        if self.pages.free_backed >= wanted or (self.short and time.monotonic() < self._retry_at):
             return None
         return self.pages.begin_back()
 
     def _back(self, page: int) -> bool:
-        handle = None
+        handle, refusal = None, None
         try:
             handle = self.pages.create_page(page)
-        except OutOfMemory as error:
-            self._retry_at = time.monotonic() + RETRY_SECONDS
-            logger.debug("no page ahead of need: %s", error)
-        finally:
-            with self._settled:
-                self.pages.finish_back(page, handle)
-                self._settled.notify()
+        except VMMError as error:
+            refusal = error
+        with self._settled:
+            was = self.pages.refusal
+            self.pages.finish_back(page, handle)
+            self.pages.refusal = refusal
+            self._answered(was)
+            self._settled.notify()
         return handle is not None
 
     def _page_to_trim(self) -> int | None:
@@ -310,8 +361,8 @@ class KVMemory:
                     continue
             except VMMError:
                 # A driver that cannot unmap is broken; say so each time, and keep serving from what is mapped.
-                logger.exception("the mapping worker failed; it tries again in %g s", RETRY_SECONDS)
-            self._wake.wait(RETRY_SECONDS)
+                logger.exception("the mapping worker failed; it tries again in %g s", self.retry_seconds)
+            self._wake.wait(self.retry_seconds)
             self._wake.clear()
 
     # Tensors.
@@ -360,6 +411,7 @@ class KVMemory:
                 adoptions=self.segments.adoptions,
                 fresh_segments=self.segments.fresh,
                 swaps=self.segments.swaps,
+                shortages=self.shortages,
                 scheduling_seconds=self.scheduling_seconds,
             )
 

@@ -16,7 +16,7 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
-from sglang_vtensor.vmm import Handle, OutOfMemory, VirtualMemory, VMMError
+from sglang_vtensor.vmm import Handle, VirtualMemory, VMMError
 
 
 class PageState(enum.IntEnum):
@@ -44,6 +44,8 @@ class PagePool:
         self.base = vmm.reserve(num_pages * page_bytes)
         self.creates = 0
         self.releases = 0
+        #: Why the driver gave no page when it was last asked for one; None since it gave one again.
+        self.refusal: VMMError | None = None
         self._state = bytearray(num_pages)
         self._handles: list[Handle] = [Handle(0)] * num_pages
         self._aliases = [0] * num_pages  # mappings of a page in segments: it cannot be released before they go
@@ -93,8 +95,8 @@ class PagePool:
     # Hand out and take back.
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, now owned by the caller; None if the limit or the device has no room for all of them, or if
-        the last ones are `moving`.
+        """`count` pages, now owned by the caller; None if the limit has no room for all of them, if the driver gives
+        none (`refusal` says why), or if the last ones are `moving`.
 
         After None nothing is owned that was not before. Pages that were created on the way stay backed and free.
         """
@@ -103,7 +105,7 @@ class PagePool:
         if count > len(self._free):
             try:
                 self.back(count - len(self._free))
-            except OutOfMemory:
+            except VMMError:
                 return None
         if count > len(self._free):
             return None  # the rest is in the worker's hands
@@ -127,8 +129,8 @@ class PagePool:
     # driver can be called without the lock that the other two need.
 
     def back(self, count: int) -> None:
-        """Create `count` more pages and map them into the identity region. Raises `OutOfMemory` after the first
-        that does not fit: those before it are backed and free, the failing one is as it was."""
+        """Create `count` more pages and map them into the identity region. Raises `VMMError` (`OutOfMemory` where the
+        device is full) at the first that fails: those before it are backed and free, that one is as it was."""
         for _ in range(count):
             page = self.begin_back()
             if page is None:
@@ -136,6 +138,9 @@ class PagePool:
             handle = None
             try:
                 handle = self.create_page(page)
+            except VMMError as error:
+                self.refusal = error
+                raise
             finally:
                 self.finish_back(page, handle)
 
@@ -159,6 +164,7 @@ class PagePool:
         self._state[page] = PageState.FREE
         self._free.appendleft(page)
         self.creates += 1
+        self.refusal = None
 
     def trim(self, keep: int, completed: int) -> int:
         """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many."""

@@ -34,6 +34,10 @@ if not ON_GPU:
     _context.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.models.registry"])
 
 
+#: Seconds after which a child that does not answer hangs: requests that wait for what never comes, for instance.
+PATIENCE = 120
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt of token ids, decoded greedily to exactly `new` tokens."""
@@ -50,6 +54,14 @@ class Abort:
     rid: str
 
 
+@dataclass(frozen=True)
+class Do:
+    """Call `function(scheduler, *args)` in the child, between two turns of its loop."""
+
+    function: Callable[..., None]
+    args: tuple[Any, ...] = ()
+
+
 @dataclass
 class Answer:
     """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i."""
@@ -62,7 +74,7 @@ class Answer:
 
 
 #: Before turn i of the event loop, what arrives.
-Script = Sequence[Sequence[Request | Abort]]
+Script = Sequence[Sequence[Request | Abort | Do]]
 
 
 class Scheduler:
@@ -90,6 +102,9 @@ class Scheduler:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(scheduler, *args)` in the child, between runs. Raises what it raised."""
         self._pipe.send((function, args))
+        if not self._pipe.poll(PATIENCE):
+            self._process.kill()
+            raise RuntimeError(f"{function.__name__} did not end within {PATIENCE} s")
         try:
             result, error = self._pipe.recv()
         except EOFError:
@@ -186,14 +201,15 @@ def _ready(scheduler: Any) -> None:
 
 
 def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
-    from sglang.srt.managers.io_struct import AbortReq
-
     turns = iter(script)
     scheduler.finished_requests.clear()
 
     def receive() -> list[Any]:
         for turn in turns:
-            return [AbortReq(rid=item.rid) if isinstance(item, Abort) else _tokenized(item) for item in turn]
+            for item in turn:
+                if isinstance(item, Do):
+                    item.function(scheduler, *item.args)
+            return [_message(item) for item in turn if not isinstance(item, Do)]
         if scheduler.is_fully_idle():
             scheduler.gracefully_exit = True
         return []
@@ -202,6 +218,12 @@ def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
     scheduler.gracefully_exit = False
     scheduler.run_event_loop()
     return {rid: _answer(req) for rid, req in scheduler.finished_requests.items()}
+
+
+def _message(item: Request | Abort) -> Any:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(rid=item.rid) if isinstance(item, Abort) else _tokenized(item)
 
 
 def _tokenized(request: Request) -> Any:

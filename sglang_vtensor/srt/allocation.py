@@ -2,10 +2,16 @@
 
 SGLang allocates for a batch of lengths; here it is for requests, because which page a token goes to must be known on
 the host (invariant 6), and because a request's segment must show its pages before the batch is launched (invariant 2).
+
+The driver may refuse what the pool's size promised. Then a batch gets nothing of what it asked for, on any rank: an
+extend batch is put off (`PutOff`), and a decode batch is told before it is made (`check_decode_mem`), so that SGLang
+retracts requests until the rest fits (invariant 7).
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,12 +26,22 @@ from sglang_vtensor.vmm import VMMError
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+logger = logging.getLogger(__name__)
+
+
+class PutOff(RuntimeError):
+    """There is no memory for this extend batch now. It holds nothing that it did not hold before; it is to wait."""
+
+    def __init__(self, reqs: list[Req]) -> None:
+        super().__init__(f"no memory for {len(reqs)} requests")
+        self.reqs = reqs
+
 
 def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pages, slots and segments for the new tokens of each request.
 
     Returns the new slots (int64, on the device, all requests one after another) and the request slots (int64, on the
-    device and on the host). Raises `RuntimeError` where SGLang's admission was wrong and there is no room.
+    device and on the host). Raises `PutOff` if there is no memory; requests that just began then hold no slot either.
     """
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     slots = alloc_req_slots(batch.req_to_token_pool, batch.reqs, batch.tree_cache)
@@ -36,26 +52,24 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     for req, slot, prefix_len in zip(batch.reqs, slots, prefix_lens, strict=True):
         if req.kv is None:
             runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
-            fresh.append(slot)
-            runtime.memory.prefix_tokens_served += prefix_len
+            fresh.append(req)
         records.append(runtime.requests[slot])
-    wanted = [
-        runtime.memory.layout.pages_for(n) - len(record.pages) for n, record in zip(seq_lens, records, strict=True)
-    ]
-    try:
-        _grow(batch, runtime, records, wanted)
-        if runtime.extend_reads_segments:
-            for req, slot, record in zip(batch.reqs, slots, records, strict=True):
-                adopt = batch.tree_cache.parked_segment(req.last_node) if record.segment is None else None
-                runtime.map_request(slot, shared=record.protected if slot in fresh else 0, adopt=adopt)
-    except RuntimeError:
-        # These requests were not running before, and will not run now.
-        for slot in fresh:
-            record = runtime.requests.pop(slot)
-            runtime.memory.free(record.pages[record.protected :])
+
+    def map_segments() -> None:
+        for req, slot, record in zip(batch.reqs, slots, records, strict=True):
+            adopt = batch.tree_cache.parked_segment(req.last_node) if record.segment is None else None
+            runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
+
+    if not _secure(batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None):
+        for req in fresh:
+            record = runtime.requests.pop(req.req_pool_idx)
             if record.segment is not None:
                 runtime.memory.release(record.segment)
-        raise
+            batch.req_to_token_pool.free(req)
+        raise PutOff(batch.reqs)
+    runtime.memory.prefix_tokens_served += sum(
+        prefix_len for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True) if req.kv is None
+    )
 
     out = [
         _slots(record.pages, start, stop, runtime.page_tokens)
@@ -85,19 +99,28 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     return out_cache_loc, slots_device, slots_cpu
 
 
+def check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> bool:
+    """Whether the next decode step of these requests (of all: None) has its memory. If so, they hold it already: what
+    `alloc_for_decode` hands out is never refused."""
+    reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
+    return _secure_decode(batch, reqs, [req.kv_committed_len for req in reqs])
+
+
 def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
-    """The slot of each request's next token (int64, on the device). Raises `RuntimeError` if there is no room."""
+    """The slot of each request's next token (int64, on the device). Raises `RuntimeError` if there is no room, which
+    `check_decode_mem` would have told."""
     if token_per_req != 1:
         raise NotImplementedError(f"{token_per_req} tokens a decode step: speculative decoding is refused at start")
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
-    records = [runtime.requests[req.req_pool_idx] for req in batch.reqs]
+    if not _secure_decode(batch, batch.reqs, seq_lens):
+        memory = runtime.memory
+        raise RuntimeError(
+            f"no page for the next tokens of {len(seq_lens)} requests: {memory.available_pages()} are left below the "
+            f"limit, {memory.pages.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}"
+        )
     tokens = runtime.page_tokens
-    _grow(batch, runtime, records, [n // tokens + 1 - len(r.pages) for n, r in zip(seq_lens, records, strict=True)])
-    if runtime.decode_reads_segments:
-        for req in batch.reqs:
-            runtime.map_request(req.req_pool_idx)
-
+    records = [runtime.requests[req.req_pool_idx] for req in batch.reqs]
     out = [record.pages[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)]
     out_cache_loc = _to_device(np.array(out, dtype=np.int64), batch.device)
     # A copy: the batch advances seq_lens while this write may still be queued.
@@ -105,6 +128,17 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     for req in batch.reqs:
         req.kv.kv_allocated_len += 1
     return out_cache_loc
+
+
+def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -> bool:
+    runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
+    records = [runtime.requests[req.req_pool_idx] for req in reqs]
+
+    def map_segments() -> None:
+        for req in reqs:
+            runtime.map_request(req.req_pool_idx)
+
+    return _secure(batch, records, [n + 1 for n in seq_lens], map_segments if runtime.decode_reads_segments else None)
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestPages:
@@ -119,29 +153,62 @@ def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Run
     return RequestPages(pages[: prefix_len // tokens], prefix_len // tokens)
 
 
-def _grow(batch: ScheduleBatch, runtime: Runtime, records: list[RequestPages], wanted: list[int]) -> None:
-    """Give each record as many new pages as it wants, evicting from the tree first if the pool is short of them."""
+def _secure(
+    batch: ScheduleBatch,
+    records: list[RequestPages],
+    lengths: list[int],
+    map_segments: Callable[[], None] | None,
+) -> bool:
+    """Give each record the pages that its length (in tokens) takes, and map them. False if there is no memory: then
+    no record has more than before, here and on every other rank.
+
+    If the pool, or the driver, is short of pages, the tree is evicted of as many first: what it held is backed.
+    """
+    runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
+    wanted = [
+        runtime.memory.layout.pages_for(length) - len(record.pages)
+        for length, record in zip(lengths, records, strict=True)
+    ]
     total = sum(wanted)
-    if not total:
-        return
+    if not total and map_segments is None:
+        return True
     short = total - runtime.memory.available_pages()
     if short > 0:
         batch.tree_cache.evict(EvictParams(num_tokens=short * runtime.page_tokens))
-    pages = runtime.memory.allocate(total)
+    if _attempt(runtime, records, wanted, map_segments):
+        return True
+    batch.tree_cache.evict(EvictParams(num_tokens=total * runtime.page_tokens))
+    return _attempt(runtime, records, wanted, map_segments)
+
+
+def _attempt(
+    runtime: Runtime, records: list[RequestPages], wanted: list[int], map_segments: Callable[[], None] | None
+) -> bool:
+    """Pages and mappings for all of the records, or for none."""
+    pages = runtime.memory.allocate(sum(wanted))
     if pages is None:
-        # The device had less than the limit promised. What the tree holds is backed: use that.
-        batch.tree_cache.evict(EvictParams(num_tokens=total * runtime.page_tokens))
-        pages = runtime.memory.allocate(total)
-    if pages is None:
-        raise VMMError(
-            "allocate",
-            f"{total} pages for {len(records)} requests; {runtime.memory.available_pages()} are left below the limit, "
-            f"{runtime.memory.pages.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}",
-        )
-    start = 0
+        return runtime.agree(False)
+    handed = iter(pages)
     for record, count in zip(records, wanted, strict=True):
-        record.pages.extend(pages[start : start + count])
-        start += count
+        record.pages.extend(next(handed) for _ in range(count))
+    if runtime.agree(_mapped(map_segments)):
+        return True
+    for record, count in zip(records, wanted, strict=True):
+        if count:
+            del record.pages[-count:]
+            record.stale = record.segment is not None  # it may show pages that the record has no more
+    runtime.memory.free(pages)
+    return False
+
+
+def _mapped(map_segments: Callable[[], None] | None) -> bool:
+    if map_segments is not None:
+        try:
+            map_segments()
+        except VMMError as error:
+            logger.debug("a batch cannot be mapped now: %s", error)
+            return False
+    return True
 
 
 def _slots(pages: list[int], start: int, stop: int, tokens: int) -> np.ndarray:

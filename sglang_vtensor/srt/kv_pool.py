@@ -44,9 +44,12 @@ class VTensorKVPool(MHATokenToKVPool):
             reserve_pages = int(reserve * capacity_pages)
         else:
             reserve_pages = -(-reserve // layout.page_bytes)
+        vmm = open_vmm(device)
+        headroom = parse_share_or_bytes(options.vtensor_headroom, "--vtensor-headroom")
+        vmm.headroom_bytes = int(headroom * vmm.memory()[1]) if isinstance(headroom, float) else headroom
         self.runtime = Runtime(
             KVMemory(
-                open_vmm(device),
+                vmm,
                 layout,
                 capacity_pages=capacity_pages,
                 max_tokens=max_tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.vmm import open_vmm
+from sglang_vtensor.vmm import page_units
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -37,6 +37,7 @@ class Options:
     kv_backend: str = "default"
     vtensor_reserve: str = "0.02"
     vtensor_idle_seconds: float = 10.0
+    vtensor_headroom: str = "1GiB"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
 
@@ -49,6 +50,7 @@ class Options:
                 f"{', '.join(PREFILL_KERNELS)}"
             )
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
+        parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         if self.vtensor_idle_seconds < 0:
             raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
         if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
@@ -88,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Options.vtensor_idle_seconds,
         help="Free pages beyond the reserve go back to the driver when no page was needed for this long.",
+    )
+    group.add_argument(
+        "--vtensor-headroom",
+        metavar="SHARE|BYTES",
+        default=Options.vtensor_headroom,
+        help="Device memory that the KV cache never takes, whatever its capacity: a share of the device's, or bytes. "
+        "Activations live there when another process, or a large --mem-fraction-static, leaves little.",
     )
     group.add_argument(
         "--vtensor-max-parked",
@@ -182,7 +191,7 @@ def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVL
     """The layout of one rank's KV cache for the model in `args` on `device`. Raises `Refused` as `KVLayout.choose`
     does, and `Unsupported` where the device has no virtual memory management."""
     model = args.get_model_config()
-    vmm = open_vmm(device)
+    granularity, tile_tokens = page_units(device)
     dtype = torch.bfloat16 if args.kv_cache_dtype in ("bfloat16", "bf16") else model.dtype
     try:
         return KVLayout.choose(
@@ -190,8 +199,8 @@ def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVL
             kv_heads=model.get_num_kv_heads(args.tp_size // (args.dp_size if args.enable_dp_attention else 1)),
             head_dim=model.head_dim,
             dtype=dtype,
-            granularity=vmm.granularity,
-            tile_tokens=vmm.tile_tokens,
+            granularity=granularity,
+            tile_tokens=tile_tokens,
             page_tokens=page_tokens,
         )
     except ValueError as error:

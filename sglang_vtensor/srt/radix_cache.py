@@ -46,6 +46,7 @@ class VTensorRadixCache(RadixCache):
     def __init__(self, params: CacheInitParams) -> None:
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
         self.runtime.tree_stats = self.tree_stats
+        self.runtime.use_group(params.tp_cache_group)
         super().__init__(params)
 
     def reset(self) -> None:
@@ -92,7 +93,7 @@ class VTensorRadixCache(RadixCache):
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """The request is over: its full pages go to the tree, or back to the pool, and its segment is parked."""
-        record = self.runtime.requests.pop(req.req_pool_idx)
+        record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)
         memory = self.runtime.memory
         written = memory.layout.pages_for(kv_len_to_handle)
         if not is_insert or self.disable or self.disable_finished_insert:
@@ -232,6 +233,7 @@ class VTensorChunkCache(ChunkCache):
     def __init__(self, params: CacheInitParams) -> None:
         super().__init__(params)
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
+        self.runtime.use_group(params.tp_cache_group)
 
     def path_pages(self, node: TreeNode | None) -> list[int]:
         return []
@@ -240,7 +242,7 @@ class VTensorChunkCache(ChunkCache):
         return None
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        record = self.runtime.requests.pop(req.req_pool_idx)
+        record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)
         self.runtime.memory.free(record.pages[: self.runtime.memory.layout.pages_for(kv_len_to_handle)])
         if record.segment is not None:
             self.runtime.memory.release(record.segment)

@@ -50,10 +50,32 @@ class Runtime:
         self.extend_reads_segments = False
         self.decode_reads_segments = False
         self.tree_stats: Callable[[], dict[str, int]] = dict
+        self._group: torch.distributed.ProcessGroup | None = None
 
     @property
     def page_tokens(self) -> int:
         return self.memory.layout.page_tokens
+
+    # Several ranks (invariant 8): what one of them was refused, none of them has.
+
+    def use_group(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """The ranks that schedule the same batches, on the host's process group; None for a single one."""
+        self._group = group if group is not None and group.size() > 1 else None
+
+    def agree(self, done: bool) -> bool:
+        """Whether every rank has done it. All of them must ask, at the same point of the same batch."""
+        if self._group is None:
+            return done
+        vote = torch.tensor(int(done))
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=self._group)
+        return bool(vote)
+
+    def missing_tokens(self) -> int:
+        """Tokens that the pool's size promises and the driver refuses; admission is to count without them.
+
+        0 where there are several ranks: they hold different amounts, and find out together by `agree`.
+        """
+        return self.memory.missing_pages() * self.page_tokens if self._group is None else 0
 
     def map_request(self, slot: int, *, shared: int = 0, adopt: Segment | None = None) -> None:
         """Lease (adopt, extend, reconcile) the segment of a request that the next batch reads."""
@@ -65,6 +87,14 @@ class Runtime:
             self.segment_of[slot] = segment.index
         else:
             segment.busy_until = self.memory.next_epoch
+
+    def end_request(self, slot: int, allocated_tokens: int) -> RequestPages:
+        """Take the record of a request that is over. The page of a next token that is not to come is freed."""
+        record = self.requests.pop(slot)
+        used = self.memory.layout.pages_for(allocated_tokens)
+        self.memory.free(record.pages[used:])
+        del record.pages[used:]
+        return record
 
     # On a GPU: the same table on the device, and the batches in flight.
 

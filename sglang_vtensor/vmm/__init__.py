@@ -6,7 +6,7 @@ One interface (`base.VirtualMemory`), two implementations: `cuda` (the driver's 
 
 from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMemory, VMMError
 
-__all__ = ["Handle", "OutOfMemory", "Unsupported", "VMMError", "VirtualMemory", "open_vmm"]
+__all__ = ["Handle", "OutOfMemory", "Unsupported", "VMMError", "VirtualMemory", "open_vmm", "page_units"]
 
 
 def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory:
@@ -25,3 +25,18 @@ def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory
 
         return CudaVirtualMemory(int(index or 0))
     raise Unsupported("open_vmm", f"device {device!r} has no virtual memory here; use 'cuda', 'cuda:N' or 'cpu'")
+
+
+def page_units(device: str) -> tuple[int, int]:
+    """What pages on a torch device are multiples of: the granularity in bytes, and the kernels' tile in tokens.
+
+    Opens nothing: on a GPU no context is made, so that a process may ask that is not to hold device memory.
+    Raises `Unsupported` as `open_vmm` does.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        from sglang_vtensor.vmm.cuda import TILE_TOKENS, granularity_of
+
+        return granularity_of(int(index or 0)), TILE_TOKENS
+    vmm = open_vmm(device)
+    return vmm.granularity, vmm.tile_tokens

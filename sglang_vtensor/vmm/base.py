@@ -41,6 +41,8 @@ class VirtualMemory(abc.ABC):
     #: Kernels of this device load K and V in whole tiles of this many tokens, counted from a context's start: they
     #: touch what lies between the last token and the end of its tile, so that must be mapped too (invariant 5).
     tile_tokens: int = 1
+    #: What `create` leaves free on the device for whatever else this process, or another, needs there.
+    headroom_bytes: int = 0
 
     @abc.abstractmethod
     def reserve(self, nbytes: int) -> int:
@@ -52,7 +54,7 @@ class VirtualMemory(abc.ABC):
 
     @abc.abstractmethod
     def create(self, nbytes: int) -> Handle:
-        """Create one physical page. Raises `OutOfMemory`."""
+        """Create one physical page. Raises `OutOfMemory`, also where it would eat into the headroom."""
 
     @abc.abstractmethod
     def release(self, handle: Handle) -> None:

@@ -8,52 +8,61 @@ One handle is mapped whole or not at all, and every call costs the same whatever
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Any
 
 import torch
 
 from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMemory, VMMError
 
+#: FlashAttention-3's causal forward and our own kernels load tiles of at most 128 tokens.
+TILE_TOKENS = 128
+#: How long what the driver said of the device's free memory is believed, less what was created since.
+FREE_SECONDS = 0.05
+
+
+def granularity_of(index: int) -> int:
+    """The page granularity of a GPU in bytes. Makes no CUDA context: a process that only asks holds no device memory.
+
+    Raises `Unsupported` if the driver is missing, or the GPU has no virtual memory management.
+    """
+    driver = _driver()
+    _call(driver, "cuInit", "the driver", 0)
+    device = _call(driver, "cuDeviceGet", f"GPU {index}", index)
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    if not _call(driver, "cuDeviceGetAttribute", "virtual memory management", attribute, device):
+        name = _call(driver, "cuDeviceGetName", f"GPU {index}", 100, device).split(b"\0")[0].decode()
+        raise Unsupported(
+            "cuDeviceGetAttribute",
+            f"GPU {index} ({name}) has no virtual memory management (a pre-Volta GPU, WSL1 or a driver older than "
+            "418); run without --kv-backend vtensor",
+        )
+    option = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+    return int(
+        _call(driver, "cuMemGetAllocationGranularity", "recommended granularity", _properties(driver, index), option)
+    )
+
 
 class CudaVirtualMemory(VirtualMemory):
     """Pages of one GPU, local to this process."""
 
-    #: FlashAttention-3's causal forward and our own kernels load tiles of at most 128 tokens.
-    tile_tokens = 128
+    tile_tokens = TILE_TOKENS
 
     def __init__(self, index: int) -> None:
         if not torch.cuda.is_available():
             raise Unsupported("cuInit", "no NVIDIA GPU is visible to PyTorch; the host backend runs without one")
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise Unsupported("cuda.bindings", f"{error}; install cuda-python 13") from error
-        self._driver = driver
+        self.granularity = granularity_of(index)
+        self._driver = driver = _driver()
         self.device = torch.device("cuda", index)
         with torch.cuda.device(self.device):
             torch.cuda.current_stream()  # makes the primary context, which every call below runs in
             torch.empty(1, device=self.device)
-        device = self._call("cuDeviceGet", f"GPU {index}", index)
-        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if not self._call("cuDeviceGetAttribute", "virtual memory management", attribute, device):
-            raise Unsupported(
-                "cuDeviceGetAttribute",
-                f"GPU {index} ({torch.cuda.get_device_name(index)}) has no virtual memory management (a pre-Volta GPU, "
-                "WSL1 or a driver older than 418); run without --kv-backend vtensor",
-            )
-        location = driver.CUmemLocation()
-        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        location.id = index
-        self._prop = driver.CUmemAllocationProp()
-        self._prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._prop.location = location
+        self._prop = _properties(driver, index)
         self._access = driver.CUmemAccessDesc()
-        self._access.location = location
+        self._access.location = self._prop.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        option = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-        self.granularity = int(
-            self._call("cuMemGetAllocationGranularity", "recommended granularity", self._prop, option)
-        )
+        self._free_bytes = 0
+        self._free_asked_at = 0.0
         #: Clears run here, apart from the server's streams, so that waiting for one waits for nothing else.
         self._stream = torch.cuda.Stream(self.device)
 
@@ -69,7 +78,24 @@ class CudaVirtualMemory(VirtualMemory):
 
     def create(self, nbytes: int) -> Handle:
         self.check_sizes("cuMemCreate", nbytes=nbytes)
+        if self.headroom_bytes:
+            self._keep_headroom(nbytes)
         return Handle(int(self._call("cuMemCreate", f"{nbytes} bytes", nbytes, self._prop, 0)))
+
+    def _keep_headroom(self, nbytes: int) -> None:
+        """Raise `OutOfMemory` if a page would leave less than the headroom free."""
+        now = time.monotonic()
+        if now - self._free_asked_at > FREE_SECONDS or self._free_bytes - nbytes < self.headroom_bytes:
+            self._free_bytes, _ = self.memory()
+            self._free_asked_at = now
+        if self._free_bytes - nbytes < self.headroom_bytes:
+            raise OutOfMemory(
+                "cuMemCreate",
+                f"{nbytes} bytes would leave less than the {self.headroom_bytes} bytes of headroom "
+                f"({self._free_bytes} bytes are free on {self.device})",
+                "HEADROOM",
+            )
+        self._free_bytes -= nbytes
 
     def release(self, handle: Handle) -> None:
         self._call("cuMemRelease", f"handle {handle:#x}", handle)
@@ -98,16 +124,42 @@ class CudaVirtualMemory(VirtualMemory):
         return int(free), int(total)
 
     def _call(self, name: str, detail: str, *args: Any) -> Any:
-        """One driver call. Returns its values, raises what its error code means."""
-        error, *values = getattr(self._driver, name)(*args)
-        if error == self._driver.CUresult.CUDA_SUCCESS:
-            return values[0] if len(values) == 1 else values
-        if error == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            error_, free, total = self._driver.cuMemGetInfo()
-            if error_ == self._driver.CUresult.CUDA_SUCCESS:
-                detail += f" ({free} of {total} bytes are free on {self.device})"
-            raise OutOfMemory(name, detail, error.name)
-        raise VMMError(name, detail, error.name)
+        return _call(self._driver, name, detail, *args)
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise Unsupported("cuda.bindings", f"{error}; install cuda-python 13") from error
+    return driver
+
+
+def _properties(driver: Any, index: int) -> Any:
+    """What a page is to be: pinned memory of this GPU."""
+    location = driver.CUmemLocation()
+    location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    location.id = index
+    prop = driver.CUmemAllocationProp()
+    prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    prop.location = location
+    return prop
+
+
+def _call(driver: Any, name: str, detail: str, *args: Any) -> Any:
+    """One driver call. Returns its values, raises what its error code means."""
+    error, *values = getattr(driver, name)(*args)
+    codes = driver.CUresult
+    if error == codes.CUDA_SUCCESS:
+        return values[0] if len(values) == 1 else values
+    if error == codes.CUDA_ERROR_OUT_OF_MEMORY:
+        error_, free, total = driver.cuMemGetInfo()
+        if error_ == codes.CUDA_SUCCESS:
+            detail += f" ({free} of {total} bytes are free on the device)"
+        raise OutOfMemory(name, detail, error.name)
+    if error in (codes.CUDA_ERROR_NO_DEVICE, codes.CUDA_ERROR_INVALID_DEVICE, codes.CUDA_ERROR_NOT_SUPPORTED):
+        raise Unsupported(name, f"{detail}: this machine has no such GPU, or its driver does not do this", error.name)
+    raise VMMError(name, detail, error.name)
 
 
 # DLPack (github.com/dmlc/dlpack) hands torch an address without asking the driver about it: the first page of a

@@ -58,10 +58,12 @@ class HostVirtualMemory(VirtualMemory):
 
     def create(self, nbytes: int) -> Handle:
         self.check_sizes("fallocate", nbytes=nbytes)
-        if self.capacity_bytes is not None and self.created_bytes + nbytes > self.capacity_bytes:
+        bound = self.capacity_bytes
+        if bound is not None and self.created_bytes + nbytes > bound - self.headroom_bytes:
             raise OutOfMemory(
                 "fallocate",
-                f"{nbytes} bytes on top of {self.created_bytes} exceed the capacity of {self.capacity_bytes}",
+                f"{nbytes} bytes on top of {self.created_bytes} exceed the capacity of {bound} less the headroom of "
+                f"{self.headroom_bytes}",
                 "ENOSPC",
             )
         holes = self._holes.get(nbytes)

@@ -157,6 +157,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.end(req, insert=insert)
 
     def end(self, req: SimpleNamespace, *, insert: bool) -> None:
+        req.kv = SimpleNamespace(kv_allocated_len=req.written)
         self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.written)
         self.rows.free_slots.append(req.req_pool_idx)
 

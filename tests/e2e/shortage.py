@@ -1,0 +1,68 @@
+"""A driver that refuses: injected into a scheduler of the harness, in its process."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+from sglang_vtensor.vmm import OutOfMemory, VMMError
+
+
+def refuse_at_random(scheduler: Any, share: float, seed: int) -> None:
+    """From now on `share` of the calls that create and map fail, some eight in a row, as the driver would."""
+    memory = _memory(scheduler)
+    memory.retry_seconds = 0.002
+    for call in ("create", "map"):
+        memory.vmm.__dict__.pop(call, None)
+    if not share:
+        return
+    rng, bad = random.Random(seed), False
+
+    def refused() -> bool:
+        nonlocal bad
+        if rng.random() < (1 / 8 if bad else share / (1 - share) / 8):
+            bad = not bad
+        return bad
+
+    for call, kind in (("create", OutOfMemory), ("map", VMMError)):
+        setattr(memory.vmm, call, _sometimes(getattr(memory.vmm, call), call, kind, refused))
+
+
+def _sometimes(original: Any, call: str, kind: type[VMMError], refused: Callable[[], bool]) -> Any:
+    def wrapped(*args: Any) -> Any:
+        if refused():
+            raise kind(call, "injected", "INJECTED")
+        return original(*args)
+
+    return wrapped
+
+
+def leave_pages(scheduler: Any, pages: int | None) -> None:
+    """The device has room for this many pages, the padding page included; None: for all of them again.
+
+    What is free beyond that goes back to it first, as another process that takes memory would find.
+    """
+    memory = _memory(scheduler)
+    memory.retry_seconds = 0.002
+    original = type(memory.vmm).create
+    memory.vmm.__dict__.pop("create", None)
+    if pages is None:
+        return
+    memory.complete(memory.launch())  # the host computes in the call: no batch is in flight
+    memory.trim()
+
+    def create(nbytes: int) -> Any:
+        if memory.pages.backed + memory.pages.moving > pages:
+            raise OutOfMemory("create", f"the device has room for {pages} pages", "INJECTED")
+        return original(memory.vmm, nbytes)
+
+    memory.vmm.create = create
+
+
+def _memory(scheduler: Any) -> Any:
+    # SGLang's check between two batches does not count the pages of a request that waits between two chunks. Its check
+    # of the idle server, and ours, do.
+    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"
+    return scheduler.token_to_kv_pool_allocator.runtime.memory
