@@ -35,7 +35,7 @@ if not ON_GPU:
 
 
 #: Seconds after which a child that does not answer hangs: requests that wait for what never comes, for instance.
-PATIENCE = 120
+PATIENCE = 300 if ON_GPU else 120
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,15 @@ class Do:
 
 @dataclass
 class Answer:
-    """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i."""
+    """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i, and
+    `logprobs[i]` the best one's log-probability."""
 
     tokens: list[int]
     cached: int
     retractions: int
     finish: str
     gaps: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 #: Before turn i of the event loop, what arrives.
@@ -258,6 +260,7 @@ def _answer(req: Any) -> Answer:
         retractions=req.retraction_count,
         finish=type(req.finished_reason).__name__,
         gaps=[float(values[0] - values[1]) for values in best],
+        logprobs=[float(values[0]) for values in best],
     )
 
 

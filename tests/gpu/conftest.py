@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["VTENSOR_TEST_GPU"] = "1"  # before the harness is imported
@@ -22,11 +23,20 @@ def pytest_sessionstart(session):
         pytest.exit("tests/gpu needs an NVIDIA GPU: run `make test` for what runs without one", returncode=2)
 
 
+def pytest_runtest_logreport(report):
+    """Append what came of each test to the file that `VTENSOR_GPU_RESULTS` names, for `benchmarks.gpu_tests`."""
+    path = os.environ.get("VTENSOR_GPU_RESULTS")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+        with open(path, "a") as file:
+            file.write(json.dumps(line | dict(report.user_properties)) + "\n")
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Llama-3-8B's KV heads at a depth of four: 16 KiB a token, pages of 128 tokens and 2 MiB."""
     root = tmp_path_factory.mktemp("models")
-    geometry = {"layers": 4, "hidden": 512, "heads": 32, "kv_heads": 8, "head_dim": 128, "max_tokens": 16384}
+    geometry = {"layers": 4, "hidden": 512, "heads": 32, "kv_heads": 8, "head_dim": 128, "max_tokens": 69632}
     return {"gqa": tiny_model.build(root / "gqa", **geometry)}
 
 
@@ -37,7 +47,7 @@ def pair(request, schedulers):  # noqa: F811
     ours_by = {} if request.param == "segments" else {"attention_backend": kernel}
 
     def get(**server_args):
-        common = {"dtype": "bfloat16", "mem_fraction_static": 0.05, "cuda_graph_max_bs_decode": 8} | server_args
+        common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 8} | server_args
         # By slot with the same kernel, page sizes are the same too, so that only the memory differs.
         page_size = {"page_size": 128} if request.param == "fa3" else {}
         reference = schedulers(attention_backend=kernel, **page_size, **common)

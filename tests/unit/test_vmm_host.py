@@ -110,3 +110,13 @@ def test_open_refuses_what_is_not_there():
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="no NVIDIA GPU"):
             open_vmm("cuda")
+
+
+def test_the_headroom_is_never_taken():
+    vmm = open_vmm("cpu", capacity_bytes=8 * 4096)
+    vmm.headroom_bytes = 3 * 4096
+    pages = [vmm.create(4096) for _ in range(5)]
+    with pytest.raises(OutOfMemory, match="headroom of 12288"):
+        vmm.create(4096)
+    vmm.release(pages[0])
+    vmm.create(4096)
