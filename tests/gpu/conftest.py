@@ -27,7 +27,9 @@ def pytest_runtest_logreport(report):
     """Append what came of each test to the file that `VTENSOR_GPU_RESULTS` names, for `benchmarks.gpu_tests`."""
     path = os.environ.get("VTENSOR_GPU_RESULTS")
     if path and (report.when == "call" or report.outcome != "passed"):
+        commit = os.environ.get("VTENSOR_COMMIT", "")
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+        line |= {"commit": commit} if commit else {}
         with open(path, "a") as file:
             file.write(json.dumps(line | dict(report.user_properties)) + "\n")
 
