@@ -18,7 +18,7 @@ from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMem
 #: FlashAttention-3's causal forward and our own kernels load tiles of at most 128 tokens.
 TILE_TOKENS = 128
 #: How long what the driver said of the device's free memory is believed, less what was created since.
-FREE_SECONDS = 0.05
+FREE_SECONDS = 1.0
 
 
 def granularity_of(index: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.compare import TIE, Prompts, assert_same, both
 from tests.gpu.in_scheduler import only_cheap_checks, synchronizations
-from tests.harness import Abort, Do, Request
+from tests.harness import Abort, Do, Request, Scheduler
 
 TIE_BF16 = TIE["bfloat16"]
 
@@ -45,9 +45,11 @@ def test_contexts_to_64k(fa3):
     assert ours.stats()["prefix_tokens_served"] > 90_000
 
 
-def test_ten_thousand_requests(schedulers, record_property):
-    """Mixed lengths and aborts in a pool of 64 pages, which evicts and retracts all the time."""
-    ours = schedulers(
+def test_ten_thousand_requests(models, record_property):
+    """Mixed lengths and aborts in a pool of 64 pages, which evicts all the time; SGLang retracts every 20th batch."""
+    ours = Scheduler(
+        models["gqa"],
+        environment={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
         kv_backend="vtensor",
         dtype="bfloat16",
         mem_fraction_static=0.2,
@@ -55,7 +57,6 @@ def test_ten_thousand_requests(schedulers, record_property):
         max_running_requests=48,
         chunked_prefill_size=1024,
         cuda_graph_max_bs_decode=48,
-        schedule_conservativeness=0.1,  # admits too many, so that they are retracted
     )
     prompt, rng = Prompts(80), random.Random(80)
     stems = [prompt(rng.randrange(10, 1200)) for _ in range(40)]
@@ -92,6 +93,7 @@ def test_ten_thousand_requests(schedulers, record_property):
         "adoptions": stats["adoptions"],
     }.items():
         record_property(name, value)
+    ours.close()
 
 
 def test_the_scheduling_path_waits_for_the_device_no_more_than_sglang(fa3, record_property):
