@@ -17,13 +17,13 @@ PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "fla
 
 def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]]) -> Path:
     """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1."""
-    device, driver = _device()
+    name_of_device, driver = device()
     record = {
         "name": name,
         "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": device,
+        "device": name_of_device,
         "driver": driver,
         "versions": {"python": sys.version.split()[0]} | {p: v for p in PACKAGES if (v := _version(p))},
         "summary": {key: round(value, 4) for key, value in summary.items()},
@@ -66,7 +66,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device() -> tuple[str, str]:
+def device() -> tuple[str, str]:
+    """The device's name, and its driver."""
     import torch
 
     if torch.cuda.is_available():

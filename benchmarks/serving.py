@@ -196,7 +196,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     starts: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Measure, print and write serving.json."""
+    """Measure, print and write serving.json. Workloads that it has of the same commit and device are kept in it."""
     names = [*compare.split(","), "vtensor"]
     workloads = workload.split(",")
     rows: list[dict[str, Any]] = []
@@ -236,6 +236,10 @@ def main(
                 f"{middle['mapping_share']:.2%}",
                 f"{ratio:.3f}",
             )
+    kept = results.read("serving")
+    if kept is not None and (kept["commit"], kept["device"]) == (results.commit(), results.device()[0]):
+        rows = [row for row in kept["rows"] if row["workload"] not in workloads] + rows
+        summary = kept["summary"] | summary
     summary["mapping_share"] = max(row["mapping_share"] for row in rows if row["contestant"] == "vtensor")
     summary["startup_extra_s"] = startup["vtensor"] - startup[names[0]]
     console.print(table)

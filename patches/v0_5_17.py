@@ -258,10 +258,13 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
         running_batch.batch_is_full = False  # no request will end that would set it back
     chunked = self.chunked_req
     try:
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
     except PutOff as put_off:
         _put_off(self, put_off.reqs, chunked, alone=running_batch.is_empty())
-        return None, running_batch
+        result = None, running_batch
+    if _runtime(self).extend_reads_segments:
+        self.tree_cache.prepare(self.waiting_queue)  # the batch was made: what waits has time until the next
+    return result
 
 
 def _put_off(self: Any, reqs: list[Any], chunked: Any, alone: bool) -> None:

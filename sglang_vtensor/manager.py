@@ -1,9 +1,9 @@
 """The manager: the two pools behind one lock, the mapping worker, and what is told of them.
 
 Everything that maps or unmaps goes through here. The scheduling thread calls it before each batch for exactly what that
-batch needs. The mapping worker does the rest: pages created ahead of need, retired segments unmapped, idle pages given
-back. It takes one page or segment in hand at a time and calls the driver without the lock; the scheduling thread waits
-for it only where just that page or segment is the last one there is.
+batch needs. The mapping worker does the rest: pages created ahead of need, parked segments made to show their whole
+path, retired ones unmapped, idle pages given back. It takes one page or segment in hand at a time and calls the driver
+without the lock; the scheduling thread waits for it only where it needs just that page or segment.
 
 Time is counted in epochs, one for each launched batch. What a batch may read carries its epoch, and is not unmapped
 before `complete` has been told of it: nothing here waits for a device.
@@ -60,7 +60,11 @@ class Stats:
     prefix_tokens_served: int
     maps: int
     unmaps: int
+    maps_behind: int
+    prefix_maps: int
+    prefix_maps_on_continue: int
     adoptions: int
+    prepared_segments: int
     fresh_segments: int
     swaps: int
     shortages: int
@@ -118,6 +122,8 @@ class KVMemory:
         self.pages_allocated = 0
         self.pages_shared = 0
         self.prefix_tokens_served = 0
+        self.prefix_maps = 0
+        self.prefix_maps_on_continue = 0
         self.shortages = 0
         self.retry_seconds = RETRY_SECONDS
         self.scheduling_seconds = 0.0
@@ -222,18 +228,25 @@ class KVMemory:
         the request held it still holds, and the parked one is still parked.
         """
         with self._timed():
-            owner = segment.owner if segment is not None else None
+            while segment is not None and segment.in_hand:
+                self._settled.wait()
+            parked = None
             if segment is None:
                 while self.segments.exhausted() and self.segments.in_hand:
                     self._settled.wait()
                 held = self.segments.take()
+            elif segment.owner is None:
+                held = segment
             else:
-                held = segment if owner is None else self.segments.adopt(segment)
+                parked = (segment.wanted, segment.owner, segment.prepared)
+                held = self.segments.adopt(segment)
+            missing = max(0, shared - self.segments.common(held, pages))
             try:
                 fitted = self.segments.fit(held, pages)
             except VMMError as error:
-                if owner is not None:
-                    self.segments.park(held, len(held.pages), owner)
+                if parked is not None:
+                    wanted, owner, held.prepared = parked
+                    self.segments.park(held, wanted, owner)
                 elif segment is None:
                     self.segments.release(held)
                 was, self.pages.refusal = self.pages.refusal, error
@@ -241,6 +254,9 @@ class KVMemory:
                 raise
             fitted.busy_until = self.next_epoch
             self.pages_shared += shared
+            self.prefix_maps += missing
+            if parked is not None and not parked[2]:
+                self.prefix_maps_on_continue += missing
             return fitted
 
     def pin_padding(self) -> Segment:
@@ -248,10 +264,22 @@ class KVMemory:
         with self._timed():
             return self.segments.pin(0)
 
-    def park(self, segment: Segment, keep_pages: int, owner: object) -> None:
-        """Leave a leased segment at `owner` (a tree node) for the turn that continues it."""
+    def park(self, segment: Segment, pages: Sequence[int], owner: object) -> None:
+        """Leave a leased segment at `owner` (a tree node) for the turn that continues it. The worker sees to it that
+        it shows `pages`, which is the whole path."""
         with self._timed():
-            self.segments.park(segment, keep_pages, owner)
+            self.segments.park(segment, pages, owner)
+        self._wake.set()
+
+    def prepare(self, pages: Sequence[int], owner: object) -> Segment | None:
+        """A segment parked at `owner`, a request that still waits, for the worker to map the prefix it will share.
+
+        None where no segment is idle, or as many are parked as may be.
+        """
+        with self._timed():
+            segment = self.segments.prepare(pages, owner)
+        self._wake.set()
+        return segment
 
     def release(self, segment: Segment) -> None:
         with self._timed():
@@ -279,7 +307,7 @@ class KVMemory:
         """Every batch up to `epoch` is done."""
         if epoch > self.segments.completed:
             self.segments.completed = epoch
-            if self.segments.counts()["retired"]:
+            if self.segments.pending():
                 self._wake.set()
 
     # The worker.
@@ -294,6 +322,11 @@ class KVMemory:
             segment = self.segments.begin_reclaim()
         if segment is not None:
             self._reclaim(segment)
+            return True
+        with self._lock:
+            untidy = self.segments.begin_tidy()
+        if untidy is not None:
+            self._tidy(*untidy)
             return True
         with self._lock:
             page = self._page_to_back()
@@ -313,10 +346,23 @@ class KVMemory:
         left = len(segment.pages)
         try:
             for left in self.segments.unmap_segment(segment):  # noqa: B007
-                pass
+                with self._lock:
+                    pass  # the driver has a lock too: whoever maps for a batch goes first
         finally:
             with self._settled:
                 self.segments.finish_reclaim(segment, left)
+                self._settled.notify()
+
+    def _tidy(self, segment: Segment, page: int | None) -> None:
+        done = False
+        try:
+            self.segments.tidy_segment(segment, page)
+            done = True
+        except VMMError as error:
+            logger.debug("segment %d stays as it is: %s", segment.index, error)
+        finally:
+            with self._settled:
+                self.segments.finish_tidy(segment, page, done=done)
                 self._settled.notify()
 
     def _page_to_back(self) -> int | None:
@@ -408,7 +454,11 @@ class KVMemory:
                 prefix_tokens_served=self.prefix_tokens_served,
                 maps=self.segments.maps,
                 unmaps=self.segments.unmaps,
+                maps_behind=self.segments.maps_behind,
+                prefix_maps=self.prefix_maps,
+                prefix_maps_on_continue=self.prefix_maps_on_continue,
                 adoptions=self.segments.adoptions,
+                prepared_segments=self.segments.prepared,
                 fresh_segments=self.segments.fresh,
                 swaps=self.segments.swaps,
                 shortages=self.shortages,

@@ -4,6 +4,9 @@
      ^               |                 |
      +--- reclaim -- retired <---------+
 
+A parked segment need not show all of its path yet: what is missing (pages born in decode, the prefix of a request that
+still waits) is mapped behind, and what it shows too much unmapped, one page at a time (`begin_tidy`).
+
 A segment is as long as the longest context. Kernels read it as a plain strided tensor, so before a batch may read n
 tokens of it, its first ceil(n / page_tokens) pages must be the request's pages, in order (invariant 2): `fit` makes
 that so, and is the only thing that maps. A segment that a batch in flight may still read is never changed, only
@@ -18,7 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sglang_vtensor.pages import PagePool
+from sglang_vtensor.pages import PagePool, PageState
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 
 
@@ -42,6 +45,12 @@ class Segment:
     busy_until: int = 0
     #: While parked, what it is parked at. None says to whoever remembers the segment that it is gone.
     owner: object = None
+    #: While parked, the pages it is to show, from its start.
+    wanted: Sequence[int] = ()
+    #: Parked for a request that has not begun, and not by one that is over.
+    prepared: bool = False
+    #: The mapping worker calls the driver for it at this moment, and nobody else may.
+    in_hand: bool = False
 
 
 class SegmentPool:
@@ -65,15 +74,20 @@ class SegmentPool:
         self.completed = 0
         self.maps = 0
         self.unmaps = 0
+        self.maps_behind = 0
         self.adoptions = 0
+        self.prepared = 0
         self.fresh = 0
         self.swaps = 0
         self.segments = [Segment(i, self.base + i * self.segment_bytes) for i in range(num_segments)]
         self._idle = list(reversed(self.segments))
         self._parked: OrderedDict[int, Segment] = OrderedDict()  # by index, the longest parked first
+        self._untidy: dict[int, Segment] = {}  # parked, and not yet as wanted; by index
         self._retired: deque[Segment] = deque()
         self._leased = 0
         self._pinned = 0
+        self._reclaiming = 0
+        #: Segments in the hands of whoever calls the driver for them without the lock.
         self.in_hand = 0
 
     # Life of a segment.
@@ -98,26 +112,40 @@ class SegmentPool:
         self.fresh += 1
         return segment
 
-    def park(self, segment: Segment, keep_pages: int, owner: object) -> None:
-        """Leave a leased segment, with its first `keep_pages` pages, at `owner`, for the turn that continues it."""
+    def park(self, segment: Segment, pages: Sequence[int], owner: object) -> None:
+        """Leave a leased segment at `owner`, to show `pages` to the turn that continues it. Calls no driver: where the
+        segment shows something else, `begin_tidy` finds it."""
         self._expect(segment, SegmentState.LEASED)
         self._leased -= 1
-        if not self.is_busy(segment):
-            self._unmap_from(segment, keep_pages)
         segment.state = SegmentState.PARKED
         segment.owner = owner
+        segment.wanted = pages
         self._parked[segment.index] = segment
+        if segment.pages != pages:
+            self._untidy[segment.index] = segment
         while len(self._parked) > self.max_parked:
             self.drop(next(iter(self._parked.values())))
 
+    def prepare(self, pages: Sequence[int], owner: object) -> Segment | None:
+        """An idle segment, parked at `owner` to show `pages`; None where it would displace another parked one."""
+        if not self._idle or len(self._parked) >= self.max_parked:
+            return None
+        segment = self.take()
+        self.fresh -= 1
+        segment.prepared = True
+        self.park(segment, pages, owner)
+        return segment
+
     def adopt(self, segment: Segment) -> Segment:
         """Lease a parked segment as it is."""
-        self._expect(segment, SegmentState.PARKED)
-        del self._parked[segment.index]
-        segment.owner = None
+        self._unpark(segment)
         segment.state = SegmentState.LEASED
         self._leased += 1
-        self.adoptions += 1
+        if segment.prepared:
+            self.prepared += 1
+        else:
+            self.adoptions += 1
+        segment.prepared = False
         return segment
 
     def release(self, segment: Segment) -> None:
@@ -128,10 +156,16 @@ class SegmentPool:
 
     def drop(self, segment: Segment) -> None:
         """A parked segment is not wanted any more."""
+        self._unpark(segment)
+        segment.prepared = False
+        self._retire(segment)
+
+    def _unpark(self, segment: Segment) -> None:
         self._expect(segment, SegmentState.PARKED)
         del self._parked[segment.index]
+        self._untidy.pop(segment.index, None)
         segment.owner = None
-        self._retire(segment)
+        segment.wanted = ()
 
     def drop_parked(self) -> int:
         """Drop every parked segment. Returns how many."""
@@ -163,8 +197,9 @@ class SegmentPool:
     def begin_reclaim(self) -> Segment | None:
         """Take in hand a retired segment that no batch reads any more; None if there is none."""
         for segment in self._retired:
-            if not self.is_busy(segment):
+            if not self.is_busy(segment) and not segment.in_hand:
                 self._retired.remove(segment)
+                self._reclaiming += 1
                 self.in_hand += 1
                 return segment
         return None
@@ -177,6 +212,7 @@ class SegmentPool:
 
     def finish_reclaim(self, segment: Segment, left: int) -> None:
         """Of the segment in hand `left` pages are still mapped: none, and it is idle; or it is tried again."""
+        self._reclaiming -= 1
         self.in_hand -= 1
         for page in segment.pages[left:]:
             self.page_pool.count_alias(page, -1)
@@ -189,8 +225,56 @@ class SegmentPool:
         self._idle.append(segment)
 
     def exhausted(self) -> bool:
-        """No segment is idle, none can be made so, and none is parked: `take` would fail."""
-        return not self._idle and not self._parked and all(self.is_busy(segment) for segment in self._retired)
+        """No segment is idle, and none can be made so without waiting for a batch or for the worker: `take` fails."""
+        return (
+            not self._idle
+            and all(segment.in_hand for segment in self._parked.values())
+            and all(segment.in_hand or self.is_busy(segment) for segment in self._retired)
+        )
+
+    def begin_tidy(self) -> tuple[Segment, int | None] | None:
+        """Take in hand a parked segment that is not as it is wanted, with the page to be mapped behind its last one;
+        or with None, if its last page is to be unmapped, and no batch reads it. None if there is nothing to do."""
+        for segment in list(self._untidy.values()):
+            shown = self.common(segment, segment.wanted)
+            page = None
+            if shown < len(segment.pages):
+                if self.is_busy(segment):
+                    continue
+            elif shown < len(segment.wanted) and self.page_pool.state(segment.wanted[shown]) is PageState.OWNED:
+                page = segment.wanted[shown]
+                self.page_pool.count_alias(page, +1)  # before the call, so that the page stays while it is made
+            else:
+                del self._untidy[segment.index]
+                continue
+            segment.in_hand = True
+            self.in_hand += 1
+            return segment, page
+        return None
+
+    def tidy_segment(self, segment: Segment, page: int | None) -> None:
+        """The driver's part of what `begin_tidy` returned."""
+        if page is None:
+            self.vmm.unmap(segment.address + (len(segment.pages) - 1) * self.page_bytes, self.page_bytes)
+        else:
+            address = segment.address + len(segment.pages) * self.page_bytes
+            self.vmm.map(address, self.page_bytes, self.page_pool.handle(page))
+
+    def finish_tidy(self, segment: Segment, page: int | None, *, done: bool) -> None:
+        """The segment is out of hand. If it is not done, it is left as it is: whoever leases it maps the rest."""
+        segment.in_hand = False
+        self.in_hand -= 1
+        if not done:
+            self._untidy.pop(segment.index, None)
+            if page is not None:
+                self.page_pool.count_alias(page, -1)
+        elif page is None:
+            self.unmaps += 1
+            self.page_pool.count_alias(segment.pages.pop(), -1)
+        else:
+            self.maps += 1
+            self.maps_behind += 1
+            segment.pages.append(page)
 
     def is_busy(self, segment: Segment) -> bool:
         return segment.busy_until > self.completed
@@ -271,9 +355,13 @@ class SegmentPool:
             "idle": len(self._idle),
             "leased": self._leased,
             "parked": len(self._parked),
-            "retired": len(self._retired) + self.in_hand,
+            "retired": len(self._retired) + self._reclaiming,
             "pinned": self._pinned,
         }
+
+    def pending(self) -> bool:
+        """Whether segments wait for a batch to end before they can be unmapped or tidied."""
+        return bool(self._retired or self._untidy)
 
     def mappings(self) -> int:
         """Pages mapped in segments; the identity region is not counted."""
@@ -290,6 +378,7 @@ class SegmentPool:
         states = [segment.state for segment in self.segments]
         assert self.counts() == {state.value: states.count(state) for state in SegmentState}, self.counts()
         assert {segment.index for segment in self.segments if segment.owner is not None} <= set(self._parked)
+        assert set(self._untidy) <= set(self._parked)
         aliases = [0] * self.page_pool.num_pages
         for segment in self.segments:
             assert segment.state is not SegmentState.IDLE or not segment.pages, segment

@@ -57,7 +57,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
 
     def map_segments() -> None:
         for req, slot, record in zip(batch.reqs, slots, records, strict=True):
-            adopt = batch.tree_cache.parked_segment(req.last_node) if record.segment is None else None
+            adopt = batch.tree_cache.segment_for(req) if record.segment is None else None
             runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
 
     if not _secure(batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None):

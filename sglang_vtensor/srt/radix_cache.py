@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+#: For so many requests at the head of the queue the prefix is mapped ahead: a batch or two.
+MAX_PREPARED = 64
+
 
 @dataclass
 class PagedInsertParams(InsertParams):
@@ -47,11 +51,14 @@ class VTensorRadixCache(RadixCache):
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
         self.runtime.tree_stats = self.tree_stats
         self.runtime.use_group(params.tp_cache_group)
+        #: What waiting requests find when they are scheduled, by request id; None for one that finds it at a leaf.
+        self._prepared: dict[str, tuple[Req, Segment | None]] = {}
         super().__init__(params)
 
     def reset(self) -> None:
         """Forget the tree. Its pages are freed by `VTensorAllocator.clear`, which SGLang calls with it."""
         super().reset()
+        self._prepared.clear()
         self.root_node.pages = []
         self.root_node.segment = None
 
@@ -70,6 +77,52 @@ class VTensorRadixCache(RadixCache):
         if node is None or node.segment is None or node.segment.owner is not node:
             return None
         return node.segment
+
+    def segment_for(self, req: Req) -> Segment | None:
+        """The segment that a request adopts as it begins: the one parked where it continues, or one prepared for it."""
+        _, prepared = self._prepared.pop(req.rid, (req, None))
+        parked = self.parked_segment(req.last_node)
+        if prepared is None or prepared.owner is not req:
+            return parked
+        if parked is None:
+            return prepared
+        self.runtime.memory.drop(prepared)
+        return parked
+
+    def prepare(self, waiting: Sequence[Req]) -> None:
+        """Let the worker map the shared prefixes of the requests that wait first, each on a segment of its own."""
+        memory, tokens = self.runtime.memory, self.page_size
+        if self._prepared:
+            still = {req.rid for req in waiting}
+            for rid in [rid for rid in self._prepared if rid not in still]:
+                req, segment = self._prepared.pop(rid)
+                if segment is not None and segment.owner is req:
+                    memory.drop(segment)
+        for req in waiting[:MAX_PREPARED]:
+            if req.rid in self._prepared or req.kv is not None or len(req.origin_input_ids) <= tokens:
+                continue
+            if RadixKey(req.origin_input_ids[:tokens], req.extra_key).child_key(tokens) not in self.root_node.children:
+                continue  # told by one page: nothing of it is cached
+            # Its last token is always computed, so what is matched ends before it.
+            key = RadixKey((req.origin_input_ids + req.output_ids)[:-1], req.extra_key)
+            node, pages = self._find(key.page_aligned(tokens))
+            segment = None
+            if self.parked_segment(node) is None:
+                segment = memory.prepare(pages, req)
+                if segment is None:
+                    return
+            self._prepared[req.rid] = (req, segment)
+
+    def _find(self, key: RadixKey) -> tuple[TreeNode | None, list[int]]:
+        """What a match would find: the node it ends at (None inside of one) and the pages. The tree stays as it is."""
+        node, pages = self.root_node, []
+        while len(key) and (child := node.children.get(key.child_key(self.page_size))) is not None:
+            common = child.key.match(key, page_size=self.page_size)
+            pages += child.pages[: common // self.page_size]
+            if common < len(child.key):
+                return None, pages
+            node, key = child, key[common:]
+        return node, pages
 
     # Insertion.
 
@@ -162,7 +215,7 @@ class VTensorRadixCache(RadixCache):
         if swapped or record.stale or not pages or self.parked_segment(leaf) is not None:
             self.runtime.memory.release(segment)
             return
-        self.runtime.memory.park(segment, pages, leaf)
+        self.runtime.memory.park(segment, record.pages[:pages], leaf)
         leaf.segment = segment
 
     # Eviction.
@@ -221,7 +274,7 @@ class VTensorRadixCache(RadixCache):
             assert (node.value[:: self.page_size] // self.page_size).tolist() == node.pages
             segment = self.parked_segment(node)
             if segment is not None:
-                # Pages born in decode are mapped by the extend that needs them: a parked segment may show fewer.
+                # Pages born in decode are mapped behind: a parked segment may show fewer for a while.
                 path = self.path_pages(node)
                 shown = min(len(path), len(segment.pages))
                 assert segment.pages[:shown] == path[:shown], (segment, path)
@@ -238,8 +291,11 @@ class VTensorChunkCache(ChunkCache):
     def path_pages(self, node: TreeNode | None) -> list[int]:
         return []
 
-    def parked_segment(self, node: TreeNode | None) -> None:
+    def segment_for(self, req: Req) -> None:
         return None
+
+    def prepare(self, waiting: Sequence[Req]) -> None:
+        """Nothing is shared, so there is nothing to prepare."""
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)

@@ -151,11 +151,21 @@ class MemoryMachine(RuleBasedStateMachine):
         if request["segment"] is not None:
             if park:
                 keep = data.draw(st.integers(1, len(request["pages"])))
-                self.memory.park(request["segment"], keep, object())
+                self.memory.park(request["segment"], request["pages"][:keep], object())
                 self.parked.append((request["segment"], request["pages"][:keep]))
             else:
                 self.memory.release(request["segment"])
         self.give_up([page for page in request["pages"] if all(page not in r["pages"] for r in self.requests)])
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests)
+    def prepare(self, data) -> None:
+        """A request waits that will share the first pages of another."""
+        pages = data.draw(st.sampled_from(self.requests))["pages"]
+        pages = pages[: data.draw(st.integers(1, len(pages)))]
+        segment = self.memory.prepare(pages, object())
+        if segment is not None:
+            self.parked.append((segment, pages))
 
     @rule()
     def housekeep(self) -> None:

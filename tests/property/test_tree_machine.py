@@ -63,6 +63,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.keys = self.memory.identity_views(0)[0]
         self.by_segment = self.memory.segment_views(0)[0]
         self.requests: list[SimpleNamespace] = []
+        self.waiting: list[SimpleNamespace] = []
+        self.arrived = 0
         self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
 
     # What SGLang's scheduler does, in its order.
@@ -88,25 +90,53 @@ class TreeMachine(RuleBasedStateMachine):
 
     def read(self, req: SimpleNamespace) -> None:
         """A batch reads the request's segment."""
-        adopt = self.tree.parked_segment(req.last_node)
         record = self.runtime.requests[req.req_pool_idx]
-        self.runtime.map_request(req.req_pool_idx, adopt=adopt if record.segment is None else None)
+        adopt = self.tree.segment_for(req) if record.segment is None else None
+        self.runtime.map_request(req.req_pool_idx, adopt=adopt)
         tokens = req.origin_input_ids + req.output_ids
         shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
         assert shown == [float(content(tokens[: i + 1])) for i in range(req.written)]
         self.memory.complete(self.memory.launch())
 
     @rule(data=st.data(), cut=st.integers(0, CONTEXT), more=st.lists(st.integers(0, 3), min_size=1, max_size=16))
-    @precondition(lambda self: len(self.requests) < ROWS)
-    def start(self, data, cut: int, more: list[int]) -> None:
+    @precondition(lambda self: len(self.waiting) < 4)
+    def arrive(self, data, cut: int, more: list[int]) -> None:
+        """A request queues. While it waits, the worker maps what it will share."""
+        tokens = (data.draw(st.sampled_from(self.spoken))[:cut] + more)[: CONTEXT - 8]
+        self.arrived += 1
+        req = SimpleNamespace(
+            rid=str(self.arrived),
+            origin_input_ids=array("q", tokens),
+            output_ids=array("q"),
+            extra_key=None,
+            priority=0,
+            written=0,
+            kv=None,
+        )
+        req.get_fill_ids = lambda: req.origin_input_ids + req.output_ids
+        self.waiting.append(req)
+        self.tree.prepare(self.waiting)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.waiting)
+    def abort_waiting(self, data) -> None:
+        self.waiting.remove(data.draw(st.sampled_from(self.waiting)))
+        self.tree.prepare(self.waiting)
+
+    @rule(turns=st.integers(1, 4))
+    def housekeep(self, turns: int) -> None:
+        for _ in range(turns):
+            self.memory.housekeep()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.waiting and len(self.requests) < ROWS)
+    def start(self, data) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        tokens = (data.draw(st.sampled_from(self.spoken))[:cut] + more)[: CONTEXT - 8]
-        req = SimpleNamespace(
-            origin_input_ids=array("q", tokens), output_ids=array("q"), extra_key=None, priority=0, written=0
-        )
-        req.get_fill_ids = lambda: req.origin_input_ids + req.output_ids
+        req = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(req)
+        tokens = list(req.origin_input_ids)
         match = self.tree.match_prefix(
             MatchPrefixParams(key=RadixKey(req.origin_input_ids, None, limit=len(tokens) - 1))
         )
@@ -166,11 +196,6 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.evict(SimpleNamespace(num_tokens=tokens))
 
     @rule()
-    def housekeep(self) -> None:
-        while self.memory.housekeep():
-            pass
-
-    @rule()
     @precondition(lambda self: not self.requests)
     def flush(self) -> None:
         self.tree.reset()
@@ -196,6 +221,8 @@ class TreeMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "tree"):
             return
+        self.waiting.clear()
+        self.tree.prepare(self.waiting)
         for req in self.requests:
             self.end(req, insert=True)
         self.tree.evict(SimpleNamespace(num_tokens=CAPACITY_TOKENS))

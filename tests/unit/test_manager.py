@@ -69,7 +69,7 @@ def test_a_failed_lease_changes_nothing(at):
     pages = memory.allocate(6)
     parked = memory.lease(None, pages[:2])
     memory.complete(memory.launch())
-    memory.park(parked, 2, "leaf")
+    memory.park(parked, pages[:2], "leaf")
     before = memory.segments.counts()
     for segment in (None, parked):
         vmm.fail_calls, vmm.fail_at = ("map",), at
@@ -139,6 +139,53 @@ def test_the_last_page_is_waited_for_in_the_workers_hands():
     memory.check_integrity()
 
 
+def test_a_lease_waits_for_a_segment_in_the_workers_hands():
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm, worker=False)
+    pages = memory.allocate(3)
+    segment = memory.prepare(pages[:2], "waiting")
+    begun, go = threading.Event(), threading.Event()
+    map_ = vmm.map
+
+    def slow(*args):
+        begun.set()
+        assert go.wait(10)
+        map_(*args)
+
+    vmm.map = slow
+    worker = threading.Thread(target=memory.housekeep)
+    worker.start()
+    assert begun.wait(10)
+    got = []
+    taker = threading.Thread(target=lambda: got.append(memory.lease(segment, pages, shared=2)))
+    taker.start()
+    taker.join(0.1)
+    assert taker.is_alive(), "two threads mapped one segment"
+    go.set()
+    for thread in (worker, taker):
+        thread.join(10)
+    assert got == [segment]
+    assert segment.pages == pages
+    stats = memory.stats()
+    assert (stats.maps, stats.maps_behind, stats.prefix_maps, stats.prepared_segments) == (3, 1, 1, 1)
+    memory.check_integrity()
+
+
+def test_the_turn_that_continues_maps_nothing_of_its_prefix():
+    memory = make(worker=True)
+    try:
+        pages = memory.allocate(5)
+        segment = memory.lease(None, pages[:2])
+        memory.complete(memory.launch())
+        memory.park(segment, pages[:4], "leaf")  # two pages were born in decode
+        wait_for(lambda: segment.pages == pages[:4])
+        assert memory.lease(segment, pages, shared=4) is segment
+        stats = memory.stats()
+        assert (stats.prefix_maps_on_continue, stats.adoptions, stats.maps_behind) == (0, 1, 2)
+    finally:
+        memory.close()
+
+
 def test_the_worker_unmaps_behind_the_scheduler():
     memory = make(worker=True)
     try:
@@ -155,7 +202,7 @@ def test_free_all_forgets_everything():
     memory = make()
     pages = memory.allocate(9)
     memory.lease(None, pages[:3])
-    memory.park(memory.lease(None, pages[3:5]), 2, "leaf")
+    memory.park(memory.lease(None, pages[3:5]), pages[3:5], "leaf")
     memory.free_all()
     memory.complete(memory.launch())
     while memory.housekeep():

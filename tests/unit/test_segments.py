@@ -34,6 +34,16 @@ def stamp(pages, ids):
     return ids
 
 
+def tidy(pool):
+    """Do what the mapping worker does for parked segments. Returns in how many calls of the driver."""
+    calls = 0
+    while (in_hand := pool.begin_tidy()) is not None:
+        pool.tidy_segment(*in_hand)
+        pool.finish_tidy(*in_hand, done=True)
+        calls += 1
+    return calls
+
+
 def test_a_segment_shows_its_pages_in_order(pool, pages):
     ids = stamp(pages, pages.allocate(4))[::-1]
     segment = pool.fit(pool.take(), ids)
@@ -84,18 +94,99 @@ def test_a_busy_segment_is_left_alone(pool, pages):
 def test_parked_segments_are_adopted_as_they_are(pool, pages):
     ids = stamp(pages, pages.allocate(4))
     segment = pool.fit(pool.take(), ids)
-    pool.park(segment, 3, "leaf")
+    pool.park(segment, ids[:3], "leaf")
+    assert tidy(pool) == 1, "the page that is not kept is unmapped behind"
     assert (segment.owner, segment.pages) == ("leaf", ids[:3])
     maps = pool.maps
     assert pool.fit(pool.adopt(segment), ids[:3]) is segment
     assert (pool.maps, pool.adoptions, segment.owner) == (maps, 1, None)
 
 
+def test_what_a_parked_segment_lacks_is_mapped_behind(pool, pages):
+    ids = stamp(pages, pages.allocate(5))
+    segment = pool.fit(pool.take(), ids[:2])
+    segment.busy_until = 1
+    pool.park(segment, ids, "leaf")
+    assert tidy(pool) == 3, "behind the end a reader in flight is not disturbed"
+    assert shown(pool, segment, 5) == ids
+    maps = pool.maps
+    pool.fit(pool.adopt(segment), ids)
+    assert (pool.maps, pool.maps_behind) == (maps, 3)
+    pool.check_integrity()
+
+
+def test_a_busy_parked_segment_loses_nothing(pool, pages):
+    ids = stamp(pages, pages.allocate(4))
+    segment = pool.fit(pool.take(), ids[:3])
+    segment.busy_until = 1
+    pool.park(segment, [ids[0], ids[3]], "leaf")
+    assert tidy(pool) == 0
+    assert shown(pool, segment, 3) == ids[:3], "the reader still sees what it was launched on"
+    pool.completed = 1
+    assert tidy(pool) == 3
+    assert shown(pool, segment, 2) == [ids[0], ids[3]]
+    pool.check_integrity()
+
+
+def test_a_segment_is_prepared_only_where_one_is_idle(pool, pages):
+    ids = stamp(pages, pages.allocate(3))
+    segment = pool.prepare(ids, "waiting")
+    assert tidy(pool) == 3
+    assert (shown(pool, segment, 3), segment.owner) == (ids, "waiting")
+    pool.prepare(ids, "another")
+    assert pool.prepare(ids, "one too many") is None, "nothing that is parked goes for it"
+    pool.adopt(segment)
+    assert (pool.prepared, pool.adoptions, pool.fresh) == (1, 0, 0)
+    pool.check_integrity()
+
+
+def test_pages_that_nobody_owns_any_more_are_not_mapped_behind(pool, pages):
+    ids = pages.allocate(3)
+    segment = pool.prepare(ids, "waiting")
+    pages.free(ids[1:])
+    assert tidy(pool) == 1
+    assert segment.pages == ids[:1]
+    pool.check_integrity()
+
+
+def test_a_segment_in_hand_is_neither_unmapped_nor_lost(pool, pages, vmm):
+    ids = stamp(pages, pages.allocate(2))
+    segment = pool.prepare(ids, "waiting")
+    in_hand = pool.begin_tidy()
+    assert in_hand == (segment, ids[0])
+    pool.drop(segment)
+    pool.reclaim()
+    assert segment.state is SegmentState.RETIRED
+    pages.free(ids)
+    assert pages.begin_trim(0, 0) == ids[1], "the page in hand stays"
+    pages.finish_back(ids[1], pages._handles[ids[1]])
+    pool.tidy_segment(*in_hand)
+    pool.finish_tidy(*in_hand, done=True)
+    pool.check_integrity()
+    pool.reclaim()
+    assert segment.state is SegmentState.IDLE
+    assert tidy(pool) == 0
+    pool.check_integrity()
+
+
+def test_a_map_that_fails_behind_is_left_to_the_lease(pool, pages, vmm):
+    ids = stamp(pages, pages.allocate(3))
+    segment = pool.prepare(ids, "waiting")
+    in_hand = pool.begin_tidy()
+    vmm.fail_calls, vmm.fail_at = ("map",), 1
+    with pytest.raises(VMMError, match="INJECTED"):
+        pool.tidy_segment(*in_hand)
+    pool.finish_tidy(*in_hand, done=False)
+    pool.check_integrity()
+    assert tidy(pool) == 0
+    assert shown(pool, pool.fit(pool.adopt(segment), ids), 3) == ids
+
+
 def test_the_oldest_parked_segment_goes_first(pool, pages):
     ids = pages.allocate(3)
     parked = [pool.fit(pool.take(), [page]) for page in ids]
     for i, segment in enumerate(parked):
-        pool.park(segment, 1, i)
+        pool.park(segment, ids[i : i + 1], i)
     assert [segment.owner for segment in parked] == [None, 1, 2], "two may be parked"
     for _ in range(4):
         pool.take()
