@@ -1,0 +1,430 @@
+"""`python -m benchmarks.kernels prefill|decode`: attention kernels beside each other, on a Hopper GPU.
+
+Every contestant has its own layout of the same sizes: ours is token-major over all layers, as in the server, and each
+context one run; the others have a pool a layer, as SGLang allocates it, and pages in random order. A CUDA graph calls a
+contestant once on each of several layers, together more than the L2 cache; graphs are replayed in turns, and the time
+of a call is the median of the replays. The floor is the larger of operations over the matmul rate and bytes over the
+copy bandwidth, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import results
+
+console = Console(width=200)
+app = typer.Typer(add_completion=False)
+
+#: Query heads, KV heads, head dimension, layers.
+GEOMETRIES = {
+    "Llama-3-8B": (32, 8, 128, 32),
+    "Yi-6B": (32, 4, 128, 32),
+    "Yi-34B": (56, 8, 128, 60),
+    "Qwen3-32B": (64, 8, 128, 64),
+    "Llama-2-7B": (32, 32, 128, 32),
+    "Llama-3.2-1B": (32, 8, 64, 16),
+}
+#: Requests, prefix, new tokens; ragged mixes are lists of (prefix, new).
+PREFILL: list[list[tuple[int, int]]] = [
+    [(0, 2048)],
+    [(2048, 512)],
+    [(8192, 16)],
+    [(32768, 128)],
+    [(32768, 2048)],
+    [(65536, 512)],
+    [(2048, 128)] * 8,
+    [(8192, 512)] * 4,
+    [(0, 512)] * 16,
+    [(4096, 64)] * 16,
+    [(1024, 16)] * 32,
+    [(32768, 16), (0, 2048), (2048, 300), (700, 700), (12000, 33)],
+]
+#: Contexts of a decode batch.
+DECODE: list[list[int]] = [
+    [512],
+    [32768],
+    [131072],
+    [4096] * 8,
+    [1024] * 32,
+    [4096] * 64,
+    [512] * 256,
+    [2048] * 128,
+    [32768, 20000, 9000, 4000, 4000, 1000, 1000, 600] + [512] * 24,
+]
+#: Bytes that one contestant's layers may take, and that a rotation must exceed.
+POOL_BYTES, ROTATION_BYTES = 12 << 30, 160 << 20
+TOKENS_IN_ALL = 300_000
+
+
+@dataclass
+class Case:
+    """A batch of one geometry. Random K and V; `first` is where each context begins in our pool."""
+
+    geometry: str
+    shape: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        self.q_heads, self.kv_heads, self.dim, layers = GEOMETRIES[self.geometry]
+        self.new = [new for _, new in self.shape]
+        self.contexts = [prefix + new for prefix, new in self.shape]
+        self.scale = self.dim**-0.5
+        self.tokens = sum(self.contexts)
+        token = 2 * self.kv_heads * self.dim * 2
+        self.layers = max(2, min(layers, POOL_BYTES // (self.tokens * token)))
+        self.rotation = min(self.layers, max(2, -(-ROTATION_BYTES // (self.tokens * token))))
+        self.q = torch.randn(sum(self.new), self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
+        self.pool = torch.empty(
+            self.tokens, self.layers, 2, self.kv_heads, self.dim, device="cuda", dtype=torch.bfloat16
+        ).normal_()
+        starts = [0]
+        for context in self.contexts:
+            starts.append(starts[-1] + context)
+        self.first = torch.tensor(starts[:-1], dtype=torch.int64, device="cuda")
+        self.context_lens = torch.tensor(self.contexts, dtype=torch.int32, device="cuda")
+        self.starts = torch.tensor([0, *torch.tensor(self.new).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+        self._paged: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def ours(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pool[:, layer, 0], self.pool[:, layer, 1]
+
+    def paged(self, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K and V `(rotation, pages, page, kv_heads, dim)`, and the page table: the same tokens in random pages."""
+        if page not in self._paged:
+            self._paged.clear()
+            counts = [-(-context // page) for context in self.contexts]
+            order = torch.randperm(sum(counts), device="cuda", dtype=torch.int32)
+            table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device="cuda")
+            at = 0
+            shape = (self.rotation, sum(counts) * page, self.kv_heads, self.dim)
+            k, v = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            for i, (count, context) in enumerate(zip(counts, self.contexts, strict=True)):
+                table[i, :count] = order[at : at + count]
+                slots = (table[i, :count, None].long() * page + torch.arange(page, device="cuda")).view(-1)[:context]
+                first = int(self.first[i])
+                k[:, slots] = self.pool[first : first + context, : self.rotation, 0].transpose(0, 1)
+                v[:, slots] = self.pool[first : first + context, : self.rotation, 1].transpose(0, 1)
+                at += count
+            paged = (self.rotation, sum(counts), page, self.kv_heads, self.dim)
+            self._paged[page] = (k.view(paged), v.view(paged), table)
+        return self._paged[page]
+
+    def operations(self) -> float:
+        """Floating-point operations of causal attention."""
+        pairs = sum(new * context - new * (new - 1) / 2 for new, context in zip(self.new, self.contexts, strict=True))
+        return 4.0 * pairs * self.q_heads * self.dim
+
+    def bytes(self) -> float:
+        return 2.0 * (self.tokens * 2 * self.kv_heads * self.dim + 2 * self.q.numel())
+
+    def label(self) -> str:
+        if len(set(self.shape)) > 1:
+            return f"ragged, {len(self.shape)} requests"
+        prefix, new = self.shape[0]
+        return f"{len(self.shape)} x ({prefix} + {new})"
+
+
+Call = Callable[[int], torch.Tensor]
+
+
+def ours(case: Case, decode: bool, **options: Any) -> Call:
+    """Our kernel, `layer -> out`."""
+    if decode:
+        from sglang_vtensor.kernels.decode import Decoder
+
+        decoder = Decoder(
+            max_requests=len(case.new),
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.dim,
+            device="cuda",
+            **options,
+        )
+        decoder.plan(case.context_lens)
+        return lambda layer: decoder(case.q, *case.ours(layer), case.first, scale=case.scale)
+    from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
+
+    plan = plan_prefill(
+        case.new,
+        case.contexts,
+        q_heads=case.q_heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.dim,
+        device=case.q.device,
+        **options,
+    )
+    return lambda layer: prefix_prefill(case.q, *case.ours(layer), case.first, plan, scale=case.scale)
+
+
+def fa3(case: Case, page: int) -> Call:
+    """FlashAttention-3 as SGLang calls it, on pages of that size."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    k, v, table = case.paged(page)
+    longest = max(case.new)
+    return lambda layer: flash_attn_with_kvcache(
+        q=case.q,
+        k_cache=k[layer],
+        v_cache=v[layer],
+        page_table=table,
+        cache_seqlens=case.context_lens,
+        cu_seqlens_q=case.starts,
+        max_seqlen_q=longest,
+        softmax_scale=case.scale,
+        causal=True,
+    )
+
+
+def fa3_segments(case: Case) -> Call:
+    """FlashAttention-3 on contiguous contexts of our pool, as our server calls it. Its rows are equally long, so the
+    contexts are copied to a pool of segments."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    longest = -(-max(case.contexts) // 128) * 128
+    count = len(case.contexts)
+    rotation = case.rotation
+    token = 2 * case.kv_heads * case.dim * 2
+    layers = max(rotation, min(case.layers, (2 * POOL_BYTES) // (count * longest * token)))
+    pool = torch.zeros(count, longest, layers, 2, case.kv_heads, case.dim, device="cuda", dtype=torch.bfloat16)
+    for i, (first, context) in enumerate(zip(case.first.tolist(), case.contexts, strict=True)):
+        pool[i, :context, :rotation] = case.pool[first : first + context, :rotation]
+    rows = torch.arange(count, dtype=torch.int32, device="cuda")
+    most = max(case.new)
+    return lambda layer: flash_attn_with_kvcache(
+        q=case.q,
+        k_cache=pool[:, :, layer, 0],
+        v_cache=pool[:, :, layer, 1],
+        cache_batch_idx=rows,
+        cache_seqlens=case.context_lens,
+        cu_seqlens_q=case.starts,
+        max_seqlen_q=most,
+        softmax_scale=case.scale,
+        causal=True,
+    )
+
+
+def sglang_triton(case: Case, decode: bool, page: int) -> Call:
+    """SGLang's own Triton kernels, with its own choice of splits."""
+    k, v, table = case.paged(page)
+    k, v = (x.view(case.rotation, -1, case.kv_heads, case.dim) for x in (k, v))
+    prefixes = [prefix for prefix, _ in case.shape]
+    lengths = case.contexts if decode else prefixes
+    pages = [table[i, : -(-length // page)].long() for i, length in enumerate(case.contexts)]
+    slots = [(p[:, None] * page + torch.arange(page, device="cuda")).view(-1) for p in pages]
+    kv_starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    indices = torch.cat([s[:length] for s, length in zip(slots, lengths, strict=True)])
+    if decode:
+        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+        from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+
+        requests, most = len(lengths), 8
+        splits = torch.empty(requests, dtype=torch.int32, device="cuda")
+        get_num_kv_splits_triton[(1,)](
+            splits,
+            case.context_lens,
+            requests,
+            1,
+            case.q_heads,
+            case.kv_heads,
+            most,
+            torch.cuda.get_device_properties(0).multi_processor_count,
+            MAX_NUM_SEQ=256,
+        )
+        partial = torch.empty(requests, case.q_heads, most, case.dim, dtype=torch.float32, device="cuda")
+        lse = torch.empty(requests, case.q_heads, most, dtype=torch.float32, device="cuda")
+        out = torch.empty_like(case.q)
+
+        def step(layer: int) -> torch.Tensor:
+            decode_attention_fwd(
+                case.q, k[layer], v[layer], out, kv_starts, indices, partial, lse, splits, most, case.scale, 1.0, 1.0
+            )
+            return out
+
+        return step
+    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+    fresh = torch.cat([s[p:c] for s, p, c in zip(slots, prefixes, case.contexts, strict=True)])
+    new_k, new_v = k[:, fresh].contiguous(), v[:, fresh].contiguous()
+    out = torch.empty_like(case.q)
+    longest = max(case.new)
+
+    def extend(layer: int) -> torch.Tensor:
+        extend_attention_fwd(
+            case.q,
+            new_k[layer],
+            new_v[layer],
+            out,
+            k[layer],
+            v[layer],
+            case.starts,
+            kv_starts,
+            indices,
+            None,
+            True,
+            None,
+            longest,
+            1.0,
+            1.0,
+            case.scale,
+        )
+        return out
+
+    return extend
+
+
+def graph(call: Call, rotation: int) -> torch.cuda.CUDAGraph:
+    """One call on each layer of the rotation."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for layer in range(min(2, rotation)):
+            call(layer)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for layer in range(rotation):
+            call(layer)
+    return captured
+
+
+def times(graphs: dict[str, torch.cuda.CUDAGraph], rotation: int, replays: int = 7) -> dict[str, float]:
+    """Median microseconds a call, the contestants in turns."""
+    seen: dict[str, list[float]] = {name: [] for name in graphs}
+    for replay in range(replays + 1):
+        for name, captured in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            captured.replay()
+            end.record()
+            end.synchronize()
+            if replay:
+                seen[name].append(start.elapsed_time(end) * 1000 / rotation)
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def rates() -> tuple[float, float]:
+    """Matmul operations a second (bfloat16, 8192 cubed) and bytes a second of a copy (read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.empty(1 << 30, device="cuda", dtype=torch.uint8) for _ in range(2))
+    matmul = times({"m": graph(lambda _: torch.mm(a, b), 4)}, 4)["m"]
+    copy = times({"c": graph(lambda _: y.copy_(x), 4)}, 4)["c"]
+    return 2 * 8192**3 / matmul * 1e6, 2 * x.numel() / copy * 1e6
+
+
+def agree(case: Case, calls: dict[str, Call]) -> None:
+    """Raise `AssertionError` if the contestants do not compute the same thing."""
+    outs = {name: call(0).float() for name, call in calls.items()}
+    base = next(iter(outs.values()))
+    for name, out in outs.items():
+        error = float((out.view_as(base) - base).norm() / base.norm())
+        assert error < 2e-2, f"{case.geometry} {case.label()}: {name} differs by {error:.3g}"
+
+
+def mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def measure(
+    shapes: list[list[tuple[int, int]]], decode: bool, geometries: list[str]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Every contestant on every shape of every geometry: the rates of the device, and a row each."""
+    matmul, copy = rates()
+    rows = []
+    for geometry in geometries:
+        for shape in shapes:
+            if sum(a + b for a, b in shape) > TOKENS_IN_ALL:
+                continue
+            case = Case(geometry, shape)
+            floor = max(case.operations() / matmul, case.bytes() / copy) * 1e6
+            row: dict[str, Any] = {"geometry": geometry, "shape": case.label(), "floor_us": round(floor, 1)}
+            first: dict[str, Call] = {"ours": ours(case, decode), "fa3_segments": fa3_segments(case)}
+            agree(case, first)
+            graphs = {name: graph(call, case.rotation) for name, call in first.items()}
+            # The paged pools are made one after another, so these calls are captured as they come; what a captured
+            # graph reads is kept alive by the calls.
+            kept = []
+            for page in (1, 64, 128):
+                paged = {f"fa3_page{page}": fa3(case, page)}
+                if page in (1, 64):
+                    paged[f"triton_page{page}"] = sglang_triton(case, decode, page)
+                agree(case, {"ours": first["ours"]} | paged)
+                graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
+                kept.append(paged)
+            measured = times(graphs, case.rotation)
+            row |= {name: round(value, 2) for name, value in measured.items()}
+            row["triton"] = min(row["triton_page1"], row["triton_page64"])
+            row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
+            row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
+            rows.append(row)
+            console.print(row)
+            del graphs, kept, first, case
+            torch.cuda.empty_cache()
+    return {"matmul_tflops": matmul / 1e12, "copy_gbytes": copy / 1e9}, rows
+
+
+def over(rows: list[dict[str, Any]], theirs: str, mine: str = "ours") -> list[float]:
+    return [row[theirs] / row[mine] for row in rows]
+
+
+Geometries = Annotated[str, typer.Option(help="With commas.")]
+ALL = ",".join(GEOMETRIES)
+
+
+@app.command()
+def prefill(geometries: Geometries = ALL) -> None:
+    """New tokens over a prefix. Writes prefill.json."""
+    summary, rows = measure(PREFILL, False, geometries.split(","))
+    for row in rows:
+        row["best"] = min(row["ours"], row["fa3_segments"])
+    triton = over(rows, "triton")
+    summary |= {
+        "vs_triton_geomean": mean(triton),
+        "vs_triton_max": max(triton),
+        "vs_triton_min": min(triton),
+        "best_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1", "best")),
+        "own_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1")),
+        "own_vs_fa3_page128_geomean": mean(over(rows, "fa3_page128")),
+        "own_vs_fa3_segments_geomean": mean(over(rows, "fa3_segments")),
+        "tflops_32k_2k": max(
+            (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
+            default=0.0,
+        ),
+    }
+    console.print(summary)
+    console.print(results.write("prefill", summary, rows))
+
+
+@app.command()
+def decode(geometries: Geometries = ALL) -> None:
+    """One new token over a context. Writes decode.json."""
+    summary, rows = measure([[(n - 1, 1) for n in contexts] for contexts in DECODE], True, geometries.split(","))
+    for row in rows:
+        row["best"] = min(row["ours"], row["fa3_segments"])
+    triton = over(rows, "triton")
+    summary |= {
+        "vs_triton_geomean": mean(triton),
+        "vs_triton_min": min(triton),
+        "vs_fa3_geomean": mean(over(rows, "fa3_page1")),
+        "bandwidth_share_64x4096": max(
+            (
+                row["gbytes"] / summary["copy_gbytes"]
+                for row in rows
+                if row["shape"] == "64 x (4095 + 1)" and row["geometry"] == "Llama-3-8B"
+            ),
+            default=0.0,
+        ),
+    }
+    console.print(summary)
+    console.print(results.write("decode", summary, rows))
+
+
+if __name__ == "__main__":
+    app()

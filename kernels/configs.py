@@ -1,0 +1,54 @@
+"""The one table of configurations, chosen by shape: nothing is tuned while serving.
+
+Found by `python -m benchmarks.tune`; `python -m benchmarks.kernels` says what they are worth.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .plan import Config
+
+
+@functools.cache
+def multiprocessors(device: torch.device | str) -> int:
+    """How many programs of full size run at a time; on the host, where the kernels are interpreted, a few."""
+    if torch.device(device).type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device | str) -> int:
+    """Compute capability as 90 for 9.0; 0 on the host."""
+    if torch.device(device).type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def prefill(rows: int, head_dim: int, capability: int) -> Config:
+    """For requests of up to `rows` packed query rows (new tokens times query heads per KV head)."""
+    tma = capability >= 90
+    if capability == 0:
+        return Config(16, 16, 4, 1)
+    if head_dim > 128:
+        return Config(64, 32, 4, 2) if rows <= 64 else Config(128, 64, 8, 2, tma)
+    if rows <= 16:
+        return Config(16, 64, 4, 3, tma, 2)
+    if rows <= 64:
+        return Config(64, 64, 4, 3, tma, 2)
+    return Config(128, 128 if capability >= 90 else 64, 8, 2, tma)
+
+
+def decode(rows: int, head_dim: int, capability: int) -> Config:
+    """For decode with `rows` packed query rows a request."""
+    tma = capability >= 90
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    if capability == 0:
+        return Config(block_m, 16, 4, 1)
+    if head_dim > 128:
+        return Config(block_m, 32, 4, 3, tma, 2)
+    return Config(block_m, 64, 4, 3, tma, 3)

@@ -1,0 +1,157 @@
+"""Checks and launches that prefill and decode share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from . import attend
+from .plan import Config
+
+DTYPES = (torch.float16, torch.bfloat16)
+DIMS = (64, 80, 96, 128, 256)
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    rows: int,
+    requests: int,
+) -> None:
+    """Raise `ValueError` for what the kernels do not take, with the value seen and the value wanted."""
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: one dtype wanted, float16 or bfloat16"
+        )
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape != out.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, out {tuple(out.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: (rows, q_heads, "
+            "head_dim) twice and (tokens, kv_heads, head_dim) twice wanted"
+        )
+    if q.shape[2] not in DIMS:
+        raise ValueError(f"head_dim {q.shape[2]}: one of {', '.join(map(str, DIMS))} wanted")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads over {k.shape[1]} KV heads: a multiple wanted")
+    if q.shape[0] != rows:
+        raise ValueError(f"q has {q.shape[0]} rows, the plan {rows}")
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor.stride(2) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}: the last one must be 1")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+    if first.shape != (requests,) or first.dtype != torch.int64 or first.device != q.device:
+        raise ValueError(
+            f"first is {tuple(first.shape)} {first.dtype} on {first.device}: ({requests},) torch.int64 on {q.device} "
+            "wanted"
+        )
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or lse.stride(1) != 1):
+        raise ValueError(f"lse is {tuple(lse.shape)} {lse.dtype}: {tuple(q.shape[:2])} torch.float32 wanted")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
+
+
+def workspace(parts: int, kv_heads: int, config: Config, dim: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What partial results are left in: values and log-sum-exps, float32."""
+    rows = parts * kv_heads * config.block_m
+    out = torch.empty(rows * triton.next_power_of_2(dim), dtype=torch.float32, device=device)
+    return out, torch.empty(rows, dtype=torch.float32, device=device)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *,
+    work: torch.Tensor,
+    merges: torch.Tensor,
+    partial: tuple[torch.Tensor, ...],
+    config: Config,
+    scale: float,
+    soft_cap: float,
+    window: int,
+) -> None:
+    """Run the two kernels. Nothing is checked, and nothing waits."""
+    kv_heads, dim = k.shape[1], k.shape[2]
+    padded = triton.next_power_of_2(dim)
+    group = q.shape[1] // kv_heads
+    part_out, part_lse = partial
+    k_tiles, v_tiles = k, v  # not read without TMA
+    if config.tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        box = [config.block_n, 1, padded]
+        k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
+        v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
+    cap = soft_cap > 0
+    attend._attend[(work.shape[0] * kv_heads,)](
+        q,
+        k,
+        v,
+        k_tiles,
+        v_tiles,
+        out,
+        lse if lse is not None else part_lse,
+        part_out,
+        part_lse,
+        sinks if sinks is not None else part_lse,
+        work,
+        first,
+        scale if cap else scale * 1.4426950408889634,
+        soft_cap,
+        window,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        lse.stride(0) if lse is not None else 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        DIM_PADDED=padded,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        CAP=cap,
+        WINDOW=window >= 0,
+        SINKS=sinks is not None,
+        LSE=lse is not None,
+        TMA=config.tma,
+        WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if not merges.shape[0]:
+        return
+    block_r = min(config.block_m, 16)
+    attend._merge[(merges.shape[0] * kv_heads, config.block_m // block_r)](
+        out,
+        lse if lse is not None else part_lse,
+        part_out,
+        part_lse,
+        sinks if sinks is not None else part_lse,
+        merges,
+        out.stride(0),
+        out.stride(1),
+        lse.stride(0) if lse is not None else 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        DIM_PADDED=padded,
+        BLOCK_M=config.block_m,
+        BLOCK_R=block_r,
+        SINKS=sinks is not None,
+        LSE=lse is not None,
+        num_warps=4,
+    )

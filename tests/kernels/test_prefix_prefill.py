@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
+from tests.kernels.reference import DEVICE, Batch, assert_close
+
+SMALL = Config(16, 16, 4, 1)
+
+
+def run(batch, *, window=-1, soft_cap=0.0, sinks=None, config=None, lse=True):
+    """The kernel on poisoned outputs: values and log-sum-exp."""
+    out = torch.full_like(batch.q, float("nan"))
+    sums = torch.full(batch.q.shape[:2], float("nan"), device=DEVICE) if lse else None
+    plan = plan_prefill(
+        batch.new,
+        batch.contexts,
+        q_heads=batch.q.shape[1],
+        kv_heads=batch.k.shape[1],
+        head_dim=batch.q.shape[2],
+        device=DEVICE,
+        window=window,
+        config=config,
+    )
+    prefix_prefill(
+        batch.q,
+        batch.k,
+        batch.v,
+        batch.first,
+        plan,
+        scale=batch.scale,
+        out=out,
+        lse=sums,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
+    return out, sums, plan
+
+
+lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1, max_size=4)
+
+
+@given(
+    lengths=lengths,
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2)]),
+    dim=st.sampled_from([64, 80, 96, 128]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    window=st.sampled_from([-1, -1, 0, 3, 20]),
+    soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_ragged_batches(lengths, heads, dim, dtype, window, soft_cap, sinks, seed):
+    new = [a for a, _ in lengths]
+    contexts = [a + b for a, b in lengths]
+    batch = Batch.random(new, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed)
+    sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
+    out, lse, _ = run(batch, window=window, soft_cap=soft_cap, sinks=sink)
+    expected, sums = batch.expected(window=window, soft_cap=soft_cap, sinks=sink)
+    assert_close(out, expected)
+    assert_close(lse, sums)
+
+
+@pytest.mark.parametrize("tile", [15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("prefix", [0, 1, 16, 47])
+def test_lengths_around_a_tile(tile, prefix):
+    batch = Batch.random([tile, 1], [tile + prefix, tile], q_heads=2, kv_heads=1, dim=64, seed=tile)
+    out, lse, _ = run(batch, config=SMALL)
+    expected, sums = batch.expected()
+    assert_close(out, expected)
+    assert_close(lse, sums)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_long_contexts_are_divided_and_merged(sinks):
+    batch = Batch.random([3, 1, 2], [700, 30, 411], q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4)
+    sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
+    out, lse, plan = run(batch, sinks=sink, config=Config(16, 16, 4, 1, occupancy=16))
+    assert plan.parts > 4
+    expected, sums = batch.expected(sinks=sink)
+    assert_close(out, expected)
+    assert_close(lse, sums)
+
+
+def test_head_dim_256_and_no_lse():
+    batch = Batch.random([5, 33], [70, 40], q_heads=4, kv_heads=2, dim=256, dtype=torch.bfloat16, seed=6)
+    out, _, _ = run(batch, lse=False)
+    assert_close(out, batch.expected()[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_no_number_stays_in_its_rows(where, value):
+    batch = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8)
+    if where == "q":
+        batch.q[7, 1, 3] = value
+    else:
+        getattr(batch, where)[int(batch.first[0]) + 41, 1, 5] = value  # the twelfth new token of the first request
+    out, _, _ = run(batch)
+    if where == "q":
+        bad = torch.zeros(29, 4, dtype=torch.bool)
+        bad[7, 1] = True
+    else:
+        bad = torch.zeros(29, 4, dtype=torch.bool)
+        bad[11:20, 2:] = True
+    clean = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8)
+    expected, _ = clean.expected()
+    good = ~bad.to(DEVICE)
+    assert_close(out[good], expected[good])
+    if value != value:
+        assert not out[~good].isfinite().all(-1).any(), "a NaN was lost"
+
+
+def test_nothing_to_do():
+    batch = Batch.random([0, 3, 0], [12, 8, 0], q_heads=2, kv_heads=1, dim=64, seed=9)
+    out, _, _ = run(batch)
+    kept = Batch(batch.q, batch.k, batch.v, batch.first[1:2], [3], [8], batch.scale)
+    assert_close(out, kept.expected()[0])
+    empty = Batch.random([], [], q_heads=2, kv_heads=1, dim=64)
+    assert run(empty)[0].shape == (0, 2, 64)
+
+
+def test_outputs_and_inputs_may_have_any_stride():
+    batch = Batch.random([9], [30], q_heads=4, kv_heads=2, dim=64, seed=10)
+    wide = torch.full((9, 8, 64), float("nan"), dtype=batch.q.dtype, device=DEVICE)
+    wide[:, ::2] = batch.q
+    batch.q = wide[:, ::2]
+    out = torch.full((9, 4, 3, 64), float("nan"), dtype=batch.q.dtype, device=DEVICE)
+    plan = plan_prefill([9], [30], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+    prefix_prefill(batch.q, batch.k, batch.v, batch.first, plan, scale=batch.scale, out=out[:, :, 1])
+    assert_close(out[:, :, 1], batch.expected()[0])
+    assert out[:, :, ::2].isnan().all(), "something else was written"
+
+
+def test_what_does_not_fit_is_refused_before_the_launch():
+    batch = Batch.random([4], [9], q_heads=4, kv_heads=2, dim=64)
+    plan = plan_prefill([4], [9], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+
+    def call(**changes):
+        given = {"q": batch.q, "k": batch.k, "v": batch.v, "first": batch.first, "plan": plan} | changes
+        prefix_prefill(
+            given.pop("q"), given.pop("k"), given.pop("v"), given.pop("first"), given.pop("plan"), scale=1.0, **given
+        )
+
+    with pytest.raises(ValueError, match=r"float32.*float16 or bfloat16"):
+        call(q=batch.q.float())
+    with pytest.raises(ValueError, match="q has 3 rows, the plan 4"):
+        call(q=batch.q[:3])
+    with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
+        call(k=batch.k.new_zeros(9, 3, 64), v=batch.k.new_zeros(9, 3, 64))
+    with pytest.raises(ValueError, match=r"head_dim 48: one of 64, 80, 96, 128, 256"):
+        call(q=batch.q[..., :48], k=batch.k[..., :48], v=batch.v[..., :48])
+    with pytest.raises(ValueError, match="last one must be 1"):
+        call(q=batch.q.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match=r"torch.int32.*\(1,\) torch.int64"):
+        call(first=batch.first.int())
+    with pytest.raises(ValueError, match=r"lse is \(4, 3\)"):
+        call(lse=torch.zeros(4, 3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"sinks are \(3,\): \(4,\) wanted"):
+        call(sinks=torch.zeros(3, device=DEVICE))
+    with pytest.raises(ValueError, match="request 1 has 5 new tokens in a context of 4"):
+        plan_prefill([1, 5], [1, 4], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
