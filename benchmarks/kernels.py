@@ -133,6 +133,7 @@ class Case:
 
 
 Call = Callable[[int], torch.Tensor]
+Row = dict[str, Any]
 
 
 def ours(case: Case, decode: bool, **options: Any) -> Call:
@@ -141,7 +142,7 @@ def ours(case: Case, decode: bool, **options: Any) -> Call:
         from sglang_vtensor.kernels.decode import Decoder
 
         decoder = Decoder(
-            max_requests=len(case.new),
+            max_requests=256,
             q_heads=case.q_heads,
             kv_heads=case.kv_heads,
             head_dim=case.dim,
@@ -280,8 +281,15 @@ def sglang_triton(case: Case, decode: bool, page: int) -> Call:
     return extend
 
 
-def graph(call: Call, rotation: int) -> torch.cuda.CUDAGraph:
-    """One call on each layer of the rotation."""
+@dataclass
+class Graph:
+    """One call on each layer of the rotation. The call owns the buffers that the graph reads."""
+
+    captured: torch.cuda.CUDAGraph
+    call: Call
+
+
+def graph(call: Call, rotation: int) -> Graph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -292,17 +300,17 @@ def graph(call: Call, rotation: int) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(captured):
         for layer in range(rotation):
             call(layer)
-    return captured
+    return Graph(captured, call)
 
 
-def times(graphs: dict[str, torch.cuda.CUDAGraph], rotation: int, replays: int = 7) -> dict[str, float]:
+def times(graphs: dict[str, Graph], rotation: int, replays: int = 7) -> dict[str, float]:
     """Median microseconds a call, the contestants in turns."""
     seen: dict[str, list[float]] = {name: [] for name in graphs}
     for replay in range(replays + 1):
-        for name, captured in graphs.items():
+        for name, one in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            captured.replay()
+            one.captured.replay()
             end.record()
             end.synchronize()
             if replay:
@@ -332,42 +340,36 @@ def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def measure(
-    shapes: list[list[tuple[int, int]]], decode: bool, geometries: list[str]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Every contestant on every shape of every geometry: the rates of the device, and a row each."""
-    matmul, copy = rates()
+def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, rate: tuple[float, float]) -> list[Row]:
+    """Every contestant on every shape of a geometry: a row each. `rate` is of `rates`."""
+    matmul, copy = rate
     rows = []
-    for geometry in geometries:
-        for shape in shapes:
-            if sum(a + b for a, b in shape) > TOKENS_IN_ALL:
-                continue
-            case = Case(geometry, shape)
-            floor = max(case.operations() / matmul, case.bytes() / copy) * 1e6
-            row: dict[str, Any] = {"geometry": geometry, "shape": case.label(), "floor_us": round(floor, 1)}
-            first: dict[str, Call] = {"ours": ours(case, decode), "fa3_segments": fa3_segments(case)}
-            agree(case, first)
-            graphs = {name: graph(call, case.rotation) for name, call in first.items()}
-            # The paged pools are made one after another, so these calls are captured as they come; what a captured
-            # graph reads is kept alive by the calls.
-            kept = []
-            for page in (1, 64, 128):
-                paged = {f"fa3_page{page}": fa3(case, page)}
-                if page in (1, 64):
-                    paged[f"triton_page{page}"] = sglang_triton(case, decode, page)
-                agree(case, {"ours": first["ours"]} | paged)
-                graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
-                kept.append(paged)
-            measured = times(graphs, case.rotation)
-            row |= {name: round(value, 2) for name, value in measured.items()}
-            row["triton"] = min(row["triton_page1"], row["triton_page64"])
-            row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
-            row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
-            rows.append(row)
-            console.print(row)
-            del graphs, kept, first, case
-            torch.cuda.empty_cache()
-    return {"matmul_tflops": matmul / 1e12, "copy_gbytes": copy / 1e9}, rows
+    for shape in shapes:
+        if sum(a + b for a, b in shape) > TOKENS_IN_ALL:
+            continue
+        case = Case(geometry, shape)
+        floor = max(case.operations() / matmul, case.bytes() / copy) * 1e6
+        row: Row = {"geometry": geometry, "shape": case.label(), "floor_us": round(floor, 1)}
+        first: dict[str, Call] = {"ours": ours(case, decode), "fa3_segments": fa3_segments(case)}
+        agree(case, first)
+        graphs = {name: graph(call, case.rotation) for name, call in first.items()}
+        for page in (1, 64, 128):
+            paged = {f"fa3_page{page}": fa3(case, page)}
+            if page in (1, 64):
+                paged[f"triton_page{page}"] = sglang_triton(case, decode, page)
+            agree(case, {"ours": first["ours"]} | paged)
+            graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
+        measured = times(graphs, case.rotation)
+        row |= {name: round(value, 2) for name, value in measured.items()}
+        row["triton"] = min(row["triton_page1"], row["triton_page64"])
+        row["best"] = min(row["ours"], row["fa3_segments"])
+        row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
+        row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
+        rows.append(row)
+        console.print(row)
+        del graphs, first, paged, case
+        torch.cuda.empty_cache()
+    return rows
 
 
 def over(rows: list[dict[str, Any]], theirs: str, mine: str = "ours") -> list[float]:
@@ -379,51 +381,72 @@ ALL = ",".join(GEOMETRIES)
 
 
 @app.command()
+def warm(geometries: Geometries = ALL) -> None:
+    """Compile what the other two commands run. Several of these may run at once, one a geometry."""
+    from sglang_vtensor.kernels.prefix_prefill import compile_prefill
+
+    for geometry in geometries.split(","):
+        case = Case(geometry, [(7000, 256), (1000, 200)])
+        keys, values = case.ours(0)
+        list(compile_prefill(keys, values, 0, q_heads=case.q_heads, max_tokens=7256))
+        for page in (1, 64):
+            sglang_triton(case, False, page)(0)
+        case = Case(geometry, [(7000, 1), (1000, 1)])
+        ours(case, True)(0)
+        sglang_triton(case, True, 1)(0)
+        torch.cuda.synchronize()
+
+
+@app.command()
 def prefill(geometries: Geometries = ALL) -> None:
-    """New tokens over a prefix. Writes prefill.json."""
-    summary, rows = measure(PREFILL, False, geometries.split(","))
-    for row in rows:
-        row["best"] = min(row["ours"], row["fa3_segments"])
-    triton = over(rows, "triton")
-    summary |= {
-        "vs_triton_geomean": mean(triton),
-        "vs_triton_max": max(triton),
-        "vs_triton_min": min(triton),
-        "best_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1", "best")),
-        "own_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1")),
-        "own_vs_fa3_page128_geomean": mean(over(rows, "fa3_page128")),
-        "own_vs_fa3_segments_geomean": mean(over(rows, "fa3_segments")),
-        "tflops_32k_2k": max(
-            (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
-            default=0.0,
-        ),
-    }
+    """New tokens over a prefix. Writes prefill.json, after each geometry."""
+    rate, rows = rates(), []
+    for geometry in geometries.split(","):
+        rows += measure(geometry, PREFILL, False, rate)
+        triton = over(rows, "triton")
+        summary = {
+            "vs_triton_geomean": mean(triton),
+            "vs_triton_max": max(triton),
+            "vs_triton_min": min(triton),
+            "best_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1", "best")),
+            "own_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1")),
+            "own_vs_fa3_page128_geomean": mean(over(rows, "fa3_page128")),
+            "own_vs_fa3_segments_geomean": mean(over(rows, "fa3_segments")),
+            "tflops_32k_2k": max(
+                (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
+                default=0.0,
+            ),
+            "matmul_tflops": rate[0] / 1e12,
+            "copy_gbytes": rate[1] / 1e9,
+        }
+        results.write("prefill", summary, rows)
     console.print(summary)
-    console.print(results.write("prefill", summary, rows))
 
 
 @app.command()
 def decode(geometries: Geometries = ALL) -> None:
-    """One new token over a context. Writes decode.json."""
-    summary, rows = measure([[(n - 1, 1) for n in contexts] for contexts in DECODE], True, geometries.split(","))
-    for row in rows:
-        row["best"] = min(row["ours"], row["fa3_segments"])
-    triton = over(rows, "triton")
-    summary |= {
-        "vs_triton_geomean": mean(triton),
-        "vs_triton_min": min(triton),
-        "vs_fa3_geomean": mean(over(rows, "fa3_page1")),
-        "bandwidth_share_64x4096": max(
-            (
-                row["gbytes"] / summary["copy_gbytes"]
-                for row in rows
-                if row["shape"] == "64 x (4095 + 1)" and row["geometry"] == "Llama-3-8B"
+    """One new token over a context. Writes decode.json, after each geometry."""
+    rate, rows = rates(), []
+    for geometry in geometries.split(","):
+        rows += measure(geometry, [[(n - 1, 1) for n in contexts] for contexts in DECODE], True, rate)
+        triton = over(rows, "triton")
+        summary = {
+            "vs_triton_geomean": mean(triton),
+            "vs_triton_min": min(triton),
+            "vs_fa3_geomean": mean(over(rows, "fa3_page1")),
+            "bandwidth_share_64x4096": max(
+                (
+                    row["gbytes"] * 1e9 / rate[1]
+                    for row in rows
+                    if row["shape"] == "64 x (4095 + 1)" and row["geometry"] == "Llama-3-8B"
+                ),
+                default=0.0,
             ),
-            default=0.0,
-        ),
-    }
+            "matmul_tflops": rate[0] / 1e12,
+            "copy_gbytes": rate[1] / 1e9,
+        }
+        results.write("decode", summary, rows)
     console.print(summary)
-    console.print(results.write("decode", summary, rows))
 
 
 if __name__ == "__main__":

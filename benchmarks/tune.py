@@ -54,7 +54,8 @@ def main(
             graphs = {}
             for config in candidates:
                 rows = max(case.new) * group
-                if not decode and (rows >= 16 * config.block_m or (config.block_m > 64 and 2 * rows <= config.block_m)):
+                small, large = config.block_m < 128 and rows >= 16 * config.block_m, 2 * rows <= config.block_m
+                if not decode and (small or (large and config.block_m > 16)):
                     continue
                 try:
                     graphs[repr(config)] = graph(ours(case, decode, config=config), case.rotation)

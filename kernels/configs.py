@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from .plan import Config
+from sglang_vtensor.kernels.plan import Config
 
 
 @functools.cache
@@ -29,26 +29,26 @@ def capability(device: torch.device | str) -> int:
     return 10 * major + minor
 
 
-def prefill(rows: int, head_dim: int, capability: int) -> Config:
-    """For requests of up to `rows` packed query rows (new tokens times query heads per KV head)."""
-    tma = capability >= 90
+def prefill(rows: int, context: float, head_dim: int, capability: int) -> Config:
+    """For requests of up to `rows` packed query rows (new tokens times query heads per KV head) over contexts of about
+    `context` tokens."""
     if capability == 0:
         return Config(16, 16, 4, 1)
+    tma = capability >= 90
     if head_dim > 128:
         return Config(64, 32, 4, 2) if rows <= 64 else Config(128, 64, 8, 2, tma)
+    if not tma:
+        return Config(64, 64, 4, 2) if rows <= 64 else Config(128, 64, 8, 2)
     if rows <= 16:
         return Config(16, 64, 4, 3, tma, 2)
     if rows <= 64:
         return Config(64, 64, 4, 3, tma, 2)
-    return Config(128, 128 if capability >= 90 else 64, 8, 2, tma)
+    return Config(128, 128 if context >= 6000 else 64, 8, 3, tma)
 
 
 def decode(rows: int, head_dim: int, capability: int) -> Config:
     """For decode with `rows` packed query rows a request."""
-    tma = capability >= 90
     block_m = max(16, 1 << (rows - 1).bit_length())
     if capability == 0:
         return Config(block_m, 16, 4, 1)
-    if head_dim > 128:
-        return Config(block_m, 32, 4, 3, tma, 2)
-    return Config(block_m, 64, 4, 3, tma, 3)
+    return Config(block_m, 32 if head_dim > 128 else 64, 4, 3, capability >= 90, 2)

@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
-from .attend import MERGE_FIELDS, WORK_FIELDS
-from .launch import check, launch, workspace
-from .plan import Config
+from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
+from sglang_vtensor.kernels.launch import check, launch, workspace
+from sglang_vtensor.kernels.plan import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "new", "window", "room"])
 def _plan(
     contexts_ptr,
     work_ptr,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import attend
-from .plan import Config
+from sglang_vtensor.kernels import attend
+from sglang_vtensor.kernels.plan import Config
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .attend import MERGE_FIELDS, WORK_FIELDS
+from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
 
 #: What a program costs beside its keys, and what a merge costs, in tiles of keys: measured on an H200.
 PROGRAM_COST = 1.5

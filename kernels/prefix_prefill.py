@@ -6,14 +6,16 @@ prefix_prefill(q, k, v, first, plan, scale=scale)                               
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import configs
-from .launch import check, launch, workspace
-from .plan import Config, Plan
-from .plan import plan_prefill as _plan
+from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.launch import check, launch, workspace
+from sglang_vtensor.kernels.plan import Config, Plan
+from sglang_vtensor.kernels.plan import plan_prefill as _plan
+
+__all__ = ["Config", "Plan", "compile_prefill", "plan_prefill", "prefix_prefill"]
 
 
 def plan_prefill(
@@ -35,7 +37,8 @@ def plan_prefill(
     """
     group = q_heads // kv_heads
     if config is None:
-        config = configs.prefill(max(new, default=0) * group, head_dim, configs.capability(device))
+        context = sum(a * b for a, b in zip(new, contexts, strict=False)) / max(1, sum(new))
+        config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device))
     slots = configs.multiprocessors(device) * config.occupancy
     return _plan(
         new, contexts, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device, window=window
@@ -91,3 +94,28 @@ def prefix_prefill(
         window=plan.window,
     )
     return out
+
+
+def compile_prefill(
+    k: torch.Tensor, v: torch.Tensor, first: int, *, q_heads: int, max_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
+    how many are done. `k` and `v` are those that will be read; `max_tokens` tokens from `first` on may be read now.
+    """
+    kv_heads, dim = k.shape[1:]
+    group = q_heads // kv_heads
+    shapes: dict[Config, tuple[int, int]] = {}
+    for rows in (1, 16, 64, 256):
+        for context in (256, max_tokens):
+            new = max(1, rows // group)
+            if new <= context <= max_tokens:
+                config = configs.prefill(new * group, context, dim, configs.capability(k.device))
+                shapes.setdefault(config, (new, context))
+    for done, (config, (new, context)) in enumerate(shapes.items(), start=1):
+        plan = plan_prefill(
+            [new], [context], q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device=k.device, config=config
+        )
+        q = torch.zeros(new, q_heads, dim, dtype=k.dtype, device=k.device)
+        at = torch.tensor([first], dtype=torch.int64, device=k.device)
+        prefix_prefill(q, k, v, at, plan, scale=dim**-0.5)
+        yield done, len(shapes)

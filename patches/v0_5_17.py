@@ -120,14 +120,13 @@ def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
         return
     if host:
         kwargs["attention_backend"] = options.ATTENTION_BACKEND
-    elif torch.cuda.get_device_capability() == (9, 0):
-        kwargs["prefill_attention_backend"] = options.ATTENTION_BACKEND
-    else:
-        logger.warning(
-            "--kv-backend vtensor: extend reads pages, not segments, on this GPU (sm_%d%d): the segment kernel is "
-            "FlashAttention-3, which needs sm_90. Nothing is to be done; prefixes are shared all the same.",
-            *torch.cuda.get_device_capability(),
+    elif prefill_kernel == "fa3" and torch.cuda.get_device_capability() != (9, 0):
+        major, minor = torch.cuda.get_device_capability()
+        raise options.Refused(
+            f"--vtensor-prefill-kernel fa3 needs sm_90 (Hopper), and this GPU is sm_{major}{minor}: use triton, or auto"
         )
+    else:
+        kwargs["prefill_attention_backend"] = options.ATTENTION_BACKEND
 
 
 def _choose_page_size(self: ServerArgs) -> None:
@@ -228,7 +227,7 @@ def _build_attention(runner: Any) -> Any:
     from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
 
     runner.token_to_kv_pool.runtime.use_device_table()
-    return SegmentPrefillBackend(runner)
+    return SegmentPrefillBackend.choose(runner)
 
 
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:

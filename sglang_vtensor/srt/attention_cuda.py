@@ -1,12 +1,15 @@
-"""Extend on an NVIDIA GPU: FlashAttention-3 over segments.
+"""Extend on an NVIDIA GPU: attention over segments, by FlashAttention-3 or by our Triton kernel.
 
-A layer's K of all segments is one tensor `(segments, max_tokens, kv_heads, head_dim)`, and a request is one row of it:
-FlashAttention-3 takes the row numbers as `cache_batch_idx` and needs no page table. Decode stays with SGLang's own
-kernel, by slot over the identity region.
+A layer's K of all segments is one tensor `(segments, max_tokens, kv_heads, head_dim)`, and a request is one row of it.
+FlashAttention-3 takes the row numbers as `cache_batch_idx`; our kernel, the tensor without the first dimension and
+where in it each context begins. Neither needs a page table. Decode stays with SGLang's own kernel, by slot over the
+identity region.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +17,78 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from sglang_vtensor.kernels.launch import DIMS
+from sglang_vtensor.kernels.prefix_prefill import Plan, compile_prefill, plan_prefill, prefix_prefill
+from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class SegmentPrefillBackend(AttentionBackend):
+    """The prefill half of SGLang's hybrid attention backend: writes K and V by slot, and reads segments."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        self.pool = runner.token_to_kv_pool
+        self.runtime: Runtime = self.pool.runtime
+        self.runtime.extend_reads_segments = True
+        self.segments = [self.runtime.memory.segment_views(layer) for layer in range(self.pool.layer_num)]
+        self.max_tokens = self.segments[0][0].shape[1]
+
+    @classmethod
+    def choose(cls, runner: ModelRunner) -> SegmentPrefillBackend:
+        """The kernel that the user named; or FlashAttention-3 where it runs (sm_90) and is the faster; or ours."""
+        kernel = Options.of(runner.server_args).vtensor_prefill_kernel
+        hopper = torch.cuda.get_device_capability(runner.device) == (9, 0)
+        if kernel == "fa3" or (kernel == "auto" and hopper):
+            return FlashAttention3(runner)
+        return TritonPrefill(runner)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        if save_kv_cache and k is not None:
+            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
+        heads, dim = layer.tp_q_head_num, layer.head_dim
+        out = getattr(forward_batch, "_attn_output", None)
+        keys, values = self.segments[layer.layer_id - self.pool.start_layer]
+        result = self.attend(
+            q.contiguous().view(-1, heads, dim),
+            keys,
+            values,
+            layer,
+            sinks,
+            None if out is None else out.view(-1, heads, layer.v_head_dim),
+        )
+        return result.view(-1, heads * layer.v_head_dim)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`(rows, heads, dim)` of the batch that `init_forward_metadata` was told of, over one layer's segments."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True)
@@ -33,31 +102,22 @@ class _Metadata:
     longest_context: int
 
 
-class SegmentPrefillBackend(AttentionBackend):
-    """The prefill half of SGLang's hybrid attention backend."""
-
-    needs_cpu_seq_lens = False
+class FlashAttention3(SegmentPrefillBackend):
+    """SGLang's FlashAttention-3, on rows instead of pages."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        super().__init__()
+        super().__init__(runner)
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
         self._attend = flash_attn_with_kvcache
-        self.pool = runner.token_to_kv_pool
-        self.runtime: Runtime = self.pool.runtime
-        self.runtime.extend_reads_segments = True
-        self.segments = [self.runtime.memory.segment_views(layer) for layer in range(self.pool.layer_num)]
-        self.max_tokens = self.segments[0][0].shape[1]
         self.tile = self.runtime.memory.vmm.tile_tokens
         self.metadata: _Metadata | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         new = forward_batch.extend_seq_lens
         longest_new = max(forward_batch.extend_seq_lens_cpu)
-        prefixes = forward_batch.extend_prefix_lens_cpu
-        contexts = [int(a) + int(b) for a, b in zip(prefixes, forward_batch.extend_seq_lens_cpu, strict=True)]
         # Whole tiles, so that the kernel's choice of splits follows the batch and not the segment's length.
-        longest = -(-max(contexts) // self.tile) * self.tile
+        longest = -(-max(_contexts(forward_batch)) // self.tile) * self.tile
         self.metadata = _Metadata(
             segments=self.runtime.device_segments(forward_batch.req_pool_indices),
             contexts=forward_batch.seq_lens.to(torch.int32),
@@ -66,27 +126,20 @@ class SegmentPrefillBackend(AttentionBackend):
             longest_context=min(longest, self.max_tokens),
         )
 
-    def forward_extend(
+    def attend(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: torch.Tensor | None = None,
-        **_: Any,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
         metadata = self.metadata
         assert metadata is not None
-        if save_kv_cache and k is not None:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
-        keys, values = self.segments[layer.layer_id - self.pool.start_layer]
-        heads, dim = layer.tp_q_head_num, layer.head_dim
-        out = getattr(forward_batch, "_attn_output", None)
         extra = {} if sinks is None else {"sinks": sinks}
-        result = self._attend(
-            q=q.contiguous().view(-1, heads, dim),
+        return self._attend(
+            q=q,
             k_cache=keys[:, : metadata.longest_context],
             v_cache=values[:, : metadata.longest_context],
             cache_seqlens=metadata.contexts,
@@ -96,7 +149,77 @@ class SegmentPrefillBackend(AttentionBackend):
             softmax_scale=layer.scaling,
             causal=True,
             softcap=layer.logit_cap,
-            out=None if out is None else out.view(-1, heads, layer.v_head_dim),
+            out=out,
             **extra,
         )
-        return result.view(-1, heads * layer.v_head_dim)
+
+
+class TritonPrefill(SegmentPrefillBackend):
+    """Our prefix-prefill kernel. What it may need is compiled here, and nothing while serving."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner)
+        dim = self.segments[0][0].shape[3]
+        if dim not in DIMS:
+            raise Refused(
+                f"the prefix-prefill kernel takes head dimensions {', '.join(map(str, DIMS))}, not this model's {dim}: "
+                "use --attention-backend flashinfer, which reads pages by slot"
+            )
+        self.q_heads = runner.model_config.num_attention_heads // runner.tp_size
+        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.segments]
+        self.plan: Plan | None = None
+        self.first: torch.Tensor | None = None
+        start = time.perf_counter()
+        keys, values = self.flat[0]
+        padding = int(self.runtime.segment_of[0]) * self.max_tokens  # every address of it may be read
+        for done, of in compile_prefill(keys, values, padding, q_heads=self.q_heads, max_tokens=self.max_tokens):
+            logger.info("prefix-prefill kernel: %d of %d shapes compiled", done, of)
+        torch.cuda.synchronize()
+        logger.info("prefix-prefill kernel: ready after %.1f s", time.perf_counter() - start)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        keys, _ = self.flat[0]
+        self.plan = plan_prefill(
+            forward_batch.extend_seq_lens_cpu,
+            _contexts(forward_batch),
+            q_heads=self.q_heads,
+            kv_heads=keys.shape[1],
+            head_dim=keys.shape[2],
+            device=keys.device,
+        )
+        segments = self.runtime.device_segments(forward_batch.req_pool_indices)
+        self.first = segments.to(torch.int64) * self.max_tokens
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self.plan is not None
+        assert self.first is not None
+        keys, values = self.flat[layer.layer_id - self.pool.start_layer]
+        # A captured batch is padded: rows behind those of the plan belong to no request.
+        rows = self.plan.rows
+        out = torch.empty_like(q) if out is None else out
+        prefix_prefill(
+            q[:rows],
+            keys,
+            values,
+            self.first,
+            self.plan,
+            scale=layer.scaling,
+            out=out[:rows],
+            soft_cap=layer.logit_cap,
+            sinks=sinks,
+        )
+        return out
+
+
+def _contexts(forward_batch: ForwardBatch) -> list[int]:
+    """Tokens of each request, the new ones included, as the host knows them."""
+    prefixes, new = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+    return [int(a) + int(b) for a, b in zip(prefixes, new, strict=True)]

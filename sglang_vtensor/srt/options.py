@@ -20,7 +20,7 @@ ATTENTION_BACKEND = "vtensor"
 #: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
 HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
-PREFILL_KERNELS = ("auto", "fa3")
+PREFILL_KERNELS = ("auto", "triton", "fa3")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtensor-prefill-kernel",
         choices=PREFILL_KERNELS,
         default=Options.vtensor_prefill_kernel,
-        help="The kernel that reads segments in extend: FlashAttention-3, or the fastest that runs on this GPU.",
+        help="The kernel that reads segments in extend: FlashAttention-3 (Hopper), ours in Triton, or the faster one.",
     )
 
 

@@ -42,11 +42,19 @@ def models(tmp_path_factory):
     return {"gqa": tiny_model.build(root / "gqa", **geometry)}
 
 
-@pytest.fixture(params=["segments", "fa3", "triton"])
+#: What ours is told, and SGLang's own kernel on the other side.
+PAIRS = {
+    "segments": ({}, "fa3"),
+    "ours": ({"vtensor_prefill_kernel": "triton"}, "fa3"),
+    "fa3": ({"attention_backend": "fa3"}, "fa3"),
+    "triton": ({"attention_backend": "triton"}, "triton"),
+}
+
+
+@pytest.fixture(params=list(PAIRS))
 def pair(request, schedulers):  # noqa: F811
-    """Ours by segments in extend, or by slot; SGLang's own kernel of that name on the other side."""
-    kernel = "fa3" if request.param == "segments" else request.param
-    ours_by = {} if request.param == "segments" else {"attention_backend": kernel}
+    """Ours by segments in extend (FlashAttention-3, or our kernel), or by slot; SGLang's own on the other side."""
+    ours_by, kernel = PAIRS[request.param]
 
     def get(**server_args):
         common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 8} | server_args
@@ -56,5 +64,5 @@ def pair(request, schedulers):  # noqa: F811
         return reference, schedulers(kv_backend="vtensor", **ours_by, **common), TIE["bfloat16"]
 
     get.page_size = 128
-    get.segments = request.param == "segments"
+    get.segments = request.param in ("segments", "ours")
     return get
