@@ -26,11 +26,9 @@ PREFILL_CANDIDATES = [
         (64, 128, 4, 3, True, 1),
         (128, 64, 4, 3, True, 1),
         (128, 64, 8, 3, True, 1),
-        (128, 128, 8, 2, True, 1),
         (128, 128, 8, 3, True, 1),
-        (128, 128, 8, 2, False, 1),
     ]
-]
+] + [Config(128, n, 4, stages, True, 1, hopper=True) for n, stages in ((128, 2), (128, 3), (64, 4))]
 DECODE_CANDIDATES = [
     Config(16, n, warps, stages, tma, occupancy)
     for n, warps, stages, tma, occupancy in product((64, 128), (2, 4), (2, 3, 4), (True, False), (2, 4))

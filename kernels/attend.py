@@ -128,14 +128,34 @@ def _attend(
     k_head = k_ptr + first * stride_k_token + head * stride_k_head
     v_head = v_ptr + first * stride_v_token + head * stride_v_head
 
-    # Tiles from `low` to `middle` are seen by every row, those from there on only in part.
+    # Whole tiles of keys that every row sees.
     middle = low
     if not WINDOW:
         seen_by_all = tl.minimum(context - new + tile * BLOCK_M // GROUP + 1, high)
         middle = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
+        for n in range(low, middle, BLOCK_N):
+            if TMA:
+                start = (first + n).to(tl.int32)
+                k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
+            else:
+                at = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+                k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
+                k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
+            scores = _scores(q, k, scale, cap, CAP, WIDE)
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_highest[:, None])
+            decay = tl.exp2(highest - new_highest)
+            total = total * decay + tl.sum(weights, 1)
+            acc = acc * decay[:, None]
+            highest = new_highest
+            if TMA:
+                v = v_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
+            else:
+                v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
+                v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
+            acc = _dot(weights.to(v.dtype), v, acc, WIDE)
 
-    # Those first: they are few, and their loads wait together with that of q. What lies behind the context is not
-    # loaded: it need not even be mapped.
+    # Tiles that some row sees only in part. What lies behind the context is neither loaded nor mapped.
     for n in tl.range(middle, high, BLOCK_N, num_stages=1):
         keys = n + tl.arange(0, BLOCK_N)
         mask = (keys < high)[:, None]
@@ -164,30 +184,6 @@ def _attend(
             acc = tl.where(touched, float("nan"), acc)
             v = tl.where(bad, 0.0, v)
         acc = _dot(weights.to(v.dtype), v, acc, WIDE)
-
-    # Then the many whole ones, prefetched by TMA or cp.async.
-    if not WINDOW:
-        for n in range(low, middle, BLOCK_N):
-            if TMA:
-                start = (first + n).to(tl.int32)
-                k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
-            else:
-                at = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
-                k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
-                k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
-            scores = _scores(q, k, scale, cap, CAP, WIDE)
-            new_highest = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_highest[:, None])
-            decay = tl.exp2(highest - new_highest)
-            total = total * decay + tl.sum(weights, 1)
-            acc = acc * decay[:, None]
-            highest = new_highest
-            if TMA:
-                v = v_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
-            else:
-                v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
-                v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
-            acc = _dot(weights.to(v.dtype), v, acc, WIDE)
 
     if part < 0:
         if SINKS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from sglang_vtensor.kernels import attend
+from sglang_vtensor.kernels import attend, hopper
 from sglang_vtensor.kernels.plan import Config
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -84,54 +84,59 @@ def launch(
     padded = triton.next_power_of_2(dim)
     group = q.shape[1] // kv_heads
     part_out, part_lse = partial
-    k_tiles, v_tiles = k, v  # not read without TMA
-    if config.tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        box = [config.block_n, 1, padded]
-        k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
-        v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
+    grid = (work.shape[0] * kv_heads,)
     cap = soft_cap > 0
-    attend._attend[(work.shape[0] * kv_heads,)](
-        q,
-        k,
-        v,
-        k_tiles,
-        v_tiles,
-        out,
-        lse if lse is not None else part_lse,
-        part_out,
-        part_lse,
-        sinks if sinks is not None else part_lse,
-        work,
-        first,
-        scale if cap else scale * 1.4426950408889634,
-        soft_cap,
-        window,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        out.stride(0),
-        out.stride(1),
-        lse.stride(0) if lse is not None else 0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        DIM=dim,
-        DIM_PADDED=padded,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        CAP=cap,
-        WINDOW=window >= 0,
-        SINKS=sinks is not None,
-        LSE=lse is not None,
-        TMA=config.tma,
-        WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    scale = scale if cap else scale * 1.4426950408889634
+    if config.hopper:
+        hopper.launch(grid, q, k, v, first, out, lse, sinks, work, partial, config, scale, soft_cap, group)
+    else:
+        k_tiles, v_tiles = k, v  # not read without TMA
+        if config.tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            box = [config.block_n, 1, padded]
+            k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
+            v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
+        attend._attend[grid](
+            q,
+            k,
+            v,
+            k_tiles,
+            v_tiles,
+            out,
+            lse if lse is not None else part_lse,
+            part_out,
+            part_lse,
+            sinks if sinks is not None else part_lse,
+            work,
+            first,
+            scale,
+            soft_cap,
+            window,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            lse.stride(0) if lse is not None else 0,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            DIM=dim,
+            DIM_PADDED=padded,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            CAP=cap,
+            WINDOW=window >= 0,
+            SINKS=sinks is not None,
+            LSE=lse is not None,
+            TMA=config.tma,
+            WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     if not merges.shape[0]:
         return
     block_r = min(config.block_m, 16)

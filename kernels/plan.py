@@ -25,7 +25,8 @@ SMALLEST_PART = 2
 @dataclass(frozen=True)
 class Config:
     """One way to compile the kernels. `block_m` packed query rows by `block_n` keys a tile; `occupancy` programs run on
-    one multiprocessor at a time; `tma` loads tiles of keys by descriptor, where the GPU can."""
+    one multiprocessor at a time; `tma` loads tiles of keys by descriptor, where the GPU can; `hopper` is the kernel of
+    `hopper.py`, whose tiles have 128 rows."""
 
     block_m: int
     block_n: int
@@ -33,6 +34,7 @@ class Config:
     num_stages: int
     tma: bool = False
     occupancy: int = 1
+    hopper: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close
 
 SMALL = Config(16, 16, 4, 1)
+#: None is whatever the table chooses; the kernel for Hopper has no interpreter.
+HOPPER = Config(128, 128, 4, 2, True, hopper=True)
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+CONFIGS = [None, HOPPER] if IS_HOPPER else [None]
 
 
 def run(batch, *, window=-1, soft_cap=0.0, sinks=None, config=None, lse=True):
@@ -53,34 +57,40 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
     seed=st.integers(0, 1000),
+    config=st.sampled_from(CONFIGS),
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_ragged_batches(lengths, heads, dim, dtype, window, soft_cap, sinks, seed):
+def test_ragged_batches(lengths, heads, dim, dtype, window, soft_cap, sinks, seed, config):
+    if config is HOPPER and (window >= 0 or dim not in (64, 128)):
+        config = None
     new = [a for a, _ in lengths]
     contexts = [a + b for a, b in lengths]
     batch = Batch.random(new, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
-    out, lse, _ = run(batch, window=window, soft_cap=soft_cap, sinks=sink)
+    out, lse, _ = run(batch, window=window, soft_cap=soft_cap, sinks=sink, config=config)
     expected, sums = batch.expected(window=window, soft_cap=soft_cap, sinks=sink)
     assert_close(out, expected)
     assert_close(lse, sums)
 
 
-@pytest.mark.parametrize("tile", [15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("config", [SMALL, *CONFIGS[1:]], ids=str)
+@pytest.mark.parametrize("tile", [15, 16, 17, 31, 32, 33, 127, 128, 129])
 @pytest.mark.parametrize("prefix", [0, 1, 16, 47])
-def test_lengths_around_a_tile(tile, prefix):
+def test_lengths_around_a_tile(tile, prefix, config):
     batch = Batch.random([tile, 1], [tile + prefix, tile], q_heads=2, kv_heads=1, dim=64, seed=tile)
-    out, lse, _ = run(batch, config=SMALL)
+    out, lse, _ = run(batch, config=config)
     expected, sums = batch.expected()
     assert_close(out, expected)
     assert_close(lse, sums)
 
 
+@pytest.mark.parametrize("config", [Config(16, 16, 4, 1, occupancy=16), *CONFIGS[1:]], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_long_contexts_are_divided_and_merged(sinks):
-    batch = Batch.random([3, 1, 2], [700, 30, 411], q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4)
+def test_long_contexts_are_divided_and_merged(sinks, config):
+    lengths = [700, 30, 411] if config.block_n < 64 else [7000, 300, 4110]
+    batch = Batch.random([3, 1, 2], lengths, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4)
     sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
-    out, lse, plan = run(batch, sinks=sink, config=Config(16, 16, 4, 1, occupancy=16))
+    out, lse, plan = run(batch, sinks=sink, config=config)
     assert plan.parts > 4
     expected, sums = batch.expected(sinks=sink)
     assert_close(out, expected)
@@ -95,13 +105,14 @@ def test_head_dim_256_and_no_lse():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_what_is_no_number_stays_in_its_rows(where, value):
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_what_is_no_number_stays_in_its_rows(where, value, config):
     batch = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8)
     if where == "q":
         batch.q[7, 1, 3] = value
     else:
         getattr(batch, where)[int(batch.first[0]) + 41, 1, 5] = value  # the twelfth new token of the first request
-    out, _, _ = run(batch)
+    out, _, _ = run(batch, config=config)
     if where == "q":
         bad = torch.zeros(29, 4, dtype=torch.bool)
         bad[7, 1] = True

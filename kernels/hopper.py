@@ -1,0 +1,521 @@
+"""Prefix-prefill for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups compute, 64 rows each.
+
+The same work items and the same results as `attend._attend`. What differs is who waits for whom:
+
+    loader      K(0) V(0) K(1) V(1) ...      by TMA, as far ahead as there are stages
+    a consumer  S(0) = Q K(0);  then, while the tensor cores compute S(i) = Q K(i) and out += P(i-1) V(i-1),
+                the softmax of S(i) as soon as it is there: P(i)
+
+The two consumers share what is loaded, and are otherwise on their own: one computes weights while the other multiplies.
+
+Tiles are taken from the last to the first, so that those that need a mask come first. A tile is loaded whole: what is
+behind a context, up to a multiple of the tile, must be mapped (in a segment it is: pages are whole tiles).
+
+A value that no row may see has weight zero, and zero times NaN is NaN. Looking for such values in every tile would cost
+more than it is worth; rows whose sum of weights is a number and whose values are not are computed again, key by key.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sglang_vtensor.kernels.plan import Config
+
+#: What the kernel takes; the rest is for `attend._attend`.
+DIMS = (64, 128)
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _load(
+    k_tiles,
+    v_tiles,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    start,
+    column,
+    tiles,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    for i in range(tiles):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        at = start + (tiles - 1 - i) * BLOCK_N
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_tiles, [at, column], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_tiles.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_tiles, [at, column], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N: gl.constexpr):
+    """Scores of what a row does not see become -inf, in the tiles that have such."""
+    if n + BLOCK_N > seen_by_all:
+        at = n + keys
+        seen = (at[None, :] <= position[:, None]) & (at < high)[None, :]
+        scores = gl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, highest, total, scale, cap, CAP: gl.constexpr):
+    """Weights of a tile, and the new maximum, sum and decay of what came before."""
+    if CAP:
+        x = scores * (scale / cap)
+        # -inf stays what it is: nothing is seen there.
+        capped = (1 - 2 / (1 + gl.exp2(x * (2 * _LOG2E)))) * (cap * _LOG2E)
+        scores = gl.where(scores == float("-inf"), scores, capped)
+        factor = 1.0
+    else:
+        factor = scale
+    new_highest = gl.maximum(highest, gl.max(scores, 1) * factor)
+    finite = gl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = gl.exp2(scores * factor - finite[:, None])
+    decay = gl.exp2(highest - finite)
+    return weights, new_highest, total * decay + gl.sum(weights, 1), decay
+
+
+@gluon.jit
+def _again(
+    q_smem,
+    k_ptr,
+    v_ptr,
+    position,
+    low,
+    high,
+    scale,
+    cap,
+    stride_k_token,
+    stride_v_token,
+    DIM: gl.constexpr,
+    CAP: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Attention of a warpgroup's rows, one key at a time: slow, and touching no value that a row does not see."""
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    q = q_smem.load(LAYOUT).to(gl.float32)
+    highest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
+    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
+    acc = gl.full([64, DIM], 0.0, gl.float32, LAYOUT)
+    for n in range(low, high):
+        k = gl.load(k_ptr + n.to(gl.int64) * stride_k_token + dims).to(gl.float32)
+        v = gl.load(v_ptr + n.to(gl.int64) * stride_v_token + dims).to(gl.float32)
+        score = gl.sum(q * k[None, :], 1)
+        score = (1 - 2 / (1 + gl.exp2(score * (scale / cap * 2 * _LOG2E)))) * (cap * _LOG2E) if CAP else score * scale
+        seen = n <= position
+        new_highest = gl.where(seen, gl.maximum(highest, score), highest)
+        weight = gl.where(seen, gl.exp2(score - new_highest), 0.0)
+        decay = gl.where(highest == new_highest, 1.0, gl.exp2(highest - new_highest))
+        acc = acc * decay[:, None] + gl.where(seen[:, None], weight[:, None] * v[None, :], 0.0)
+        total = total * decay + weight
+        highest = new_highest
+    return acc, highest, total
+
+
+@gluon.jit
+def _consume(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    sink_ptr,
+    q_smem,
+    k_smem,
+    v_smem,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    first_row,
+    new,
+    prefix,
+    first_of_tile,
+    head,
+    part,
+    at_part,
+    low,
+    high,
+    seen_by_all,
+    tiles,
+    scale,
+    cap,
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_v_token,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    GROUP: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    LSE: gl.constexpr,
+):
+    """A warpgroup's 64 rows, from `first_of_tile` on."""
+    dtype: gl.constexpr = q_smem.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    # Eight elements a thread, as many threads along a row as it has.
+    along: gl.constexpr = DIM // 8
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // along, along], [4, 1], [1, 0])
+    rows = first_of_tile + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, rows_layout))
+    valid = (rows // GROUP < new)[:, None]
+    q_rows = (first_row + rows // GROUP) * stride_q_token + (head * GROUP + rows % GROUP) * stride_q_head
+    q_smem.store(gl.load(q_ptr + (q_rows[:, None] + dims[None, :]), mask=valid, other=0.0))
+    fence_async_shared()
+
+    position = prefix + gl.minimum((first_of_tile + gl.arange(0, 64, s_rows)) // GROUP, new - 1)
+    keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    highest = gl.full([64], float("-inf"), gl.float32, s_rows)
+    total = gl.full([64], 0.0, gl.float32, s_rows)
+    acc = gl.full([64, DIM], 0.0, gl.float32, o_layout)
+    none = gl.full([64, BLOCK_N], 0.0, gl.float32, s_layout)
+
+    n = low + (tiles - 1) * BLOCK_N
+    mbarrier.wait(k_full.index(0), 0)
+    s_token = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[s_token])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    scores = _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N)
+    weights, highest, total, decay = _softmax(scores, highest, total, scale, cap, CAP)
+    p = gl.convert_layout(weights.to(dtype), p_layout)
+    for i in range(1, tiles):
+        stage = i % STAGES
+        before = (i - 1) % STAGES
+        n -= BLOCK_N
+        mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+        s_token = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+        o_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[s_token])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        scores = _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N)
+        weights, highest, total, decay = _softmax(scores, highest, total, scale, cap, CAP)
+        acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+    last = (tiles - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
+    o_token = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+    acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
+    highest = gl.convert_layout(highest, o_rows)
+    total = gl.convert_layout(total, o_rows)
+    o_row = gl.arange(0, 64, o_rows)
+    lost = (acc != acc) & (total == total)[:, None]
+    if gl.max(gl.max(lost.to(gl.int32), 1), 0) > 0:
+        o_position = prefix + gl.minimum((first_of_tile + o_row) // GROUP, new - 1)
+        acc, highest, total = _again(
+            q_smem, k_ptr, v_ptr, o_position, low, high, scale, cap, stride_k_token, stride_v_token, DIM, CAP, o_layout
+        )
+
+    o_token_of = (first_of_tile + o_row) // GROUP
+    o_head = head * GROUP + (first_of_tile + o_row) % GROUP
+    o_valid = o_token_of < new
+    if part < 0:
+        if SINKS:
+            sink = gl.load(sink_ptr + o_head).to(gl.float32) * _LOG2E
+            with_sink = gl.maximum(highest, sink)
+            decay = gl.exp2(highest - with_sink)
+            total = total * decay + gl.exp2(sink - with_sink)
+            acc = acc * decay[:, None]
+            highest = with_sink
+        out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
+        # Through the memory of q, which nobody reads any more, so that rows are written in long runs.
+        q_smem.store(out.to(dtype))
+        out_rows = (first_row + rows // GROUP) * stride_out_token + (head * GROUP + rows % GROUP) * stride_out_head
+        gl.store(out_ptr + (out_rows[:, None] + dims[None, :]), q_smem.load(rows_layout), mask=valid)
+        if LSE:
+            lse = (highest + gl.log2(total)) * _LN2
+            gl.store(lse_ptr + ((first_row + o_token_of) * stride_lse_token + o_head), lse, mask=o_valid)
+    else:
+        at_row = at_part + o_row
+        out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
+        o_dims = gl.arange(0, DIM, gl.SliceLayout(0, o_layout))
+        gl.store(part_out_ptr + (at_row[:, None] * DIM + o_dims[None, :]), out, mask=o_valid[:, None])
+        gl.store(part_lse_ptr + at_row, highest + gl.log2(total), mask=o_valid)
+
+
+@gluon.jit
+def _attend_hopper(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_tiles,
+    v_tiles,
+    out_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    sink_ptr,
+    work_ptr,
+    first_ptr,
+    scale,
+    cap,
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAP: gl.constexpr,
+    SINKS: gl.constexpr,
+    LSE: gl.constexpr,
+):
+    item = work_ptr + (gl.program_id(0) // KV_HEADS) * 8
+    head = gl.program_id(0) % KV_HEADS
+    first_row = gl.load(item).to(gl.int64)
+    new = gl.load(item + 1)
+    context = gl.load(item + 2)
+    request = gl.load(item + 3)
+    tile = gl.load(item + 4)
+    low = gl.load(item + 5)
+    high = gl.load(item + 6)
+    part = gl.load(item + 7)
+    first = gl.load(first_ptr + request)
+    start = (first + low).to(gl.int32)
+    k_head = k_ptr + first * stride_k_token + head * stride_k_head
+    v_head = v_ptr + first * stride_v_token + head * stride_v_head
+    tiles = (high - low + BLOCK_N - 1) // BLOCK_N
+    prefix = context - new
+    first_of_tile = tile * 128
+    at_part = (part.to(gl.int64) * KV_HEADS + head) * 128
+
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], q_layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], k_tiles.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], v_tiles.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    q_ptr,
+                    k_head,
+                    v_head,
+                    out_ptr,
+                    lse_ptr,
+                    part_out_ptr,
+                    part_lse_ptr,
+                    sink_ptr,
+                    q_smem.index(0),
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    first_row,
+                    new,
+                    prefix,
+                    first_of_tile,
+                    head,
+                    part,
+                    at_part,
+                    low,
+                    high,
+                    gl.minimum(prefix + first_of_tile // GROUP + 1, high),
+                    tiles,
+                    scale,
+                    cap,
+                    stride_q_token,
+                    stride_q_head,
+                    stride_k_token,
+                    stride_v_token,
+                    stride_out_token,
+                    stride_out_head,
+                    stride_lse_token,
+                    GROUP,
+                    DIM,
+                    BLOCK_N,
+                    STAGES,
+                    CAP,
+                    SINKS,
+                    LSE,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    q_ptr,
+                    k_head,
+                    v_head,
+                    out_ptr,
+                    lse_ptr,
+                    part_out_ptr,
+                    part_lse_ptr,
+                    sink_ptr,
+                    q_smem.index(1),
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    first_row,
+                    new,
+                    prefix,
+                    first_of_tile + 64,
+                    head,
+                    part,
+                    at_part + 64,
+                    low,
+                    high,
+                    gl.minimum(prefix + (first_of_tile + 64) // GROUP + 1, high),
+                    tiles,
+                    scale,
+                    cap,
+                    stride_q_token,
+                    stride_q_head,
+                    stride_k_token,
+                    stride_v_token,
+                    stride_out_token,
+                    stride_out_head,
+                    stride_lse_token,
+                    GROUP,
+                    DIM,
+                    BLOCK_N,
+                    STAGES,
+                    CAP,
+                    SINKS,
+                    LSE,
+                ),
+            ),
+            (
+                _load,
+                (
+                    k_tiles,
+                    v_tiles,
+                    k_smem,
+                    v_smem,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    start,
+                    head * DIM,
+                    tiles,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def launch(
+    grid: tuple[int],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    work: torch.Tensor,
+    partial: tuple[torch.Tensor, ...],
+    config: Config,
+    scale: float,
+    soft_cap: float,
+    group: int,
+) -> None:
+    """Run it. Raises `ValueError` if the heads of a token do not lie behind one another, which its tiles need."""
+    kv_heads, dim = k.shape[1:]
+    if k.stride(1) != dim or v.stride(1) != dim:
+        raise ValueError(f"k has strides {k.stride()}, v {v.stride()}: heads {dim} elements apart wanted")
+    part_out, part_lse = partial
+    layout = gl.NVMMASharedLayout.get_default_for([config.block_n, dim], _GLUON[q.dtype])
+    k_tiles, v_tiles = (
+        TensorDescriptor(x, [x.shape[0], kv_heads * dim], [x.stride(0), 1], [config.block_n, dim], layout)
+        for x in (k, v)
+    )
+    _attend_hopper[grid](
+        q,
+        k,
+        v,
+        k_tiles,
+        v_tiles,
+        out,
+        lse if lse is not None else part_lse,
+        part_out,
+        part_lse,
+        sinks if sinks is not None else part_lse,
+        work,
+        first,
+        scale,
+        soft_cap,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        lse.stride(0) if lse is not None else 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        CAP=soft_cap > 0,
+        SINKS=sinks is not None,
+        LSE=lse is not None,
+        num_warps=4,
+    )
+
+
+_GLUON = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
