@@ -160,6 +160,7 @@ def ours(case: Case, decode: bool, **options: Any) -> Call:
         kv_heads=case.kv_heads,
         head_dim=case.dim,
         device=case.q.device,
+        readable=128,
         **options,
     )
     return lambda layer: prefix_prefill(case.q, *case.ours(layer), case.first, plan, scale=case.scale)
@@ -321,10 +322,10 @@ def times(graphs: dict[str, Graph], rotation: int, replays: int = 7) -> dict[str
 def rates() -> tuple[float, float]:
     """Matmul operations a second (bfloat16, 8192 cubed) and bytes a second of a copy (read and written)."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    x, y = (torch.empty(1 << 30, device="cuda", dtype=torch.uint8) for _ in range(2))
+    x, y = (torch.zeros(1 << 29, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     matmul = times({"m": graph(lambda _: torch.mm(a, b), 4)}, 4)["m"]
-    copy = times({"c": graph(lambda _: y.copy_(x), 4)}, 4)["c"]
-    return 2 * 8192**3 / matmul * 1e6, 2 * x.numel() / copy * 1e6
+    copy = times({"c": graph(lambda _: torch.neg(x, out=y), 4)}, 4)["c"]
+    return 2 * 8192**3 / matmul * 1e6, 2 * x.nbytes / copy * 1e6
 
 
 def agree(case: Case, calls: dict[str, Call]) -> None:
@@ -388,7 +389,7 @@ def warm(geometries: Geometries = ALL) -> None:
     for geometry in geometries.split(","):
         case = Case(geometry, [(7000, 256), (1000, 200)])
         keys, values = case.ours(0)
-        list(compile_prefill(keys, values, 0, q_heads=case.q_heads, max_tokens=7256))
+        list(compile_prefill(keys, values, 0, q_heads=case.q_heads, max_tokens=7256, readable=128))
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
         case = Case(geometry, [(7000, 1), (1000, 1)])

@@ -28,7 +28,11 @@ PREFILL_CANDIDATES = [
         (128, 64, 8, 3, True, 1),
         (128, 128, 8, 3, True, 1),
     ]
-] + [Config(128, n, 4, stages, True, 1, hopper=True) for n, stages in ((128, 2), (128, 3), (64, 4))]
+] + [
+    Config(64, 64, 4, 3, True, 2, hopper=True),
+    Config(128, 128, 4, 2, True, 1, hopper=True),
+    Config(128, 64, 4, 4, True, 1, hopper=True),
+]
 DECODE_CANDIDATES = [
     Config(16, n, warps, stages, tma, occupancy)
     for n, warps, stages, tma, occupancy in product((64, 128), (2, 4), (2, 3, 4), (True, False), (2, 4))
@@ -52,8 +56,8 @@ def main(
             graphs = {}
             for config in candidates:
                 rows = max(case.new) * group
-                small, large = config.block_m < 128 and rows >= 16 * config.block_m, 2 * rows <= config.block_m
-                if not decode and (small or (large and config.block_m > 16)):
+                small = config.block_m < 64 and rows >= 16 * config.block_m
+                if not decode and (small or (config.block_m > 16 and 2 * rows <= config.block_m)):
                     continue
                 try:
                     graphs[repr(config)] = graph(ours(case, decode, config=config), case.rotation)

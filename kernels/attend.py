@@ -223,10 +223,11 @@ def _merge(
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
 ):
-    """Put the parts of one tile together, BLOCK_R of its rows at a time."""
+    """Put the parts of one tile together: BLOCK_R of its rows a program, PARTS of its parts at a time."""
     item = merge_ptr + (tl.program_id(0) // KV_HEADS) * 5
     head = tl.program_id(0) % KV_HEADS
     parts = tl.load(item + 4)
@@ -239,6 +240,8 @@ def _merge(
     in_tile = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tile * BLOCK_M + in_tile
     token = rows // GROUP
+    if tile * BLOCK_M + tl.program_id(1) * BLOCK_R >= new * GROUP:
+        return
     valid = token < new
     q_head = head * GROUP + rows % GROUP
     dims = tl.arange(0, DIM_PADDED)
@@ -252,17 +255,19 @@ def _merge(
     if SINKS:
         highest = tl.load(sink_ptr + q_head).to(tl.float32) * _LOG2E
         total += 1.0
-    for i in range(parts):
-        at_row = ((part + i) * KV_HEADS + head) * BLOCK_M + in_tile
-        lse = tl.load(part_lse_ptr + at_row, mask=valid, other=float("-inf"))
-        out = tl.load(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, lse)
+    several = tl.arange(0, PARTS)
+    for i in range(0, parts, PARTS):
+        at_row = ((part + i + several[:, None]) * KV_HEADS + head) * BLOCK_M + in_tile[None, :]
+        there = (i + several < parts)[:, None] & valid[None, :]
+        lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
+        at = at_row[:, :, None] * DIM_PADDED + dims[None, None, :]
+        out = tl.load(part_out_ptr + at, mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
         finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         decay = tl.exp2(highest - finite)
-        weight = tl.exp2(lse - finite)
-        total = total * decay + weight
-        # A part that a row saw nothing of weighs nothing, whatever stands in it.
-        acc = acc * decay[:, None] + tl.where(weight == 0.0, 0.0, weight)[:, None] * out
+        weights = tl.exp2(lse - finite[None, :])
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * out, 0)
         highest = new_highest
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head

@@ -11,6 +11,11 @@ import torch
 
 from sglang_vtensor.kernels.plan import Config
 
+#: What the kernel of `hopper.py` takes, and by how many tokens its largest tile may read past a context.
+HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
+#: Contexts of fewer tokens are a few tiles: two small programs on a multiprocessor hide each other's beginning and end.
+SHORT_CONTEXT = 1500
+
 
 @functools.cache
 def multiprocessors(device: torch.device | str) -> int:
@@ -29,18 +34,20 @@ def capability(device: torch.device | str) -> int:
     return 10 * major + minor
 
 
-def prefill(rows: int, context: float, head_dim: int, capability: int) -> Config:
+def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: bool) -> Config:
     """For requests of up to `rows` packed query rows (new tokens times query heads per KV head) over contexts of about
-    `context` tokens."""
+    `context` tokens. `hopper` says that the kernel of `hopper.py` may be taken, if the GPU is one."""
     if capability == 0:
         return Config(16, 16, 4, 1)
+    if hopper and capability == 90 and head_dim in HOPPER_DIMS:
+        if rows <= 64 or context < SHORT_CONTEXT:
+            return Config(64, 64, 4, 3, True, 2, hopper=True)
+        return Config(128, 128, 4, 2, True, hopper=True)
     tma = capability >= 90
     if head_dim > 128:
         return Config(64, 32, 4, 2) if rows <= 64 else Config(128, 64, 8, 2, tma)
     if not tma:
         return Config(64, 64, 4, 2) if rows <= 64 else Config(128, 64, 8, 2)
-    if rows <= 16:
-        return Config(16, 64, 4, 3, tma, 2)
     if rows <= 64:
         return Config(64, 64, 4, 3, tma, 2)
     return Config(128, 128 if context >= 6000 else 64, 8, 3, tma)

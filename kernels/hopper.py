@@ -1,4 +1,4 @@
-"""Prefix-prefill for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups compute, 64 rows each.
+"""Prefix-prefill for Hopper in Gluon, Triton's lower level: a warp loads, one or two warpgroups of 64 rows compute.
 
 The same work items and the same results as `attend._attend`. What differs is who waits for whom:
 
@@ -6,7 +6,8 @@ The same work items and the same results as `attend._attend`. What differs is wh
     a consumer  S(0) = Q K(0);  then, while the tensor cores compute S(i) = Q K(i) and out += P(i-1) V(i-1),
                 the softmax of S(i) as soon as it is there: P(i)
 
-The two consumers share what is loaded, and are otherwise on their own: one computes weights while the other multiplies.
+Two consumers share what is loaded, and are otherwise on their own: one computes weights while the other multiplies.
+With one of them two programs run on a multiprocessor, which suits few rows and short contexts.
 
 Tiles are taken from the last to the first, so that those that need a mask come first. A tile is loaded whole: what is
 behind a context, up to a multiple of the tile, must be mapped (in a segment it is: pages are whole tiles).
@@ -25,36 +26,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sglang_vtensor.kernels.plan import Config
 
-#: What the kernel takes; the rest is for `attend._attend`.
-DIMS = (64, 128)
-
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _load(
-    k_tiles,
-    v_tiles,
-    k_smem,
-    v_smem,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    start,
-    column,
-    tiles,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _load(loads, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Every tile of K and V, into whatever stage is free."""
+    k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, column, tiles = loads
     for i in range(tiles):
         stage = i % STAGES
         phase = (i // STAGES) & 1
@@ -134,41 +119,8 @@ def _again(
 
 @gluon.jit
 def _consume(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    part_out_ptr,
-    part_lse_ptr,
-    sink_ptr,
-    q_smem,
-    k_smem,
-    v_smem,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    first_row,
-    new,
-    prefix,
-    first_of_tile,
-    head,
-    part,
-    at_part,
-    low,
-    high,
-    seen_by_all,
-    tiles,
-    scale,
-    cap,
-    stride_q_token,
-    stride_q_head,
-    stride_k_token,
-    stride_v_token,
-    stride_out_token,
-    stride_out_head,
-    stride_lse_token,
+    own,
+    shared,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -178,6 +130,40 @@ def _consume(
     LSE: gl.constexpr,
 ):
     """A warpgroup's 64 rows, from `first_of_tile` on."""
+    q_smem, first_of_tile, at_part, seen_by_all = own
+    (
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        out_ptr,
+        lse_ptr,
+        part_out_ptr,
+        part_lse_ptr,
+        sink_ptr,
+        k_smem,
+        v_smem,
+        k_full,
+        k_empty,
+        v_full,
+        v_empty,
+        first_row,
+        new,
+        prefix,
+        head,
+        part,
+        low,
+        high,
+        tiles,
+        scale,
+        cap,
+        stride_q_token,
+        stride_q_head,
+        stride_k_token,
+        stride_v_token,
+        stride_out_token,
+        stride_out_head,
+        stride_lse_token,
+    ) = shared
     dtype: gl.constexpr = q_smem.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -247,9 +233,9 @@ def _consume(
         if SINKS:
             sink = gl.load(sink_ptr + o_head).to(gl.float32) * _LOG2E
             with_sink = gl.maximum(highest, sink)
-            decay = gl.exp2(highest - with_sink)
-            total = total * decay + gl.exp2(sink - with_sink)
-            acc = acc * decay[:, None]
+            shrink = gl.exp2(highest - with_sink)
+            total = total * shrink + gl.exp2(sink - with_sink)
+            acc = acc * shrink[:, None]
             highest = with_sink
         out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
         # Through the memory of q, which nobody reads any more, so that rows are written in long runs.
@@ -300,6 +286,7 @@ def _attend_hopper(
     CAP: gl.constexpr,
     SINKS: gl.constexpr,
     LSE: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):
     item = work_ptr + (gl.program_id(0) // KV_HEADS) * 8
     head = gl.program_id(0) % KV_HEADS
@@ -317,12 +304,12 @@ def _attend_hopper(
     v_head = v_ptr + first * stride_v_token + head * stride_v_head
     tiles = (high - low + BLOCK_N - 1) // BLOCK_N
     prefix = context - new
-    first_of_tile = tile * 128
-    at_part = (part.to(gl.int64) * KV_HEADS + head) * 128
+    first_of_tile = tile * (64 * CONSUMERS)
+    at_part = (part.to(gl.int64) * KV_HEADS + head) * (64 * CONSUMERS)
 
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
-    q_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], q_layout)
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, DIM], q_layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], k_tiles.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], v_tiles.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -331,129 +318,68 @@ def _attend_hopper(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
 
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    q_ptr,
-                    k_head,
-                    v_head,
-                    out_ptr,
-                    lse_ptr,
-                    part_out_ptr,
-                    part_lse_ptr,
-                    sink_ptr,
-                    q_smem.index(0),
-                    k_smem,
-                    v_smem,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    first_row,
-                    new,
-                    prefix,
-                    first_of_tile,
-                    head,
-                    part,
-                    at_part,
-                    low,
-                    high,
-                    gl.minimum(prefix + first_of_tile // GROUP + 1, high),
-                    tiles,
-                    scale,
-                    cap,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_k_token,
-                    stride_v_token,
-                    stride_out_token,
-                    stride_out_head,
-                    stride_lse_token,
-                    GROUP,
-                    DIM,
-                    BLOCK_N,
-                    STAGES,
-                    CAP,
-                    SINKS,
-                    LSE,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    q_ptr,
-                    k_head,
-                    v_head,
-                    out_ptr,
-                    lse_ptr,
-                    part_out_ptr,
-                    part_lse_ptr,
-                    sink_ptr,
-                    q_smem.index(1),
-                    k_smem,
-                    v_smem,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    first_row,
-                    new,
-                    prefix,
-                    first_of_tile + 64,
-                    head,
-                    part,
-                    at_part + 64,
-                    low,
-                    high,
-                    gl.minimum(prefix + (first_of_tile + 64) // GROUP + 1, high),
-                    tiles,
-                    scale,
-                    cap,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_k_token,
-                    stride_v_token,
-                    stride_out_token,
-                    stride_out_head,
-                    stride_lse_token,
-                    GROUP,
-                    DIM,
-                    BLOCK_N,
-                    STAGES,
-                    CAP,
-                    SINKS,
-                    LSE,
-                ),
-            ),
-            (
-                _load,
-                (
-                    k_tiles,
-                    v_tiles,
-                    k_smem,
-                    v_smem,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    start,
-                    head * DIM,
-                    tiles,
-                    BLOCK_N,
-                    STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
+    shared = (
+        q_ptr,
+        k_head,
+        v_head,
+        out_ptr,
+        lse_ptr,
+        part_out_ptr,
+        part_lse_ptr,
+        sink_ptr,
+        k_smem,
+        v_smem,
+        k_full,
+        k_empty,
+        v_full,
+        v_empty,
+        first_row,
+        new,
+        prefix,
+        head,
+        part,
+        low,
+        high,
+        tiles,
+        scale,
+        cap,
+        stride_q_token,
+        stride_q_head,
+        stride_k_token,
+        stride_v_token,
+        stride_out_token,
+        stride_out_head,
+        stride_lse_token,
     )
+    # What is each consumer's own: where its queries lie, its rows, and how many keys all of them see.
+    one = (q_smem.index(0), first_of_tile, at_part, gl.minimum(prefix + first_of_tile // GROUP + 1, high))
+    loads = (k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, head * DIM, tiles)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (one, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
+                (_load, (loads, BLOCK_N, STAGES)),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        seen_by_all = gl.minimum(prefix + (first_of_tile + 64) // GROUP + 1, high)
+        other = (q_smem.index(1), first_of_tile + 64, at_part + 64, seen_by_all)
+        gl.warp_specialize(
+            [
+                (_consume, (one, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
+                (_consume, (other, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
+                (_load, (loads, BLOCK_N, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
 
 
 def launch(
@@ -477,6 +403,8 @@ def launch(
     if k.stride(1) != dim or v.stride(1) != dim:
         raise ValueError(f"k has strides {k.stride()}, v {v.stride()}: heads {dim} elements apart wanted")
     part_out, part_lse = partial
+    # With one consumer, two programs share a multiprocessor, and its registers.
+    registers = {"maxnreg": 128} if config.block_m == 64 else {}
     layout = gl.NVMMASharedLayout.get_default_for([config.block_n, dim], _GLUON[q.dtype])
     k_tiles, v_tiles = (
         TensorDescriptor(x, [x.shape[0], kv_heads * dim], [x.stride(0), 1], [config.block_n, dim], layout)
@@ -514,7 +442,9 @@ def launch(
         CAP=soft_cap > 0,
         SINKS=sinks is not None,
         LSE=lse is not None,
+        CONSUMERS=config.block_m // 64,
         num_warps=4,
+        **registers,
     )
 
 

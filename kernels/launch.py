@@ -139,7 +139,7 @@ def launch(
         )
     if not merges.shape[0]:
         return
-    block_r = min(config.block_m, 16)
+    block_r = 2
     attend._merge[(merges.shape[0] * kv_heads, config.block_m // block_r)](
         out,
         lse if lse is not None else part_lse,
@@ -156,6 +156,7 @@ def launch(
         DIM_PADDED=padded,
         BLOCK_M=config.block_m,
         BLOCK_R=block_r,
+        PARTS=16,
         SINKS=sinks is not None,
         LSE=lse is not None,
         num_warps=4,

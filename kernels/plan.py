@@ -26,7 +26,7 @@ SMALLEST_PART = 2
 class Config:
     """One way to compile the kernels. `block_m` packed query rows by `block_n` keys a tile; `occupancy` programs run on
     one multiprocessor at a time; `tma` loads tiles of keys by descriptor, where the GPU can; `hopper` is the kernel of
-    `hopper.py`, whose tiles have 128 rows."""
+    `hopper.py`, whose tiles have 64 or 128 rows."""
 
     block_m: int
     block_n: int
@@ -50,31 +50,42 @@ class Plan:
     window: int
 
 
-def divide(costs: np.ndarray, programs_each: int, slots: int, heads_cost: float = PROGRAM_COST) -> np.ndarray:
+def divide(costs: np.ndarray, programs_each: int, slots: int) -> np.ndarray:
     """Into how many parts each tile's keys are divided.
 
     `costs`: each tile's length in tiles of keys, int64, at least 1; each stands for `programs_each` programs (one for
-    each KV head); `slots` programs run at a time. The choice is the one with the shortest estimated time among a few
-    bounds on a part's length: the longest of the waves' ideal time, what the longest part takes, and the merge.
+    each KV head); `slots` programs run at a time. Tried are no division, and the most even ones that fill one, two and
+    three waves; the one with the shortest estimated time is taken.
     """
-    total = float(costs.sum()) * programs_each
-    best, best_time = np.ones_like(costs), np.inf
-    longest = float(costs.max())
-    bounds = [longest] + [total / slots / waves for waves in (1, 2, 3, 4)]
-    for bound in bounds:
-        bound = max(float(np.ceil(bound)), SMALLEST_PART)
-        if bound > longest:
+    longest = int(costs.max())
+    best, best_time = np.ones_like(costs), _time(costs, np.ones_like(costs), programs_each, slots)
+    for waves in (1, 2, 3):
+        # The shortest bound whose parts fit into so many waves.
+        room = slots * waves // programs_each
+        if room < len(costs) or longest < 2 * SMALLEST_PART:
             continue
-        parts = np.ceil(costs / bound).astype(np.int64)
-        lengths = costs / parts + heads_cost
-        count = int(parts.sum()) * programs_each
-        mean = float((lengths * parts).sum()) * programs_each / count
-        # A full wave takes what its mean program takes; the last one what its longest does.
-        waves = -(-count // slots)
-        time = max(waves * mean, float(lengths.max())) + (MERGE_COST if parts.max() > 1 else 0.0)
+        low, high = max(SMALLEST_PART, -(-int(costs.sum()) // room)), longest
+        while low < high:
+            middle = (low + high) // 2
+            if int(np.sum(-(-costs // middle))) <= room:
+                high = middle
+            else:
+                low = middle + 1
+        parts = -(-costs // low)
+        time = _time(costs, parts, programs_each, slots)
         if time < best_time * 0.98:
             best, best_time = parts, time
     return best
+
+
+def _time(costs: np.ndarray, parts: np.ndarray, programs_each: int, slots: int) -> float:
+    """How long it takes, estimated in tiles of keys."""
+    lengths = costs / parts + PROGRAM_COST
+    count = int(parts.sum()) * programs_each
+    mean = float((lengths * parts).sum()) * programs_each / count
+    # A full wave takes what its mean program takes; one alone what its longest does.
+    time = max(-(-count // slots) * mean, float(lengths.max()))
+    return time + (MERGE_COST if parts.max() > 1 else 0.0)
 
 
 def plan_prefill(

@@ -27,18 +27,22 @@ def plan_prefill(
     head_dim: int,
     device: torch.device | str,
     window: int = -1,
+    readable: int = 1,
     config: Config | None = None,
 ) -> Plan:
     """How a ragged batch is divided over the GPU; the same for all layers of one geometry.
 
     Request `i` has `new[i]` new tokens at the end of a context of `contexts[i]`; 0 new tokens are no work. `window`, if
-    0 or more, is how many tokens before itself a token sees. `config` is chosen from the table of configurations.
+    0 or more, is how many tokens before itself a token sees. `readable` says that every context may be read up to the
+    next multiple of so many tokens, whatever stands there: 128 of them allow the kernel for Hopper, which loads whole
+    tiles. `config` is chosen from the table of configurations.
     Raises `ValueError` for lengths that cannot be.
     """
     group = q_heads // kv_heads
     if config is None:
         context = sum(a * b for a, b in zip(new, contexts, strict=False)) / max(1, sum(new))
-        config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device))
+        hopper = readable % configs.HOPPER_TILE == 0 and window < 0
+        config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device), hopper)
     slots = configs.multiprocessors(device) * config.occupancy
     return _plan(
         new, contexts, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device, window=window
@@ -97,7 +101,7 @@ def prefix_prefill(
 
 
 def compile_prefill(
-    k: torch.Tensor, v: torch.Tensor, first: int, *, q_heads: int, max_tokens: int
+    k: torch.Tensor, v: torch.Tensor, first: int, *, q_heads: int, max_tokens: int, readable: int = 1
 ) -> Iterator[tuple[int, int]]:
     """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
     how many are done. `k` and `v` are those that will be read; `max_tokens` tokens from `first` on may be read now.
@@ -109,7 +113,8 @@ def compile_prefill(
         for context in (256, max_tokens):
             new = max(1, rows // group)
             if new <= context <= max_tokens:
-                config = configs.prefill(new * group, context, dim, configs.capability(k.device))
+                hopper = readable % configs.HOPPER_TILE == 0
+                config = configs.prefill(new * group, context, dim, configs.capability(k.device), hopper)
                 shapes.setdefault(config, (new, context))
     for done, (config, (new, context)) in enumerate(shapes.items(), start=1):
         plan = plan_prefill(

@@ -172,7 +172,10 @@ class TritonPrefill(SegmentPrefillBackend):
         start = time.perf_counter()
         keys, values = self.flat[0]
         padding = int(self.runtime.segment_of[0]) * self.max_tokens  # every address of it may be read
-        for done, of in compile_prefill(keys, values, padding, q_heads=self.q_heads, max_tokens=self.max_tokens):
+        self.readable = self.runtime.memory.vmm.tile_tokens  # pages are whole tiles
+        for done, of in compile_prefill(
+            keys, values, padding, q_heads=self.q_heads, max_tokens=self.max_tokens, readable=self.readable
+        ):
             logger.info("prefix-prefill kernel: %d of %d shapes compiled", done, of)
         torch.cuda.synchronize()
         logger.info("prefix-prefill kernel: ready after %.1f s", time.perf_counter() - start)
@@ -186,6 +189,7 @@ class TritonPrefill(SegmentPrefillBackend):
             kv_heads=keys.shape[1],
             head_dim=keys.shape[2],
             device=keys.device,
+            readable=self.readable,
         )
         segments = self.runtime.device_segments(forward_batch.req_pool_indices)
         self.first = segments.to(torch.int64) * self.max_tokens
