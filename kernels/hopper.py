@@ -102,9 +102,13 @@ def _again(
     highest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
     acc = gl.full([64, DIM], 0.0, gl.float32, LAYOUT)
+    k_ptr += low.to(gl.int64) * stride_k_token
+    v_ptr += low.to(gl.int64) * stride_v_token
     for n in range(low, high):
-        k = gl.load(k_ptr + n.to(gl.int64) * stride_k_token + dims).to(gl.float32)
-        v = gl.load(v_ptr + n.to(gl.int64) * stride_v_token + dims).to(gl.float32)
+        k = gl.load(k_ptr + dims).to(gl.float32)
+        v = gl.load(v_ptr + dims).to(gl.float32)
+        k_ptr += stride_k_token
+        v_ptr += stride_v_token
         score = gl.sum(q * k[None, :], 1)
         score = (1 - 2 / (1 + gl.exp2(score * (scale / cap * 2 * _LOG2E)))) * (cap * _LOG2E) if CAP else score * scale
         seen = n <= position
