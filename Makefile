@@ -7,19 +7,20 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 
-.PHONY: demo test test-server test-kernels test-gpu lint bench lock setup clean
+.PHONY: demo test test-e2e test-core test-gpu lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
 
 test: lint  ## everything that runs without a GPU
-	$(MAKE) -j2 --output-sync=target test-server test-kernels
+	$(MAKE) -j2 --output-sync=target test-e2e test-core
 
-test-server: $(SETUP)
-	$(BIN)/python -m pytest tests -q --ignore=tests/gpu --ignore=tests/kernels $(ARGS)
+test-e2e: $(SETUP)  ## SGLang's scheduler and server on the host backend
+	$(BIN)/python -m pytest tests/e2e -q $(ARGS)
 
-test-kernels: $(SETUP)  ## a process of their own: Triton interprets, or does not, from its import on
+test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/property -q $(ARGS)
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in the environment at hand
 	python3 -m pytest tests/gpu tests/kernels -q $(ARGS)

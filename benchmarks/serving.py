@@ -165,17 +165,25 @@ def words(rng: random.Random, count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def server(name: str, model: Path, log: Path) -> Iterator[tuple[str, float]]:
-    """Start a contestant. Yields its URL and the seconds until it answered."""
+def server(
+    name: str, model: Path, log: Path, *, arguments: list[str] | None = None, host: bool = False
+) -> Iterator[tuple[str, float]]:
+    """Start a contestant (with other `arguments` than the table's; on the `host` backend). Yields its URL and the
+    seconds until it answered."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--load-format", "dummy"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--dtype", "bfloat16"]
-    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none", "--random-seed", "0"]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--random-seed", "0"]
+    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    environment = dict(os.environ)
+    if host:
+        command += ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]
+        environment["SGLANG_PLATFORM"] = "vtensor_host"
+    else:
+        command += ["--dtype", "bfloat16", "--load-format", "dummy"]
+    command += CONTESTANTS[name] if arguments is None else arguments
     start = time.perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command + CONTESTANTS[name], stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ)
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             url = f"http://127.0.0.1:{port}"
             while True:

@@ -312,17 +312,46 @@ def _retract_decode(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 
 def _run_batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(self, batch, *args, **kwargs)
     runtime = _runtime(self)
+    if runtime.copies:
+        if self.device == "cpu":
+            runtime.copy_partials()
+        else:
+            with self.device_module.stream(_forward_stream(self)):
+                runtime.copy_partials()
+    result = original(self, batch, *args, **kwargs)
     if self.device == "cpu":
         runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
     else:
-        runtime.launched(self.forward_stream if self.enable_overlap else self.device_module.current_stream())
+        runtime.launched(_forward_stream(self))
+    _tell_metrics(self)
     return result
+
+
+def _forward_stream(scheduler: Any) -> Any:
+    """The stream that batches run on, one after another."""
+    return scheduler.forward_stream if scheduler.enable_overlap else scheduler.device_module.current_stream()
 
 
 def _on_idle(self: Any) -> None:
     _runtime(self).poll()
+    _tell_metrics(self)
+
+
+def _tell_metrics(scheduler: Any) -> None:
+    if not scheduler.server_args.enable_metrics:
+        return
+    runtime = _runtime(scheduler)
+    if runtime.metrics is None:
+        from sglang_vtensor.srt.metrics import Metrics
+
+        labels = {
+            "model_name": str(scheduler.server_args.served_model_name),
+            "tp_rank": str(scheduler.ps.tp_rank),
+            "dp_rank": str(scheduler.ps.dp_rank or 0),
+        }
+        runtime.metrics = Metrics(labels, runtime.stats)
+    runtime.metrics.update()
 
 
 def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.pages import PagePool
+from sglang_vtensor.pages import PagePool, Tail
 from sglang_vtensor.segments import Segment, SegmentPool, SegmentState
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 
@@ -45,6 +45,7 @@ class Stats:
     pages_limit: int
     pages_backed: int
     pages_free: int
+    pages_kept: int
     pages_owned: int
     backed_bytes: int
     owned_bytes: int
@@ -58,6 +59,9 @@ class Stats:
     pages_allocated: int
     pages_shared: int
     prefix_tokens_served: int
+    partial_copies: int
+    partial_tokens: int
+    tails_continued: int
     maps: int
     unmaps: int
     maps_behind: int
@@ -69,6 +73,7 @@ class Stats:
     swaps: int
     shortages: int
     scheduling_seconds: float
+    worker_seconds: float
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
@@ -122,11 +127,16 @@ class KVMemory:
         self.pages_allocated = 0
         self.pages_shared = 0
         self.prefix_tokens_served = 0
+        self.tails_continued = 0
+        self.partial_copies = 0
+        self.partial_tokens = 0
         self.prefix_maps = 0
         self.prefix_maps_on_continue = 0
         self.shortages = 0
         self.retry_seconds = RETRY_SECONDS
         self.scheduling_seconds = 0.0
+        self.worker_seconds = 0.0
+        self._region: torch.Tensor | None = None
         self._lock = threading.RLock()
         self._settled = threading.Condition(self._lock)  # the worker has let go of a page or a segment
         self._used_at = time.monotonic()
@@ -165,7 +175,7 @@ class KVMemory:
             self._used_at = time.monotonic()
         if pages is not None:
             self.pages_allocated += count
-            if self.pages.free_backed < self.reserve_pages:
+            if self.pages.ready < self.reserve_pages:
                 self._wake.set()
         return pages
 
@@ -206,6 +216,40 @@ class KVMemory:
         with self._timed():
             self.pages.free(pages, self.next_epoch)
 
+    def keep(self, page: int) -> Tail:
+        """Take back a page that is not full, for the turn that continues its text; until it is needed otherwise."""
+        with self._timed():
+            return self.pages.keep(page, self.next_epoch)
+
+    def claim(self, tail: Tail) -> int | None:
+        """The page that was kept, with what is in it, now the caller's; None if it is not there any more."""
+        with self._timed():
+            page = self.pages.claim(tail)
+        if page is not None:
+            self.tails_continued += 1
+        return page
+
+    def unclaim(self, tail: Tail, page: int) -> None:
+        """Take back what was claimed and not touched."""
+        with self._timed():
+            self.pages.keep(page, self.next_epoch, tail)
+        self.tails_continued -= 1
+
+    def forget(self, tail: Tail) -> None:
+        with self._timed():
+            self.pages.forget(tail)
+
+    def copy_tokens(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of one page to another, K and V of all layers, on the current stream. A token's bytes
+        lie together, so that is one run of bytes."""
+        if self._region is None:
+            self._region = self.vmm.tensor(self.pages.base, self.pages.num_pages * self.layout.page_bytes)
+        size = tokens * self.layout.stride_bytes
+        from_, to = source * self.layout.page_bytes, target * self.layout.page_bytes
+        self._region[to : to + size].copy_(self._region[from_ : from_ + size])
+        self.partial_copies += 1
+        self.partial_tokens += tokens
+
     def free_all(self) -> None:
         """Take every page back, and drop every segment: nothing is cached or running any more."""
         with self._timed():
@@ -213,6 +257,7 @@ class KVMemory:
                 if segment.state is SegmentState.LEASED:
                     self.segments.release(segment)
             self.segments.drop_parked()
+            self.pages.forget_tails()
             unused = set(self.pages.unused_pages())
             owned = [page for page in range(1, self.pages.num_pages) if page not in unused]
             self.pages.free(owned, self.next_epoch)
@@ -366,11 +411,12 @@ class KVMemory:
                 self._settled.notify()
 
     def _page_to_back(self) -> int | None:
-        available = self.pages.available()
+        available, there = self.pages.available(), self.pages.ready
         wanted = min(self.reserve_pages, available)
         if self.short:  # one page more than there is tells whether the driver gives again
-            wanted = min(max(wanted, self.pages.free_backed + 1), available)
-        if self.pages.free_backed >= wanted or (self.short and time.monotonic() < self._retry_at):
+            there = self.pages.free_backed
+            wanted = min(max(wanted, there + 1), available)
+        if there >= wanted or (self.short and time.monotonic() < self._retry_at):
             return None
         return self.pages.begin_back()
 
@@ -402,8 +448,10 @@ class KVMemory:
     def _work(self) -> None:
         self.vmm.attach_thread()
         while not self._closing:
+            start = time.perf_counter()
             try:
                 if self.housekeep():
+                    self.worker_seconds += time.perf_counter() - start
                     continue
             except VMMError:
                 # A driver that cannot unmap is broken; say so each time, and keep serving from what is mapped.
@@ -439,6 +487,7 @@ class KVMemory:
                 pages_limit=pages.limit,
                 pages_backed=pages.backed,
                 pages_free=pages.free_backed,
+                pages_kept=pages.tails,
                 pages_owned=pages.owned,
                 backed_bytes=pages.backed * pages.page_bytes,
                 owned_bytes=pages.owned * pages.page_bytes,
@@ -452,6 +501,9 @@ class KVMemory:
                 pages_allocated=self.pages_allocated,
                 pages_shared=self.pages_shared,
                 prefix_tokens_served=self.prefix_tokens_served,
+                partial_copies=self.partial_copies,
+                partial_tokens=self.partial_tokens,
+                tails_continued=self.tails_continued,
                 maps=self.segments.maps,
                 unmaps=self.segments.unmaps,
                 maps_behind=self.segments.maps_behind,
@@ -463,6 +515,7 @@ class KVMemory:
                 swaps=self.segments.swaps,
                 shortages=self.shortages,
                 scheduling_seconds=self.scheduling_seconds,
+                worker_seconds=self.worker_seconds,
             )
 
     def check_integrity(self) -> None:

@@ -7,14 +7,18 @@
 A page has one owner at a time: a request while it is being written, then the tree node that caches it. Sharing needs
 no count here, because the tree counts who reads a node (SGLang's lock_ref), and a node gives a page up only when
 nobody does.
+
+A page that no node can cache, because it is not full, may be kept when its owner gives it up: it is free, and handed
+out after all others, and until then whoever continues its text may claim it with what stands in it (`Tail`).
 """
 
 from __future__ import annotations
 
 import enum
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sglang_vtensor.vmm import Handle, VirtualMemory, VMMError
 
@@ -25,6 +29,13 @@ class PageState(enum.IntEnum):
     OWNED = 2
     #: On its way from unbacked to free or back, in the hands of whoever calls the driver for it.
     MOVING = 3
+
+
+@dataclass(eq=False)
+class Tail:
+    """A free page whose bytes are still what its last owner wrote. `page` is None once it was handed out."""
+
+    page: int | None
 
 
 class PagePool:
@@ -51,6 +62,9 @@ class PagePool:
         self._aliases = [0] * num_pages  # mappings of a page in segments: it cannot be released before they go
         self._freed_at = [0] * num_pages  # the epoch that was the newest when the page was freed
         self._free: deque[int] = deque()  # last freed first handed out: the oldest end is what trim takes
+        self._tails: OrderedDict[int, Tail] = OrderedDict()  # by page, the longest kept first; free, but not in `_free`
+        #: Whether tails are handed out when the driver refuses. Ranks that must stay alike turn it off.
+        self.tails_when_refused = True
         self._unbacked = list(range(1, num_pages))  # a heap: low addresses first
         self._owned = 0
         self.moving = 0
@@ -66,12 +80,21 @@ class PagePool:
 
     @property
     def free_backed(self) -> int:
+        return len(self._free) + len(self._tails)
+
+    @property
+    def ready(self) -> int:
+        """Free pages that hold nothing anybody wants."""
         return len(self._free)
+
+    @property
+    def tails(self) -> int:
+        return len(self._tails)
 
     @property
     def backed(self) -> int:
         """Pages that hold memory, the padding page included; not those on their way."""
-        return 1 + self._owned + len(self._free)
+        return 1 + self._owned + self.free_backed
 
     def available(self) -> int:
         """How many pages `allocate` may hand out before the limit is reached."""
@@ -98,7 +121,8 @@ class PagePool:
         """`count` pages, now owned by the caller; None if the limit has no room for all of them, if the driver gives
         none (`refusal` says why), or if the last ones are `moving`.
 
-        After None nothing is owned that was not before. Pages that were created on the way stay backed and free.
+        Tails go last, the longest kept first. After None nothing is owned that was not before, and nothing forgotten.
+        Pages that were created on the way stay backed and free.
         """
         if count > self.available():
             return None
@@ -106,9 +130,12 @@ class PagePool:
             try:
                 self.back(count - len(self._free))
             except VMMError:
-                return None
-        if count > len(self._free):
-            return None  # the rest is in the worker's hands
+                if not self.tails_when_refused:
+                    return None
+        if count > self.free_backed:
+            return None  # the rest is refused, or in the worker's hands
+        while count > len(self._free):
+            self.forget(next(iter(self._tails.values())))
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._state[page] = PageState.OWNED
@@ -124,6 +151,40 @@ class PagePool:
             self._freed_at[page] = epoch
         self._free.extend(pages)
         self._owned -= len(pages)
+
+    # Tails.
+
+    def keep(self, page: int, epoch: int = 0, tail: Tail | None = None) -> Tail:
+        """Take an owned page back as `free` does, and remember that its bytes may be wanted: as a new tail, or as the
+        one that it was claimed by."""
+        self.free([page], epoch)
+        self._free.pop()  # it was the last one freed
+        tail = tail or Tail(None)
+        tail.page = page
+        self._tails[page] = tail
+        return tail
+
+    def claim(self, tail: Tail) -> int | None:
+        """The page of a tail, now the caller's, bytes and all; None if it was handed out, or the limit is reached."""
+        page = tail.page
+        if page is None or not self.available():
+            return None
+        del self._tails[page]
+        tail.page = None
+        self._state[page] = PageState.OWNED
+        self._owned += 1
+        return page
+
+    def forget(self, tail: Tail) -> None:
+        """Nobody wants the tail any more: its page is free like any other."""
+        if tail.page is not None:
+            del self._tails[tail.page]
+            self._free.append(tail.page)
+            tail.page = None
+
+    def forget_tails(self) -> None:
+        for tail in list(self._tails.values()):
+            self.forget(tail)
 
     # Physical memory. Each change is begin (take the page in hand), a call of the driver, and finish, so that the
     # driver can be called without the lock that the other two need.
@@ -238,7 +299,11 @@ class PagePool:
         """Invariants 1 and 4, as far as the pool alone can see."""
         counts = {state: self._state.count(state) for state in PageState}
         assert counts[PageState.OWNED] == self._owned + 1, (counts, self._owned)
-        assert counts[PageState.FREE] == len(self._free) == len(set(self._free)), (counts, len(self._free))
+        assert counts[PageState.FREE] == len({*self._free, *self._tails}) == self.free_backed, (
+            counts,
+            self.free_backed,
+        )
+        assert all(tail.page == page for page, tail in self._tails.items())
         assert counts[PageState.UNBACKED] == len(self._unbacked) == len(set(self._unbacked))
         assert counts[PageState.MOVING] == self.moving
         settled = [page for page in range(self.num_pages) if self._state[page] != PageState.MOVING]

@@ -20,13 +20,73 @@ from sglang.srt.mem_cache.allocation import alloc_req_slots, write_cache_indices
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils.common import is_pin_memory_available
 
-from sglang_vtensor.srt.runtime import RequestPages, Runtime
+from sglang_vtensor.srt.runtime import Partial, RequestPages, Runtime
 from sglang_vtensor.vmm import VMMError
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 logger = logging.getLogger(__name__)
+
+
+class _Partials:
+    """The requests of a batch that begin inside a page (`Partial`): claims what is to be claimed before the batch takes
+    pages, holds what is to be copied while it does, and asks for the copies."""
+
+    def __init__(self, batch: ScheduleBatch, reqs: list[Req]) -> None:
+        self._batch = batch
+        self._runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
+        self._reqs = reqs
+        self._found = [
+            (req, req.vtensor_partial) for req in reqs if len(req.prefix_indices) % self._runtime.page_tokens
+        ]
+        self._claimed: dict[int, Req] = {}  # by page
+        self._locked = []
+        #: Nothing that was found is gone since. It cannot be, as the tree is not evicted between match and allocation;
+        #: if it is, the batch waits and is matched again.
+        self.there = True
+        for req, partial in self._found:
+            if partial.node is None:
+                # Of several that continue one tail the first claims it, and the others copy from its page, which is
+                # written to behind what they copy, and later.
+                if partial.page not in self._claimed and self._claim(req, partial):
+                    continue
+                self.there = self.there and partial.page in self._claimed
+            elif partial.node.gone:
+                self.there = False
+            else:
+                batch.tree_cache.inc_lock_ref(partial.node)
+                self._locked.append(partial.node)
+
+    def _claim(self, req: Req, partial: Partial) -> bool:
+        assert partial.tail is not None
+        page = self._runtime.memory.claim(partial.tail)
+        if page is None:
+            return False
+        self._claimed[page] = req
+        self._runtime.requests[req.req_pool_idx].pages.append(page)
+        return True
+
+    def settle(self, secured: bool) -> None:
+        """The batch has its pages, or waits."""
+        for node in self._locked:
+            self._batch.tree_cache.dec_lock_ref(node)
+        if not secured:
+            for req, partial in self._found:
+                if self._claimed.get(partial.page) is req:
+                    self._runtime.memory.unclaim(partial.tail, partial.page)
+            for req in self._reqs:
+                req.vtensor_whole_pages = True  # what it would copy from may be just what has to be evicted
+            return
+        tokens = self._runtime.page_tokens
+        for req, partial in self._found:
+            record = self._runtime.requests[req.req_pool_idx]
+            page = record.pages[record.protected]
+            if page != partial.page:
+                self._runtime.copies.append((partial.page, page, partial.tokens))
+            whole = req.prefix_indices[: record.protected * tokens]
+            own = torch.arange(page * tokens, page * tokens + partial.tokens, dtype=whole.dtype, device=whole.device)
+            req.prefix_indices = torch.cat([whole, own])
 
 
 class PutOff(RuntimeError):
@@ -54,13 +114,18 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
             fresh.append(req)
         records.append(runtime.requests[slot])
+    partials = _Partials(batch, fresh)
 
     def map_segments() -> None:
         for req, slot, record in zip(batch.reqs, slots, records, strict=True):
             adopt = batch.tree_cache.segment_for(req) if record.segment is None else None
             runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
 
-    if not _secure(batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None):
+    secured = partials.there and _secure(
+        batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None
+    )
+    partials.settle(secured)
+    if not secured:
         for req in fresh:
             record = runtime.requests.pop(req.req_pool_idx)
             if record.segment is not None:
@@ -142,10 +207,11 @@ def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestPages:
-    """The record of a request that starts: it has what the tree matched, and nothing of its own."""
+    """The record of a request that starts: it has the whole pages that the tree matched, and nothing of its own."""
     tokens = runtime.page_tokens
-    pages = batch.tree_cache.path_pages(req.last_node) if prefix_len else []
-    if prefix_len % tokens or prefix_len // tokens > len(pages):
+    pages = batch.tree_cache.path_pages(req.last_node) if prefix_len >= tokens else []
+    inside = req.vtensor_partial.tokens if prefix_len % tokens else 0
+    if prefix_len % tokens != inside or prefix_len // tokens > len(pages):
         raise RuntimeError(
             f"request {req.rid} matched {prefix_len} tokens, but its path in the tree holds {len(pages)} pages of "
             f"{tokens}: the tree and the pages disagree"

@@ -4,13 +4,17 @@
                                       \\-- [turn 1': page 11]    (parked: 4 9 11)
 
 A node owns its pages. A request that matched a node has locked it, and reads the pages without owning them. What SGLang
-finds in the tree stays as it was: values are slots on the device.
+finds in the tree stays as it was: values are slots on the device, and nodes are whole pages.
+
+A match goes on inside a page: of the page behind the last whole one, be it a child's or the unfilled last page of a
+request that ended there (a tail), the longest common start is taken too. So reuse is exact to the token.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,12 +26,13 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     InsertResult,
     MatchPrefixParams,
+    MatchResult,
 )
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_vtensor.segments import Segment
-from sglang_vtensor.srt.runtime import RequestPages, Runtime
+from sglang_vtensor.srt.runtime import Partial, RequestPages, Runtime
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
 
 #: For so many requests at the head of the queue the prefix is mapped ahead: a batch or two.
 MAX_PREPARED = 64
+#: Unfilled last pages that are remembered at one node, the newest ones.
+MAX_TAILS = 8
 
 
 @dataclass
@@ -45,7 +52,9 @@ class PagedInsertParams(InsertParams):
 
 
 class VTensorRadixCache(RadixCache):
-    """Each node has `pages` (ids, in the order of its tokens) and `segment` (parked there, or None, or gone since)."""
+    """A node has `pages` (ids, in the order of its tokens), `segment` (parked there, or None, or gone since), `tails`
+    (`(RadixKey, Tail)`, what followed in pages that were not filled) and `firsts` (the first pages of its children, as
+    tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it)."""
 
     def __init__(self, params: CacheInitParams) -> None:
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
@@ -60,9 +69,59 @@ class VTensorRadixCache(RadixCache):
         super().reset()
         self._prepared.clear()
         self.root_node.pages = []
-        self.root_node.segment = None
+        self._dress(self.root_node)
+
+    def _dress(self, node: TreeNode) -> None:
+        """What a node has here beside its pages, while nothing hangs from it."""
+        node.segment = None
+        node.tails = []
+        node.firsts = []
+        node.gone = False
+
+    def _first(self, key: RadixKey) -> tuple[str, tuple[int, ...]]:
+        return _namespace(key), tuple(key.token_ids[: self.page_size])
 
     # Matching.
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As SGLang does, by whole pages; and for a request, on into the next page (`req.vtensor_partial`).
+
+        The slots of that part are not known before the request has a page of its own: zeros stand for them.
+        """
+        result = super().match_prefix(params)
+        req = params.req
+        if req is None:
+            return result
+        req.vtensor_partial = None
+        if self.disable or self.page_size == 1 or getattr(req, "vtensor_whole_pages", False):
+            return result
+        matched = len(result.device_indices)
+        partial = self._inside_page(result.last_device_node, params.key[matched : matched + self.page_size])
+        if partial is None:
+            return result
+        req.vtensor_partial = partial
+        indices = torch.cat([result.device_indices, result.device_indices.new_zeros(partial.tokens)])
+        return result._replace(device_indices=indices, cache_protected_len=matched)
+
+    def _inside_page(self, node: TreeNode, rest: RadixKey) -> Partial | None:
+        """The longest start of `rest` that a page behind `node` begins with."""
+        best: Partial | None = None
+        if not len(rest):
+            return None
+        for key, tail in node.tails:
+            if tail.page is not None and key.extra_key == rest.extra_key:
+                tokens = key.match(rest)
+                if tokens > (best.tokens if best else 0):
+                    best = Partial(tail.page, tokens, tail=tail)
+        at = bisect_left(node.firsts, self._first(rest))
+        for extra, first in node.firsts[max(0, at - 1) : at + 1]:
+            if extra != _namespace(rest):
+                continue
+            child = node.children[first if rest.extra_key is None else (rest.extra_key, first)]
+            tokens = child.key.match(rest)
+            if tokens > (best.tokens if best else 0):
+                best = Partial(child.pages[0], tokens, node=child)
+        return best
 
     def path_pages(self, node: TreeNode) -> list[int]:
         """The pages from the root down to the end of `node`."""
@@ -133,7 +192,8 @@ class VTensorRadixCache(RadixCache):
         if not hasattr(leaf, "pages"):
             assert isinstance(params, PagedInsertParams), "only requests insert, and they bring their pages"
             leaf.pages = params.pages[result.prefix_len // self.page_size :]
-            leaf.segment = None
+            self._dress(leaf)
+            insort(leaf.parent.firsts, self._first(leaf.key))
             assert len(leaf.pages) * self.page_size == len(leaf.key), (leaf.pages, len(leaf.key))
         return result
 
@@ -141,7 +201,8 @@ class VTensorRadixCache(RadixCache):
         upper = super()._split_node(key, child, split_len)
         count = split_len // self.page_size
         upper.pages, child.pages = child.pages[:count], child.pages[count:]
-        upper.segment = None  # what is parked at the child shows the whole path, and stays there
+        self._dress(upper)  # what is parked at the child shows the whole path, and stays there, and so do its tails
+        upper.firsts = [self._first(child.key)]
         return upper
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
@@ -157,7 +218,9 @@ class VTensorRadixCache(RadixCache):
             tokens = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
             key, leaf, matched = self._insert_pages(req, record, tokens, chunked=False)
             full = len(key) // self.page_size
-            memory.free(record.pages[record.protected : matched] + record.pages[full:written])
+            memory.free(record.pages[record.protected : matched] + record.pages[full + 1 : written])
+            if full < written:
+                self._keep_tail(leaf, RadixKey(tokens[len(key) :], req.extra_key), record.pages[full])
             self._park(record, leaf, full, swapped=matched > record.protected)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
@@ -208,6 +271,13 @@ class VTensorRadixCache(RadixCache):
         )
         return key, result.last_device_node, result.prefix_len // self.page_size
 
+    def _keep_tail(self, node: TreeNode, key: RadixKey, page: int) -> None:
+        """A request ended at `node` with the tokens of `key` in a page that they do not fill."""
+        node.tails = [(known, tail) for known, tail in node.tails if tail.page is not None]
+        while len(node.tails) >= MAX_TAILS:
+            self.runtime.memory.forget(node.tails.pop(0)[1])
+        node.tails.append((key, self.runtime.memory.keep(page)))
+
     def _park(self, record: RequestPages, leaf: TreeNode, pages: int, *, swapped: bool) -> None:
         segment = record.segment
         if segment is None:
@@ -235,6 +305,11 @@ class VTensorRadixCache(RadixCache):
             segment = self.parked_segment(leaf)
             if segment is not None:
                 self.runtime.memory.drop(segment)
+            for _, tail in leaf.tails:
+                self.runtime.memory.forget(tail)
+            leaf.gone = True
+            firsts = leaf.parent.firsts
+            del firsts[bisect_left(firsts, self._first(leaf.key))]
             self._delete_leaf(leaf)
             if leaf.parent in self.evictable_leaves:
                 heapq.heappush(heap, (rank(leaf.parent), leaf.parent))
@@ -269,8 +344,11 @@ class VTensorRadixCache(RadixCache):
         owned = [page for node in nodes for page in node.pages]
         owned += [p for record in self.runtime.requests.values() for p in record.pages[record.protected :]]
         assert len(owned) == len(set(owned)) == self.runtime.memory.pages.owned, (len(owned), len(set(owned)))
+        for node in [self.root_node, *nodes]:
+            assert node.firsts == sorted(self._first(child.key) for child in node.children.values())
         for node in nodes:
             assert len(node.pages) * self.page_size == len(node.key) == len(node.value)
+            assert node.parent.children[node.key.child_key(self.page_size)] is node
             assert (node.value[:: self.page_size] // self.page_size).tolist() == node.pages
             segment = self.parked_segment(node)
             if segment is not None:
@@ -278,6 +356,10 @@ class VTensorRadixCache(RadixCache):
                 path = self.path_pages(node)
                 shown = min(len(path), len(segment.pages))
                 assert segment.pages[:shown] == path[:shown], (segment, path)
+
+
+def _namespace(key: RadixKey) -> str:
+    return "" if key.extra_key is None else f"={key.extra_key}"
 
 
 class VTensorChunkCache(ChunkCache):

@@ -13,13 +13,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.pages import Tail
 from sglang_vtensor.segments import Segment
+
+if TYPE_CHECKING:
+    from sglang_vtensor.srt.metrics import Metrics
 
 
 @dataclass(slots=True)
@@ -31,6 +35,19 @@ class RequestPages:
     segment: Segment | None = None
     #: The tree swapped equal pages of its own in: the segment shows the old ones until it is fitted again.
     stale: bool = False
+
+
+@dataclass(slots=True)
+class Partial:
+    """What a match found inside a page: its first `tokens` are those of the request, whose own page is to begin so.
+
+    They are copied from `page`, which `node` holds; or `tail` is that page, which nobody owns, and is claimed.
+    """
+
+    page: int
+    tokens: int
+    node: Any = None
+    tail: Tail | None = None
 
 
 class Runtime:
@@ -45,10 +62,14 @@ class Runtime:
         self.memory = memory
         self.requests: dict[int, RequestPages] = {}
         self.segment_of = np.zeros(num_request_slots, dtype=np.int64)
+        #: Copies that the next batch begins with: source page, target page, tokens.
+        self.copies: list[tuple[int, int, int]] = []
         self._device_table: torch.Tensor | None = None
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self.extend_reads_segments = False
         self.decode_reads_segments = False
+        #: Made with the first batch, where the server is asked for metrics.
+        self.metrics: Metrics | None = None
         self.tree_stats: Callable[[], dict[str, int]] = dict
         self._group: torch.distributed.ProcessGroup | None = None
 
@@ -61,6 +82,7 @@ class Runtime:
     def use_group(self, group: torch.distributed.ProcessGroup | None) -> None:
         """The ranks that schedule the same batches, on the host's process group; None for a single one."""
         self._group = group if group is not None and group.size() > 1 else None
+        self.memory.pages.tails_when_refused = self._group is None
 
     def agree(self, done: bool) -> bool:
         """Whether every rank has done it. All of them must ask, at the same point of the same batch."""
@@ -87,6 +109,13 @@ class Runtime:
             self.segment_of[slot] = segment.index
         else:
             segment.busy_until = self.memory.next_epoch
+
+    def copy_partials(self) -> None:
+        """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
+        sources, and that may still write to what the targets were before."""
+        for source, target, tokens in self.copies:
+            self.memory.copy_tokens(source, target, tokens)
+        self.copies.clear()
 
     def end_request(self, slot: int, allocated_tokens: int) -> RequestPages:
         """Take the record of a request that is over. The page of a next token that is not to come is freed."""
@@ -132,6 +161,7 @@ class Runtime:
     def clear(self) -> None:
         """Forget every request and free every page: the caches are flushed."""
         self.requests.clear()
+        self.copies.clear()
         self.memory.free_all()
 
     def stats(self) -> dict[str, Any]:

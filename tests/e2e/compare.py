@@ -32,12 +32,16 @@ def assert_same(reference: Answer, ours: Answer, *, tie: float, what: str = "") 
             return
 
 
-def both(reference: Scheduler, ours: Scheduler, requests: list[Request], *, tie: float) -> list[Answer]:
-    """Run the requests at once on both, compare, check the invariants. Returns the reference's answers, from which a
-    conversation goes on, so that both sides are always asked the same."""
+def both(
+    reference: Scheduler, ours: Scheduler, requests: list[Request], *, tie: float, cached: list[int] | None = None
+) -> list[Answer]:
+    """Run the requests at once on both, compare, check the invariants; and how many tokens ours did not compute again.
+    Returns the reference's answers, from which a conversation goes on, so that both sides are always asked the same."""
     expected, got = reference.generate(*requests), ours.generate(*requests)
     for request, theirs, mine in zip(requests, expected, got, strict=True):
         assert_same(theirs, mine, tie=tie, what=request.rid)
+    if cached is not None:
+        assert [answer.cached for answer in got] == cached
     ours.check()
     return expected
 

@@ -58,10 +58,9 @@ def test_conversations_reuse_their_prefix_and_their_segment(pair):
             assert_same(theirs, mine, tie=tie, what=request.rid)
         if turn and pair.segments:
             assert after["adoptions"] - before["adoptions"] == 4, "each chat goes on in its own segment"
-            # Nothing of the last turn is computed again but what fills no page (its last token may have no KV yet).
-            known = sum(len(chat) - 17 for chat in chats)
-            served = after["prefix_tokens_served"] - before["prefix_tokens_served"]
-            assert known - 4 * pair.page_size <= served <= known
+            # Nothing of the last turn is computed again (but its last token, if that had no KV yet), nor mapped again.
+            assert all(len(chat) - answer.cached in (17, 18) for chat, answer in zip(chats, answers, strict=True))
+            assert after["prefix_maps_on_continue"] == 0
         ours.check()
         chats = [chat + answer.tokens + prompt(17) for chat, answer in zip(chats, answers, strict=True)]
 
@@ -71,9 +70,27 @@ def test_two_branches_in_the_middle_of_a_page(pair):
     prompt = Prompts(4)
     stem = prompt(70)
     both(reference, ours, [Request("stem", stem, 10)], tie=tie)
-    branches = [stem[:cut] + prompt(40) for cut in (5, 23, 64, 69)]
-    both(reference, ours, [Request(f"b{n}", branch, 16) for n, branch in enumerate(branches)], tie=tie)
-    both(reference, ours, [Request(f"again{n}", branch, 16) for n, branch in enumerate(branches)], tie=tie)
+    cuts = [5, 23, 64, 69]
+    branches = [stem[:cut] + prompt(40) for cut in cuts]
+    requests = [Request(f"b{n}", branch, 16) for n, branch in enumerate(branches)]
+    both(reference, ours, requests, tie=tie, cached=cuts)
+    known = [len(branch) - 1 for branch in branches]
+    requests = [Request(f"again{n}", branch, 16) for n, branch in enumerate(branches)]
+    both(reference, ours, requests, tie=tie, cached=known)
+
+
+def test_several_go_on_from_one_unfinished_page(pair):
+    """Two at once continue one text, and one continues what they made of it; the page of its end has one owner only."""
+    reference, ours, tie = pair()
+    prompt = Prompts(14)
+    (answer,) = both(reference, ours, [Request("stem", prompt(37), 9)], tie=tie)
+    del answer
+    stem = Prompts(14)(37)
+    twins = [stem + prompt(5 + 20 * n) for n in range(3)]
+    both(reference, ours, [Request(f"twin{n}", twin, 20) for n, twin in enumerate(twins)], tie=tie, cached=[37] * 3)
+    both(reference, ours, [Request("one", twins[1] + prompt(8), 6)], tie=tie, cached=[len(twins[1])])
+    known = [len(twin) - 1 for twin in twins]
+    both(reference, ours, [Request(f"same{n}", twin, 6) for n, twin in enumerate(twins)], tie=tie, cached=known)
 
 
 def test_the_same_prompt_twice_in_one_batch(pair):

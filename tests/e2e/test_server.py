@@ -5,22 +5,26 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import time
 
 import pytest
 import requests
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from typer.testing import CliRunner
 
 from sglang_vtensor import demo
 from sglang_vtensor.cli import app
 from sglang_vtensor.server_client import server_stats
+from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 
 
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--dtype", "float32"]
+    arguments += ["--enable-metrics"]
     with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
         yield url
     text = log.read_text(errors="replace")
@@ -34,6 +38,26 @@ def test_the_chat_of_the_demo(server):
     assert rows[1]["shared"] > 0, "the second user shares the system prompt"
     assert all(row["first"] > 0 for row in rows)
     demo.turns_table(rows)
+
+
+def test_what_prometheus_scrapes_is_what_the_server_says(server):
+    quiet(server)
+    deadline = time.monotonic() + 20
+    while True:
+        families = text_string_to_metric_families(requests.get(f"{server}/metrics", timeout=20).text)
+        samples = {(s.name, s.labels.get("state", "")): s.value for family in families for s in family.samples}
+        (rank,) = server_stats(server)
+        wanted = {(name, ""): rank[gauge.values[""]] for name, gauge in GAUGES.items() if not gauge.label}
+        wanted |= {("vtensor_pages", state): rank[key] for state, key in GAUGES["vtensor_pages"].values.items()}
+        wanted |= {(f"{name}_total", ""): rank[key] for name, (key, _) in COUNTERS.items()}
+        different = {key: (samples.get(key), value) for key, value in wanted.items() if samples.get(key) != value}
+        # The worker may have been busy after the last update, by less than it takes to say so.
+        different = {key: pair for key, pair in different.items() if "seconds" not in key[0] or pair[0] is None}
+        if not different:
+            break
+        assert time.monotonic() < deadline, different
+        time.sleep(0.5)
+    assert samples["vtensor_adoptions_total", ""] > 0
 
 
 def test_parallel_samples_share_their_prompt(server):

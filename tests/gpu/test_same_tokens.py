@@ -9,6 +9,7 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_flush_forgets_everything,
     test_parallel_sampling,
     test_separate_namespaces_share_nothing,
+    test_several_go_on_from_one_unfinished_page,
     test_single_requests_of_every_length,
     test_the_same_prompt_twice_in_one_batch,
     test_two_branches_in_the_middle_of_a_page,

@@ -43,6 +43,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.stamps = 0
         self.requests: list[dict] = []  # {"pages", "segment"}
         self.parked: list[tuple[object, list[int]]] = []  # (segment, the pages it was parked with)
+        self.kept: list[tuple[object, int]] = []  # (tail, the stamp of its page)
         self.flying: list[tuple[int, list[tuple[object, list[int]]]]] = []  # what each launched batch reads
 
     def stamp(self, pages: list[int]) -> None:
@@ -167,6 +168,43 @@ class MemoryMachine(RuleBasedStateMachine):
         if segment is not None:
             self.parked.append((segment, pages))
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests)
+    def keep(self, data) -> None:
+        """A request ends, and the page it did not fill is kept."""
+        request = data.draw(st.sampled_from(self.requests))
+        page = request["pages"][-1]
+        if any(page in other["pages"] for other in self.requests if other is not request):
+            return
+        request["pages"] = request["pages"][:-1]
+        if not request["pages"]:
+            self.requests.remove(request)
+            if request["segment"] is not None:
+                self.memory.release(request["segment"])
+        self.kept.append((self.memory.keep(page), self.owned.pop(page)))
+
+    @rule(data=st.data(), back=st.booleans())
+    @precondition(lambda self: self.kept)
+    def claim(self, data, back: bool) -> None:
+        """Whoever continues it finds it as it was, or not at all."""
+        tail, stamp = entry = data.draw(st.sampled_from(self.kept))
+        self.kept.remove(entry)
+        there = tail.page is not None and self.memory.available_pages() > 0
+        page = self.memory.claim(tail)
+        assert (page is not None) == there
+        if page is None:
+            self.memory.forget(tail)
+            return
+        assert self.keys[page * 8, 0, 0].item() == stamp
+        if back:
+            self.memory.unclaim(tail, page)
+            self.kept.append(entry)
+        elif len(self.requests) < RUNNING:
+            self.owned[page] = stamp
+            self.requests.append({"pages": [page], "segment": None})
+        else:
+            self.memory.free([page])
+
     @rule()
     def housekeep(self) -> None:
         self.memory.housekeep()
@@ -187,6 +225,7 @@ class MemoryMachine(RuleBasedStateMachine):
         counts = self.memory.segments.counts()
         assert counts["leased"] == sum(r["segment"] is not None for r in self.requests)
         assert counts["parked"] <= PARKED
+        assert self.memory.pages.tails == sum(tail.page is not None for tail, _ in self.kept)
 
     @invariant()
     def no_page_lost_its_bytes(self) -> None:
@@ -194,6 +233,8 @@ class MemoryMachine(RuleBasedStateMachine):
             assert self.keys[page * 8, 0, 0].item() == stamp
 
     def teardown(self) -> None:
+        for tail, _ in self.kept:
+            self.memory.forget(tail)
         for request in list(self.requests):
             self.requests.remove(request)
             if request["segment"] is not None:

@@ -28,6 +28,11 @@ def content(tokens) -> int:
     return hash(tuple(tokens)) % 1_000_003
 
 
+def common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common at their start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class TreeMachine(RuleBasedStateMachine):
     @initialize(page_tokens=st.sampled_from([1, 4, 8]))
     def build(self, page_tokens: int) -> None:
@@ -67,10 +72,22 @@ class TreeMachine(RuleBasedStateMachine):
         self.arrived = 0
         self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
 
+    def cached(self):
+        """Every text of which the tree says that it is there, with what follows in unfinished pages."""
+        stack = [(self.tree.root_node, [])]
+        while stack:
+            node, before = stack.pop()
+            text = before + list(node.key.token_ids)
+            yield text
+            for key, tail in node.tails:
+                if tail.page is not None and self.tokens_a_page > 1:
+                    yield text + list(key.token_ids)
+            stack += [(child, text) for child in node.children.values()]
+
     # What SGLang's scheduler does, in its order.
 
-    def grow(self, req: SimpleNamespace, upto: int) -> bool:
-        """Pages for `upto` tokens, evicting if need be; then the new tokens' KV, by slot."""
+    def take(self, req: SimpleNamespace, upto: int) -> bool:
+        """Pages for `upto` tokens, evicting if need be."""
         record = self.runtime.requests[req.req_pool_idx]
         wanted = self.memory.layout.pages_for(upto) - len(record.pages)
         short = wanted - self.memory.available_pages()
@@ -80,12 +97,57 @@ class TreeMachine(RuleBasedStateMachine):
         if pages is None:
             return False
         record.pages.extend(pages)
+        return True
+
+    def write(self, req: SimpleNamespace, upto: int) -> None:
+        """The KV of the tokens up to there, by slot."""
+        record = self.runtime.requests[req.req_pool_idx]
         tokens = req.origin_input_ids + req.output_ids
         for i in range(req.written, upto):
             slot = record.pages[i // self.tokens_a_page] * self.tokens_a_page + i % self.tokens_a_page
             self.rows.req_to_token[req.req_pool_idx, i] = slot
             self.keys[slot] = float(content(tokens[: i + 1]))
         req.written = upto
+
+    def grow(self, req: SimpleNamespace, upto: int) -> bool:
+        if not self.take(req, upto):
+            return False
+        self.write(req, upto)
+        return True
+
+    def begin(self, req: SimpleNamespace, partial) -> bool:
+        """The first pages of a request, whose first one may begin as another does."""
+        record = self.runtime.requests[req.req_pool_idx]
+        tokens = list(req.origin_input_ids)
+        whole = record.protected * self.tokens_a_page
+        expected = [float(content(tokens[: i + 1])) for i in range(whole, whole + partial.tokens)]
+        assert 0 < partial.tokens < self.tokens_a_page
+        source = self.keys[partial.page * self.tokens_a_page :][: partial.tokens, 0, 0]
+        assert source.tolist() == expected, "a page does not begin as its tokens say"
+        if partial.tail is not None:
+            page = self.memory.claim(partial.tail)
+            if page is None:
+                assert not self.memory.available_pages()
+                return False
+            record.pages.append(page)
+        else:
+            self.tree.inc_lock_ref(partial.node)
+        taken = self.take(req, len(tokens))
+        if partial.tail is None:
+            self.tree.dec_lock_ref(partial.node)
+        if not taken:
+            if partial.tail is not None:
+                self.memory.unclaim(partial.tail, record.pages.pop())
+            return False
+        page = record.pages[record.protected]
+        if page != partial.page:
+            self.memory.copy_tokens(partial.page, page, partial.tokens)
+        start = page * self.tokens_a_page
+        self.rows.req_to_token[req.req_pool_idx, whole : whole + partial.tokens] = torch.arange(
+            start, start + partial.tokens
+        )
+        req.written = whole + partial.tokens
+        self.write(req, len(tokens))
         return True
 
     def read(self, req: SimpleNamespace) -> None:
@@ -138,20 +200,24 @@ class TreeMachine(RuleBasedStateMachine):
         self.waiting.remove(req)
         tokens = list(req.origin_input_ids)
         match = self.tree.match_prefix(
-            MatchPrefixParams(key=RadixKey(req.origin_input_ids, None, limit=len(tokens) - 1))
+            MatchPrefixParams(key=RadixKey(req.origin_input_ids, None, limit=len(tokens) - 1), req=req)
         )
-        prefix = len(match.device_indices)
-        assert self.keys[match.device_indices, 0, 0].tolist() == [
+        partial = req.vtensor_partial
+        prefix = len(match.device_indices) - (partial.tokens if partial else 0)
+        assert self.keys[match.device_indices[:prefix], 0, 0].tolist() == [
             float(content(tokens[: i + 1])) for i in range(prefix)
         ]
+        longest = max((common(tokens[:-1], text) for text in self.cached()), default=0)
+        assert prefix + (partial.tokens if partial else 0) == longest, "reuse is exact to the token"
         req.req_pool_idx = self.rows.free_slots.pop()
         req.last_node, req.cache_protected_len, req.written = match.last_device_node, prefix, prefix
         self.tree.inc_lock_ref(req.last_node)
-        self.rows.req_to_token[req.req_pool_idx, :prefix] = match.device_indices.to(torch.int32)
+        self.rows.req_to_token[req.req_pool_idx, :prefix] = match.device_indices[:prefix].to(torch.int32)
         pages = self.tree.path_pages(req.last_node)
         assert len(pages) * self.tokens_a_page == prefix
         self.runtime.requests[req.req_pool_idx] = RequestPages(pages, len(pages))
-        if not self.grow(req, len(tokens)):
+        begun = self.begin(req, partial) if partial else self.grow(req, len(tokens))
+        if not begun:
             self.end(req, insert=False)
             return
         self.read(req)

@@ -1,0 +1,112 @@
+"""Metrics of the KV memory for Prometheus, beside SGLang's own, where `--enable-metrics` asks for them.
+
+Each rank writes its own, at most once a second; SGLang's HTTP process collects them from all processes.
+`docs/grafana.json` shows them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+#: The least time between two updates.
+INTERVAL_SECONDS = 1.0
+
+
+class Gauge(NamedTuple):
+    """Values that go up and down: the label's values, each with the statistic that it shows."""
+
+    help: str
+    label: str
+    values: dict[str, str]
+
+
+#: `Runtime.stats` as gauges: pages and segments by state, bytes by what they are for.
+GAUGES = {
+    "vtensor_pages": Gauge(
+        "Pages by state; kept ones are free, but hold the unfinished end of a cached text.",
+        "state",
+        {"live": "pages_live", "cached": "pages_cached", "free": "pages_free", "kept": "pages_kept"},
+    ),
+    "vtensor_bytes": Gauge(
+        "Device memory: backed by pages, and owned by requests and cached prefixes.",
+        "kind",
+        {"backed": "backed_bytes", "owned": "owned_bytes"},
+    ),
+    "vtensor_pages_limit": Gauge("Pages that requests and cached prefixes may own.", "", {"": "pages_limit"}),
+    "vtensor_segments": Gauge(
+        "Segments by state.",
+        "state",
+        {state: f"segments_{state}" for state in ("idle", "leased", "parked", "retired")},
+    ),
+    "vtensor_segment_mappings": Gauge("Pages mapped in segments.", "", {"": "segment_mappings"}),
+}
+#: `Runtime.stats` as counters.
+COUNTERS = {
+    "vtensor_maps": ("maps", "Pages mapped in segments."),
+    "vtensor_maps_behind": ("maps_behind", "Of these, mapped by the worker behind the scheduler."),
+    "vtensor_unmaps": ("unmaps", "Pages unmapped from segments."),
+    "vtensor_pages_created": ("pages_created", "Pages that the driver created."),
+    "vtensor_pages_released": ("pages_released", "Pages given back to the driver."),
+    "vtensor_scheduling_seconds": ("scheduling_seconds", "What memory took of the scheduling thread, waits included."),
+    "vtensor_worker_seconds": ("worker_seconds", "What the mapping worker was busy for."),
+    "vtensor_prefix_tokens": ("prefix_tokens_served", "Prompt tokens that were not computed again."),
+    "vtensor_partial_copies": ("partial_copies", "Starts of pages that were copied instead of computed."),
+    "vtensor_partial_tokens": ("partial_tokens", "Tokens that were copied so."),
+    "vtensor_tails_continued": ("tails_continued", "Unfinished pages that their next turn went on in."),
+    "vtensor_adoptions": ("adoptions", "Turns that found their segment parked."),
+    "vtensor_prepared_segments": ("prepared_segments", "Requests whose prefix was mapped while they waited."),
+    "vtensor_prefix_maps": ("prefix_maps", "Pages of shared prefixes mapped on the scheduling thread."),
+    "vtensor_prefix_maps_on_continue": ("prefix_maps_on_continue", "Of these, for turns that adopted a segment."),
+    "vtensor_shortages": ("shortages", "How often the driver began to refuse memory."),
+}
+
+
+class Metrics:
+    """Writes a rank's statistics. `labels` tell ranks and models apart; without `registry`, to prometheus_client's."""
+
+    def __init__(
+        self, labels: dict[str, str], stats: Callable[[], dict[str, Any]], *, registry: CollectorRegistry | None = None
+    ) -> None:
+        # Imported here: it looks at the environment for the directory of many processes, which SGLang sets at start.
+        import prometheus_client
+
+        registry = registry or prometheus_client.REGISTRY
+        self._stats = stats
+        self._labels = labels
+        self._due = 0.0
+        self._told = dict.fromkeys(COUNTERS, 0.0)
+        names = list(labels)
+        self._gauges = {
+            name: prometheus_client.Gauge(
+                name,
+                gauge.help,
+                names + [gauge.label] * bool(gauge.label),
+                registry=registry,
+                multiprocess_mode="mostrecent",
+            )
+            for name, gauge in GAUGES.items()
+        }
+        self._counters = {
+            name: prometheus_client.Counter(name, help_, names, registry=registry).labels(**labels)
+            for name, (_, help_) in COUNTERS.items()
+        }
+
+    def update(self) -> None:
+        """Write what changed, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + INTERVAL_SECONDS
+        stats = self._stats()
+        for name, gauge in GAUGES.items():
+            for value, key in gauge.values.items():
+                labels = self._labels | ({gauge.label: value} if gauge.label else {})
+                self._gauges[name].labels(**labels).set(stats[key])
+        for name, (key, _) in COUNTERS.items():
+            self._counters[name].inc(stats[key] - self._told[name])
+            self._told[name] = stats[key]

@@ -1,0 +1,34 @@
+"""The prefix-caching suite runs: no time is asserted, only that every workload is served and counted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_prefix_suite_runs_on_the_host(tmp_path):
+    lengths = [(700, 5), (690, 3), (9000, 3), (1030, 9)]
+    trace = tmp_path / "trace.jsonl"
+    with trace.open("w") as file:
+        for n, (prompt, new) in enumerate(lengths):
+            blocks = [0, *range(10 * n, 10 * n + prompt // 512)]
+            entry = {"timestamp": 100 * n, "input_length": prompt, "output_length": new, "hash_ids": blocks}
+            file.write(json.dumps(entry) + "\n")
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.prefix", "--quick", "--rounds", "1", "--trace", str(trace)]
+    done = subprocess.run(
+        [*command, "--no-write", "--rows", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = {row["workload"]: row for row in json.loads(out.read_text())}
+    assert set(rows) == {"chat", "agent", "documents", "tree", "random", "trace"}
+    assert rows["trace"]["requests"] == 3, "one is too long"
+    assert rows["random"]["cached_share"] == 0
+    for kind in ("chat", "agent", "documents", "tree"):
+        assert rows[kind]["cached_share"] > 0.3, kind
+    # Every turn but the first goes on in its segment, and maps nothing of what it had.
+    assert rows["chat"]["adoptions"] == 4 * 2
+    assert all(row["prefix_maps_on_continue"] == 0 for row in rows.values())
+    assert all(row["requests_per_second"] > 0 and row["ttft_median_ms"] > 0 for row in rows.values())
