@@ -319,7 +319,7 @@ class KVMemory:
     def prepare(self, pages: Sequence[int], owner: object) -> Segment | None:
         """A segment parked at `owner`, a request that still waits, for the worker to map the prefix it will share.
 
-        None where no segment is idle, or as many are parked as may be.
+        None where no idle segment is to spare.
         """
         with self._timed():
             segment = self.segments.prepare(pages, owner)

@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from sglang_vtensor.pages import PagePool, PageState
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 
+#: Idle segments that are not prepared for requests that wait, but kept for those that begin.
+SPARE = 2
+
 
 class SegmentState(enum.Enum):
     IDLE = "idle"
@@ -57,7 +60,8 @@ class SegmentPool:
     """`num_segments` segments of `max_pages` pages each, in one reservation. Not thread-safe.
 
     `max_parked` bounds the segments that wait at tree leaves; the oldest is retired for a newer one, or for a request
-    that finds no idle one.
+    that finds no idle one. Those prepared for waiting requests are not counted there: they take idle segments only, of
+    which they leave `SPARE`, and go before any that is parked.
     """
 
     def __init__(self, vmm: VirtualMemory, pages: PagePool, num_segments: int, max_pages: int, max_parked: int) -> None:
@@ -82,6 +86,7 @@ class SegmentPool:
         self.segments = [Segment(i, self.base + i * self.segment_bytes) for i in range(num_segments)]
         self._idle = list(reversed(self.segments))
         self._parked: OrderedDict[int, Segment] = OrderedDict()  # by index, the longest parked first
+        self._waiting: OrderedDict[int, Segment] = OrderedDict()  # parked for requests that have not begun
         self._untidy: dict[int, Segment] = {}  # parked, and not yet as wanted; by index
         self._retired: deque[Segment] = deque()
         self._leased = 0
@@ -99,8 +104,8 @@ class SegmentPool:
         """
         if not self._idle:
             self.reclaim()  # the mapping worker was slower than the requests
-        while not self._idle and self._parked:
-            self.drop(next(iter(self._parked.values())))
+        while not self._idle and (self._waiting or self._parked):
+            self.drop(next(iter((self._waiting or self._parked).values())))
             self.reclaim()
         if not self._idle:
             raise VMMError(
@@ -120,15 +125,15 @@ class SegmentPool:
         segment.state = SegmentState.PARKED
         segment.owner = owner
         segment.wanted = pages
-        self._parked[segment.index] = segment
+        (self._waiting if segment.prepared else self._parked)[segment.index] = segment
         if segment.pages != pages:
             self._untidy[segment.index] = segment
         while len(self._parked) > self.max_parked:
             self.drop(next(iter(self._parked.values())))
 
     def prepare(self, pages: Sequence[int], owner: object) -> Segment | None:
-        """An idle segment, parked at `owner` to show `pages`; None where it would displace another parked one."""
-        if not self._idle or len(self._parked) >= self.max_parked:
+        """An idle segment, parked at `owner` to show `pages`; None where there is none to spare."""
+        if len(self._idle) <= SPARE:
             return None
         segment = self.take()
         self.fresh -= 1
@@ -162,15 +167,15 @@ class SegmentPool:
 
     def _unpark(self, segment: Segment) -> None:
         self._expect(segment, SegmentState.PARKED)
-        del self._parked[segment.index]
+        del (self._waiting if segment.prepared else self._parked)[segment.index]
         self._untidy.pop(segment.index, None)
         segment.owner = None
         segment.wanted = ()
 
     def drop_parked(self) -> int:
-        """Drop every parked segment. Returns how many."""
-        count = len(self._parked)
-        for segment in list(self._parked.values()):
+        """Drop every parked segment, the prepared ones too. Returns how many."""
+        count = len(self._parked) + len(self._waiting)
+        for segment in [*self._parked.values(), *self._waiting.values()]:
             self.drop(segment)
         return count
 
@@ -229,6 +234,7 @@ class SegmentPool:
         return (
             not self._idle
             and all(segment.in_hand for segment in self._parked.values())
+            and all(segment.in_hand for segment in self._waiting.values())
             and all(segment.in_hand or self.is_busy(segment) for segment in self._retired)
         )
 
@@ -354,7 +360,7 @@ class SegmentPool:
         return {
             "idle": len(self._idle),
             "leased": self._leased,
-            "parked": len(self._parked),
+            "parked": len(self._parked) + len(self._waiting),
             "retired": len(self._retired) + self._reclaiming,
             "pinned": self._pinned,
         }
@@ -377,8 +383,11 @@ class SegmentPool:
         """Every segment is in one state, and the pages' alias counts are what the segments map."""
         states = [segment.state for segment in self.segments]
         assert self.counts() == {state.value: states.count(state) for state in SegmentState}, self.counts()
-        assert {segment.index for segment in self.segments if segment.owner is not None} <= set(self._parked)
-        assert set(self._untidy) <= set(self._parked)
+        parked = {*self._parked, *self._waiting}
+        assert {segment.index for segment in self.segments if segment.owner is not None} <= parked
+        assert set(self._untidy) <= parked
+        assert {segment.index for segment in self.segments if segment.prepared} == set(self._waiting)
+        assert len(self._parked) <= self.max_parked
         aliases = [0] * self.page_pool.num_pages
         for segment in self.segments:
             assert segment.state is not SegmentState.IDLE or not segment.pages, segment

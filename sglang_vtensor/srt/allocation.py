@@ -42,21 +42,24 @@ class _Partials:
         ]
         self._claimed: dict[int, Req] = {}  # by page
         self._locked = []
-        #: Nothing that was found is gone since. It cannot be, as the tree is not evicted between match and allocation;
-        #: if it is, the batch waits and is matched again.
-        self.there = True
+        self._there = True
         for req, partial in self._found:
             if partial.node is None:
                 # Of several that continue one tail the first claims it, and the others copy from its page, which is
                 # written to behind what they copy, and later.
                 if partial.page not in self._claimed and self._claim(req, partial):
                     continue
-                self.there = self.there and partial.page in self._claimed
+                self._there = self._there and partial.page in self._claimed
             elif partial.node.gone:
-                self.there = False
+                self._there = False
             else:
                 batch.tree_cache.inc_lock_ref(partial.node)
                 self._locked.append(partial.node)
+
+    def agreed(self) -> bool:
+        """Nothing that was found is gone since, on any rank. It cannot be, as the tree is not evicted between match and
+        allocation, except where the limit leaves no page to claim; then the batch waits and is matched again."""
+        return not self._found or self._runtime.agree(self._there)
 
     def _claim(self, req: Req, partial: Partial) -> bool:
         assert partial.tail is not None
@@ -121,7 +124,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             adopt = batch.tree_cache.segment_for(req) if record.segment is None else None
             runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
 
-    secured = partials.there and _secure(
+    secured = partials.agreed() and _secure(
         batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None
     )
     partials.settle(secured)

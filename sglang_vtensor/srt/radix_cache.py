@@ -17,7 +17,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -62,12 +62,19 @@ class VTensorRadixCache(RadixCache):
         self.runtime.use_group(params.tp_cache_group)
         #: What waiting requests find when they are scheduled, by request id; None for one that finds it at a leaf.
         self._prepared: dict[str, tuple[Req, Segment | None]] = {}
+        #: Leaves that may be evicted, each once, by the rank that it had when it came here; a heap.
+        self._order: list[tuple[Any, int, TreeNode]] = []
+        self._queued: set[int] = set()
+        # Ranks are times and counts, which only grow: one that is out of date comes up too early, and is put back.
+        self._ranks_grow = params.eviction_policy.lower() != "mru"
         super().__init__(params)
 
     def reset(self) -> None:
         """Forget the tree. Its pages are freed by `VTensorAllocator.clear`, which SGLang calls with it."""
         super().reset()
         self._prepared.clear()
+        self._order.clear()
+        self._queued.clear()
         self.root_node.pages = []
         self._dress(self.root_node)
 
@@ -295,12 +302,12 @@ class VTensorRadixCache(RadixCache):
         if self.disable:
             return EvictResult()
         start_time = time.perf_counter()
-        rank = self.eviction_strategy.get_priority
-        heap = [(rank(leaf), leaf) for leaf in self.evictable_leaves]
-        heapq.heapify(heap)
+        if not self._ranks_grow:
+            self._order = [(self._rank(leaf), leaf.id, leaf) for leaf in self.evictable_leaves]
+            self._queued = {leaf.id for leaf in self.evictable_leaves}
+            heapq.heapify(self._order)
         pages: list[int] = []
-        while heap and len(pages) * self.page_size < params.num_tokens:
-            leaf = heapq.heappop(heap)[1]
+        while len(pages) * self.page_size < params.num_tokens and (leaf := self._next_leaf()) is not None:
             pages += leaf.pages
             segment = self.parked_segment(leaf)
             if segment is not None:
@@ -311,13 +318,32 @@ class VTensorRadixCache(RadixCache):
             firsts = leaf.parent.firsts
             del firsts[bisect_left(firsts, self._first(leaf.key))]
             self._delete_leaf(leaf)
-            if leaf.parent in self.evictable_leaves:
-                heapq.heappush(heap, (rank(leaf.parent), leaf.parent))
             self._record_remove_event(leaf)
         self.runtime.memory.free(pages)
         evicted = len(pages) * self.page_size
         self.update_eviction_metrics(evicted, start_time)
         return EvictResult(num_tokens_evicted=evicted)
+
+    def _rank(self, leaf: TreeNode) -> Any:
+        return self.eviction_strategy.get_priority(leaf)
+
+    def _update_leaf_status(self, node: TreeNode) -> None:
+        super()._update_leaf_status(node)
+        if node in self.evictable_leaves and node.id not in self._queued:
+            self._queued.add(node.id)
+            heapq.heappush(self._order, (self._rank(node), node.id, node))
+
+    def _next_leaf(self) -> TreeNode | None:
+        """The leaf of the lowest rank; one that is locked now comes back when it is not."""
+        while self._order:
+            rank, _, leaf = heapq.heappop(self._order)
+            self._queued.discard(leaf.id)
+            if leaf not in self.evictable_leaves:
+                continue
+            if rank == self._rank(leaf):
+                return leaf
+            self._update_leaf_status(leaf)
+        return None
 
     # What there is.
 

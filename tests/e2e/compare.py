@@ -41,7 +41,8 @@ def both(
     for request, theirs, mine in zip(requests, expected, got, strict=True):
         assert_same(theirs, mine, tie=tie, what=request.rid)
     if cached is not None:
-        assert [answer.cached for answer in got] == cached
+        found = [answer.cached for answer in got]
+        assert found == cached, f"cached: {found}, wanted: {cached}"
     ours.check()
     return expected
 

@@ -104,6 +104,20 @@ def test_the_same_prompt_twice_in_one_batch(pair):
     both(reference, ours, [Request("third", twice + prompt(20), 30)], tie=tie)
 
 
+def test_waiting_requests_find_their_prefix_mapped(pair):
+    reference, ours, tie = pair(max_running_requests=2)
+    prompt = Prompts(15)
+    stem = prompt(3 * max(pair.page_size, 16))
+    both(reference, ours, [Request("stem", stem, 4)], tie=tie)
+    before = ours.stats()
+    requests = [Request(f"w{n}", stem + prompt(9 + n), 12) for n in range(8)]
+    both(reference, ours, requests, tie=tie)
+    gained = {key: value - before[key] for key, value in ours.stats().items()}
+    if pair.segments:
+        assert gained["prepared_segments"] >= 2, "those that waited for others to end"
+        assert gained["maps_behind"] >= gained["prepared_segments"]
+
+
 def test_parallel_sampling(pair):
     # What SGLang makes of n=4: the prompt once, to fill the cache, and then four requests for it.
     reference, ours, tie = pair()
@@ -195,10 +209,12 @@ def test_separate_namespaces_share_nothing(pair):
         {"disable_radix_cache": True, "chunked_prefill_size": 64},
         {"disable_overlap_schedule": True},
         {"radix_eviction_policy": "lfu", "max_total_tokens": 1024},
+        {"radix_eviction_policy": "mru", "max_total_tokens": 1024},
+        {"radix_eviction_policy": "priority", "max_total_tokens": 1024, "enable_priority_scheduling": True},
         {"attention_backend": "torch_native"},
         {"schedule_policy": "lpm"},
     ],
-    ids=lambda args: "-".join(args),
+    ids=lambda args: "-".join(str(value) for value in args.values()),
 )
 def test_other_ways_to_run(pair, server_args):
     reference, ours, tie = pair(**server_args)

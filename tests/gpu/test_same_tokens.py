@@ -13,4 +13,5 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_single_requests_of_every_length,
     test_the_same_prompt_twice_in_one_batch,
     test_two_branches_in_the_middle_of_a_page,
+    test_waiting_requests_find_their_prefix_mapped,
 )

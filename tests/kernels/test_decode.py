@@ -82,3 +82,35 @@ def test_what_does_not_fit_is_refused():
         decoder(batch.q, batch.k, batch.v, batch.first, scale=1.0)
     with pytest.raises(ValueError, match="40 rows, more than a tile of 16"):
         Decoder(max_requests=1, q_heads=4, kv_heads=1, head_dim=64, device=DEVICE, new=10, config=Config(16, 16, 4, 1))
+
+
+if torch.cuda.is_available():
+
+    def test_a_captured_step_follows_the_lengths():
+        """A CUDA graph of plan and attention, replayed with other lengths and other addresses."""
+        batches = [
+            Batch.random([1] * 3, contexts, q_heads=8, kv_heads=2, dim=128, seed=n, dtype=torch.bfloat16)
+            for n, contexts in enumerate(([5000, 3, 700], [1, 1, 1], [64, 9000, 128]))
+        ]
+        decoder = Decoder(max_requests=3, q_heads=8, kv_heads=2, head_dim=128, device=DEVICE)
+        longest = max(batches, key=lambda batch: batch.k.shape[0])
+        pool = torch.zeros(longest.k.shape[0], 2, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+        q, first = torch.zeros_like(longest.q), torch.zeros_like(longest.first)
+        contexts = torch.ones(3, dtype=torch.int32, device=DEVICE)
+
+        def step():
+            decoder.plan(contexts)
+            return decoder(q, pool[:, 0], pool[:, 1], first, scale=128**-0.5)
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for batch in batches:
+            pool[: batch.k.shape[0], 0], pool[: batch.v.shape[0], 1] = batch.k, batch.v
+            q.copy_(batch.q)
+            first.copy_(batch.first)
+            contexts.copy_(torch.tensor(batch.contexts, dtype=torch.int32))
+            graph.replay()
+            assert_close(out, batch.expected()[0])

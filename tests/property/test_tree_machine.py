@@ -22,6 +22,7 @@ from sglang_vtensor.srt.runtime import RequestPages, Runtime
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
+POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
 
 
 def content(tokens) -> int:
@@ -34,8 +35,8 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 class TreeMachine(RuleBasedStateMachine):
-    @initialize(page_tokens=st.sampled_from([1, 4, 8]))
-    def build(self, page_tokens: int) -> None:
+    @initialize(page_tokens=st.sampled_from([1, 4, 8]), policy=st.sampled_from(POLICIES))
+    def build(self, page_tokens: int, policy: str) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -62,6 +63,7 @@ class TreeMachine(RuleBasedStateMachine):
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=allocator,
                 page_size=page_tokens,
+                eviction_policy=policy,
             )
         )
         self.tokens_a_page = page_tokens
@@ -259,7 +261,25 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(1, CAPACITY_TOKENS))
     def evict(self, tokens: int) -> None:
+        doomed = self.next_to_go(tokens)
+        before = set(self.tree.nodes())
         self.tree.evict(SimpleNamespace(num_tokens=tokens))
+        assert before - set(self.tree.nodes()) == doomed, "not what the policy says"
+
+    def next_to_go(self, tokens: int) -> set:
+        """Leaves in the order of the policy, one after another, until that many tokens are free."""
+        rank = self.tree.eviction_strategy.get_priority
+        gone: set = set()
+        while sum(len(node.key) for node in gone) < tokens:
+            leaves = [
+                node
+                for node in self.tree.nodes()
+                if node not in gone and not node.lock_ref and not set(node.children.values()) - gone
+            ]
+            if not leaves:
+                break
+            gone.add(min(leaves, key=rank))
+        return gone
 
     @rule()
     @precondition(lambda self: not self.requests)

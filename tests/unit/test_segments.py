@@ -133,8 +133,13 @@ def test_a_segment_is_prepared_only_where_one_is_idle(pool, pages):
     segment = pool.prepare(ids, "waiting")
     assert tidy(pool) == 3
     assert (shown(pool, segment, 3), segment.owner) == (ids, "waiting")
-    pool.prepare(ids, "another")
-    assert pool.prepare(ids, "one too many") is None, "nothing that is parked goes for it"
+    other = pool.prepare(ids, "another")
+    assert pool.prepare(ids, "one too many") is None, "some are left to those that begin"
+    for _ in range(3):
+        pool.take()
+    assert (segment.owner, other.owner) == (None, "another"), "a prepared one goes before a request waits"
+    segment = other
+    pool.fresh = 0
     pool.adopt(segment)
     assert (pool.prepared, pool.adoptions, pool.fresh) == (1, 0, 0)
     pool.check_integrity()
