@@ -163,6 +163,7 @@ def turn(side: Ours | Theirs, tokens: array[int], number: int) -> float:
 
 def measure(side: type[Ours] | type[Theirs], conversations: int, turns: int = 1500) -> float:
     """Median microseconds of a turn with so many conversations cached."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the scheduling thread is one
     os.environ.setdefault("SGLANG_PLATFORM", "vtensor_host")
     rng = random.Random(0)
@@ -184,4 +185,5 @@ def measure(side: type[Ours] | type[Theirs], conversations: int, turns: int = 15
         taken.append(turn(cache, text, conversations + number))
         if len(text) + SAID < longest:
             texts[at] = text
+    torch.set_num_threads(threads)
     return 1e6 * statistics.median(taken)

@@ -44,8 +44,8 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
             return Config(64, 64, 4, 3, True, 2, hopper=True)
         return Config(128, 128, 4, 2, True, hopper=True)
     tma = capability >= 90
-    if head_dim > 128:
-        return Config(64, 32, 4, 2) if rows <= 64 else Config(128, 64, 8, 2, tma)
+    if head_dim > 128:  # on sm_86 and sm_89 a program has 99 KiB of shared memory
+        return Config(128, 64, 8, 2, tma) if tma and rows > 64 else Config(64, 32, 4, 2)
     if not tma:
         return Config(64, 64, 4, 2) if rows <= 64 else Config(128, 64, 8, 2)
     if rows <= 64:
