@@ -77,13 +77,82 @@ def _servers(name: str) -> str:
     return "\n".join([*lines, "", end])
 
 
+def prefill() -> str:
+    """Prefix-prefill kernels, shape by shape, over all geometries."""
+    return _kernels("prefill", "tflops", "TFLOP/s")
+
+
+def decode() -> str:
+    """Decode kernels, likewise."""
+    return _kernels("decode", "gbytes", "GB/s")
+
+
+def _kernels(name: str, rate: str, unit: str) -> str:
+    """Ours over each contestant, the geometric mean over the geometries; and ours for Llama-3-8B beside the floor."""
+    record = results.read(name)
+    if record is None:
+        return "Not measured yet."
+    others = ("triton", "fa3_page1", "fa3_page64", "fa3_page128", "fa3_segments")
+    lines = [
+        f"| {name}, requests x (prefix + new) | {unit}, Llama-3-8B | share of the floor | "
+        + " | ".join(f"x {other.replace('_', ' ')}" for other in others)
+        + " |",
+        "|---" * (3 + len(others)) + "|",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["shape"] == shape]
+        llama = next((row for row in rows if row["geometry"] == "Llama-3-8B"), rows[0])
+        ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in rows) for other in others)
+        lines.append(
+            f"| {shape} | {llama[rate]:,.0f} | {llama['floor_us'] / llama['ours']:.2f} | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " |"
+        )
+    return "\n".join([*lines, "", source(record)])
+
+
+def prefix() -> str:
+    """The prefix-caching suite."""
+    record = results.read("prefix")
+    if record is None:
+        return "Not measured yet."
+    lines = [
+        "| workload | server | requests/s | tokens/s | TTFT median | p99 | TPOT median | cached | vtensor / it |",
+        "|---" * 9 + "|",
+    ]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault((row["workload"], row["contestant"]), []).append(row)
+
+    def middle(workload: str, server: str, key: str) -> float:
+        return statistics.median(row[key] for row in rows[workload, server])
+
+    for workload, server in rows:
+        ratio = middle(workload, "vtensor", "tokens_per_second") / middle(workload, server, "tokens_per_second")
+        lines.append(
+            f"| {workload} | {server} | {middle(workload, server, 'requests_per_second'):.2f} | "
+            f"{middle(workload, server, 'tokens_per_second'):,.0f} | "
+            f"{middle(workload, server, 'ttft_median_ms'):.0f} ms | "
+            f"{middle(workload, server, 'ttft_p99_ms'):.0f} ms | {middle(workload, server, 'tpot_median_ms'):.1f} ms | "
+            f"{middle(workload, server, 'cached_share'):.1%} | {ratio:.3f} |"
+        )
+    return "\n".join([*lines, "", source(record)])
+
+
 def source(record: dict[str, Any]) -> str:
     """Where a table comes from, in one line."""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("sglang", "torch"))
     return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
 
 
-TABLES = {"host": host, "serving": serving, "serving_triton": serving_triton}
+TABLES = {
+    "host": host,
+    "serving": serving,
+    "serving_triton": serving_triton,
+    "prefix": prefix,
+    "prefill": prefill,
+    "decode": decode,
+}
 
 
 def render(text: str) -> str:

@@ -130,9 +130,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     partials.settle(secured)
     if not secured:
         for req in fresh:
-            record = runtime.requests.pop(req.req_pool_idx)
-            if record.segment is not None:
-                runtime.memory.release(record.segment)
+            batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
             batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
     runtime.memory.prefix_tokens_served += sum(

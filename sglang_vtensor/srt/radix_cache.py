@@ -295,6 +295,17 @@ class VTensorRadixCache(RadixCache):
         self.runtime.memory.park(segment, record.pages[:pages], leaf)
         leaf.segment = segment
 
+    def give_back(self, req: Req, record: RequestPages) -> None:
+        """A request that is put off leaves its segment at the node that it matched: it, or another, comes back."""
+        segment, node = record.segment, req.last_node
+        if segment is None:
+            return
+        if not record.protected or self.parked_segment(node) is not None:
+            self.runtime.memory.release(segment)
+            return
+        self.runtime.memory.park(segment, record.pages[: record.protected], node)
+        node.segment = segment
+
     # Eviction.
 
     def evict(self, params: EvictParams) -> EvictResult:
@@ -404,6 +415,10 @@ class VTensorChunkCache(ChunkCache):
 
     def prepare(self, waiting: Sequence[Req]) -> None:
         """Nothing is shared, so there is nothing to prepare."""
+
+    def give_back(self, req: Req, record: RequestPages) -> None:
+        if record.segment is not None:
+            self.runtime.memory.release(record.segment)
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)
