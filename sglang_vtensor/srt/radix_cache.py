@@ -62,6 +62,9 @@ class VTensorRadixCache(RadixCache):
         self.runtime.use_group(params.tp_cache_group)
         #: What waiting requests find when they are scheduled, by request id; None for one that finds it at a leaf.
         self._prepared: dict[str, tuple[Req, Segment | None]] = {}
+        self._inserted = 0
+        #: What `prepare` saw when it last looked: as long as that is so, there is nothing new to be found.
+        self._looked_at: tuple[Any, ...] = ()
         #: Leaves that may be evicted, each once, by the rank that it had when it came here; a heap.
         self._order: list[tuple[Any, int, TreeNode]] = []
         self._queued: set[int] = set()
@@ -158,6 +161,10 @@ class VTensorRadixCache(RadixCache):
     def prepare(self, waiting: Sequence[Req]) -> None:
         """Let the worker map the shared prefixes of the requests that wait first, each on a segment of its own."""
         memory, tokens = self.runtime.memory, self.page_size
+        seen = (self._inserted, len(waiting), waiting[0].rid if waiting else None, waiting[-1].rid if waiting else None)
+        if seen == self._looked_at:
+            return
+        self._looked_at = seen
         if self._prepared:
             still = {req.rid for req in waiting}
             for rid in [rid for rid in self._prepared if rid not in still]:
@@ -199,6 +206,7 @@ class VTensorRadixCache(RadixCache):
         if not hasattr(leaf, "pages"):
             assert isinstance(params, PagedInsertParams), "only requests insert, and they bring their pages"
             leaf.pages = params.pages[result.prefix_len // self.page_size :]
+            self._inserted += 1
             self._dress(leaf)
             insort(leaf.parent.firsts, self._first(leaf.key))
             assert len(leaf.pages) * self.page_size == len(leaf.key), (leaf.pages, len(leaf.key))
