@@ -9,7 +9,6 @@ copy bandwidth, both measured in the same run.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,10 +336,6 @@ def agree(case: Case, calls: dict[str, Call]) -> None:
         assert error < 2e-2, f"{case.geometry} {case.label()}: {name} differs by {error:.3g}"
 
 
-def mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, rate: tuple[float, float]) -> list[Row]:
     """Every contestant on every shape of a geometry: a row each. `rate` is of `rates`."""
     matmul, copy = rate
@@ -406,13 +401,13 @@ def prefill(geometries: Geometries = ALL) -> None:
         rows += measure(geometry, PREFILL, False, rate)
         triton = over(rows, "triton")
         summary = {
-            "vs_triton_geomean": mean(triton),
+            "vs_triton_geomean": statistics.geometric_mean(triton),
             "vs_triton_max": max(triton),
             "vs_triton_min": min(triton),
-            "best_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1", "best")),
-            "own_vs_fa3_page1_geomean": mean(over(rows, "fa3_page1")),
-            "own_vs_fa3_page128_geomean": mean(over(rows, "fa3_page128")),
-            "own_vs_fa3_segments_geomean": mean(over(rows, "fa3_segments")),
+            "best_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "best")),
+            "own_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
+            "own_vs_fa3_page128_geomean": statistics.geometric_mean(over(rows, "fa3_page128")),
+            "own_vs_fa3_segments_geomean": statistics.geometric_mean(over(rows, "fa3_segments")),
             "tflops_32k_2k": max(
                 (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
                 default=0.0,
@@ -432,9 +427,9 @@ def decode(geometries: Geometries = ALL) -> None:
         rows += measure(geometry, [[(n - 1, 1) for n in contexts] for contexts in DECODE], True, rate)
         triton = over(rows, "triton")
         summary = {
-            "vs_triton_geomean": mean(triton),
+            "vs_triton_geomean": statistics.geometric_mean(triton),
             "vs_triton_min": min(triton),
-            "vs_fa3_geomean": mean(over(rows, "fa3_page1")),
+            "vs_fa3_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
             "bandwidth_share_64x4096": max(
                 (
                     row["gbytes"] * 1e9 / rate[1]

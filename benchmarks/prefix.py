@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.kernels import mean
-from benchmarks.serving import CONFIG, CONTESTANTS, VOCABULARY, server, session
+from benchmarks.serving import CONFIG, CONTESTANTS, VOCABULARY, server, session, stream
 
 console = Console(width=170)
 CONTEXT = 65_536
@@ -65,24 +64,9 @@ class Client:
 
     async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
         """The new tokens. Raises `aiohttp.ClientResponseError` if the server refuses."""
-        body = {
-            "input_ids": tokens,
-            "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
-        }
-        sent = time.perf_counter()
-        first, last = 0.0, b""
-        async with http.post(f"{self.url}/generate", json=body) as answer:
-            answer.raise_for_status()
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    first = first or time.perf_counter()
-                    last = line
-        end = time.perf_counter()
-        said = json.loads(last[6:])
-        self.answers.append(Answer(sent, first, end, len(tokens), said["meta_info"]["cached_tokens"], new))
-        ids: list[int] = said["output_ids"]
-        return ids[-new:]
+        said = await stream(http, self.url, tokens, new)
+        self.answers.append(Answer(said.sent, said.first, said.last, len(tokens), said.meta["cached_tokens"], new))
+        return said.tokens
 
     def stats(self) -> dict[str, Any]:
         state = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"][0]
@@ -306,7 +290,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         if theirs and mine:
             waits.append(theirs / mine)
     if against_triton:
-        summary["geomean_vs_triton"] = mean(against_triton)
+        summary["geomean_vs_triton"] = statistics.geometric_mean(against_triton)
         summary["max_vs_triton"] = max(against_triton)
     if waits:
         summary["ttft_p99_vs_fa3_worst"] = min(waits)

@@ -15,12 +15,14 @@ FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings")
 
 
-def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]]) -> Path:
-    """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1."""
+def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, after: str = "") -> Path:
+    """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1. `after` is the command
+    that measured those of the rows that were there before."""
     name_of_device, driver = device()
+    command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     record = {
         "name": name,
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": f"{after} && {command}" if after else command,
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": name_of_device,

@@ -82,6 +82,37 @@ class Round:
         }
 
 
+@dataclass
+class Said:
+    """One answer: when it was asked for, began and ended (`time.perf_counter`), its tokens, and SGLang's account."""
+
+    sent: float
+    first: float
+    last: float
+    tokens: list[int]
+    meta: dict[str, Any]
+
+
+async def stream(http: aiohttp.ClientSession, url: str, tokens: list[int], new: int) -> Said:
+    """Ask for exactly `new` tokens. Raises `aiohttp.ClientResponseError` if the server refuses."""
+    body = {
+        "input_ids": tokens,
+        "stream": True,
+        "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
+    }
+    sent = time.perf_counter()
+    first, last = 0.0, b""
+    async with http.post(f"{url}/generate", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter()
+                last = line
+    end = time.perf_counter()
+    said = json.loads(last[6:])
+    return Said(sent, first, end, said["output_ids"][-new:], said["meta_info"])
+
+
 class Client:
     """Requests by token ids, streamed."""
 
@@ -89,24 +120,10 @@ class Client:
         self.url = url
         self.first: list[float] = []
 
-    async def ask(self, session: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
-        body = {
-            "input_ids": tokens,
-            "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
-        }
-        start = time.perf_counter()
-        first = 0.0
-        last = b""
-        async with session.post(f"{self.url}/generate", json=body) as answer:
-            answer.raise_for_status()
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    first = first or time.perf_counter() - start
-                    last = line
-        self.first.append(first)
-        ids: list[int] = json.loads(last[6:])["output_ids"]
-        return ids[-new:]
+    async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
+        said = await stream(http, self.url, tokens, new)
+        self.first.append(said.first - said.sent)
+        return said.tokens
 
     def run(self, workload: str, seed: int) -> Round:
         self.first = []
@@ -244,15 +261,17 @@ def main(
                 f"{middle['mapping_share']:.2%}",
                 f"{ratio:.3f}",
             )
-    kept = results.read("serving")
+    kept, before = results.read("serving"), ""
     if kept is not None and (kept["commit"], kept["device"]) == (results.commit(), results.device()[0]):
-        rows = [row for row in kept["rows"] if row["workload"] not in workloads] + rows
+        others = [row for row in kept["rows"] if row["workload"] not in workloads]
+        before = kept["command"] if others else ""
+        rows = others + rows
         summary = kept["summary"] | summary
     summary["mapping_share"] = max(row["mapping_share"] for row in rows if row["contestant"] == "vtensor")
     summary["startup_extra_s"] = startup["vtensor"] - startup[names[0]]
     console.print(table)
     console.print(summary)
-    console.print(f"written to {results.write('serving', summary, rows)}")
+    console.print(f"written to {results.write('serving', summary, rows, after=before)}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ Prints, for each class of shapes, the candidates by their geometric mean against
 from __future__ import annotations
 
 from itertools import product
+from statistics import geometric_mean
 from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks.kernels import DECODE, GEOMETRIES, PREFILL, Case, console, graph, mean, ours, times
+from benchmarks.kernels import DECODE, GEOMETRIES, PREFILL, Case, console, graph, ours, times
 from sglang_vtensor.kernels.plan import Config
 
 PREFILL_CANDIDATES = [
@@ -75,8 +76,8 @@ def main(
                     total.setdefault(config, []).append(best / measured[repr(config)])
             del graphs, case
             torch.cuda.empty_cache()
-    for config, shares in sorted(total.items(), key=lambda item: -mean(item[1])):
-        console.print(f"{mean(shares):.3f} of the best over {len(shares)} shapes: {config}")
+    for config, shares in sorted(total.items(), key=lambda item: -geometric_mean(item[1])):
+        console.print(f"{geometric_mean(shares):.3f} of the best over {len(shares)} shapes: {config}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sglang_vtensor.kernels.plan import Config
 #: What the kernel of `hopper.py` takes, and by how many tokens its largest tile may read past a context.
 HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 #: Contexts of fewer tokens are a few tiles: two small programs on a multiprocessor hide each other's beginning and end.
+#: An estimate, as is the choice for up to 64 rows: these two have not been timed.
 SHORT_CONTEXT = 1500
 
 

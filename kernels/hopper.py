@@ -386,70 +386,22 @@ def _attend_hopper(
         )
 
 
-def launch(
-    grid: tuple[int],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    first: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    work: torch.Tensor,
-    partial: tuple[torch.Tensor, ...],
-    config: Config,
-    scale: float,
-    soft_cap: float,
-    group: int,
-) -> None:
-    """Run it. Raises `ValueError` if the heads of a token do not lie behind one another, which its tiles need."""
+def descriptors(k: torch.Tensor, v: torch.Tensor, config: Config) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Tiles of K and V for the copy engine. Raises `ValueError` if the heads of a token do not lie behind one another,
+    which they need."""
     kv_heads, dim = k.shape[1:]
     if k.stride(1) != dim or v.stride(1) != dim:
         raise ValueError(f"k has strides {k.stride()}, v {v.stride()}: heads {dim} elements apart wanted")
-    part_out, part_lse = partial
-    # With one consumer, two programs share a multiprocessor, and its registers.
-    registers = {"maxnreg": 128} if config.block_m == 64 else {}
-    layout = gl.NVMMASharedLayout.get_default_for([config.block_n, dim], _GLUON[q.dtype])
+    box = [config.block_n, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.float16 if k.dtype is torch.float16 else gl.bfloat16)
     k_tiles, v_tiles = (
-        TensorDescriptor(x, [x.shape[0], kv_heads * dim], [x.stride(0), 1], [config.block_n, dim], layout)
-        for x in (k, v)
+        TensorDescriptor(x, [x.shape[0], kv_heads * dim], [x.stride(0), 1], box, layout) for x in (k, v)
     )
-    _attend_hopper[grid](
-        q,
-        k,
-        v,
-        k_tiles,
-        v_tiles,
-        out,
-        lse if lse is not None else part_lse,
-        part_out,
-        part_lse,
-        sinks if sinks is not None else part_lse,
-        work,
-        first,
-        scale,
-        soft_cap,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        out.stride(0),
-        out.stride(1),
-        lse.stride(0) if lse is not None else 0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        DIM=dim,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        CAP=soft_cap > 0,
-        SINKS=sinks is not None,
-        LSE=lse is not None,
-        CONSUMERS=config.block_m // 64,
-        num_warps=4,
-        **registers,
-    )
+    return k_tiles, v_tiles
 
 
-_GLUON = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+def options(config: Config) -> dict[str, int]:
+    """What a configuration is to this kernel. With one consumer, two programs share a multiprocessor's registers."""
+    consumers = config.block_m // 64
+    registers = {"maxnreg": 128} if consumers == 1 else {}
+    return {"STAGES": config.num_stages, "CONSUMERS": consumers, "num_warps": 4} | registers

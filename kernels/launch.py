@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_vtensor.kernels import attend, hopper
 from sglang_vtensor.kernels.plan import Config
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)
+#: Rows that a program of `_merge` takes, and parts that it loads at a time.
+MERGED_ROWS, MERGED_PARTS = 2, 16
 
 
 def check(
@@ -80,84 +83,76 @@ def launch(
     window: int,
 ) -> None:
     """Run the two kernels. Nothing is checked, and nothing waits."""
-    kv_heads, dim = k.shape[1], k.shape[2]
-    padded = triton.next_power_of_2(dim)
-    group = q.shape[1] // kv_heads
+    kv_heads, dim = k.shape[1:]
     part_out, part_lse = partial
-    grid = (work.shape[0] * kv_heads,)
+    # What is not asked for is not touched, but a pointer it must be.
+    outputs = (out, part_lse if lse is None else lse, part_out, part_lse, part_lse if sinks is None else sinks)
+    out_strides = (out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0))
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *out_strides)
+    shape = {"KV_HEADS": kv_heads, "GROUP": q.shape[1] // kv_heads, "DIM": dim}
+    extras = {"SINKS": sinks is not None, "LSE": lse is not None}
     cap = soft_cap > 0
     scale = scale if cap else scale * 1.4426950408889634
+    grid = (work.shape[0] * kv_heads,)
+    padded = triton.next_power_of_2(dim)
     if config.hopper:
-        hopper.launch(grid, q, k, v, first, out, lse, sinks, work, partial, config, scale, soft_cap, group)
+        tiles = hopper.descriptors(k, v, config)
+        hopper._attend_hopper[grid](
+            q,
+            k,
+            v,
+            *tiles,
+            *outputs,
+            work,
+            first,
+            scale,
+            soft_cap,
+            *strides,
+            BLOCK_N=config.block_n,
+            CAP=cap,
+            **shape,
+            **extras,
+            **hopper.options(config),
+        )
     else:
-        k_tiles, v_tiles = k, v  # not read without TMA
+        tiles = (k, v)  # not read without TMA
         if config.tma:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
             box = [config.block_n, 1, padded]
-            k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
-            v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
+            tiles = tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (k, v))
         attend._attend[grid](
             q,
             k,
             v,
-            k_tiles,
-            v_tiles,
-            out,
-            lse if lse is not None else part_lse,
-            part_out,
-            part_lse,
-            sinks if sinks is not None else part_lse,
+            *tiles,
+            *outputs,
             work,
             first,
             scale,
             soft_cap,
             window,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            out.stride(0),
-            out.stride(1),
-            lse.stride(0) if lse is not None else 0,
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            DIM=dim,
+            *strides,
             DIM_PADDED=padded,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             CAP=cap,
             WINDOW=window >= 0,
-            SINKS=sinks is not None,
-            LSE=lse is not None,
             TMA=config.tma,
             WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **shape,
+            **extras,
         )
-    if not merges.shape[0]:
-        return
-    block_r = 2
-    attend._merge[(merges.shape[0] * kv_heads, config.block_m // block_r)](
-        out,
-        lse if lse is not None else part_lse,
-        part_out,
-        part_lse,
-        sinks if sinks is not None else part_lse,
-        merges,
-        out.stride(0),
-        out.stride(1),
-        lse.stride(0) if lse is not None else 0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        DIM=dim,
-        DIM_PADDED=padded,
-        BLOCK_M=config.block_m,
-        BLOCK_R=block_r,
-        PARTS=16,
-        SINKS=sinks is not None,
-        LSE=lse is not None,
-        num_warps=4,
-    )
+    if merges.shape[0]:
+        attend._merge[(merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS)](
+            *outputs,
+            merges,
+            *out_strides,
+            DIM_PADDED=padded,
+            BLOCK_M=config.block_m,
+            BLOCK_R=MERGED_ROWS,
+            PARTS=MERGED_PARTS,
+            num_warps=4,
+            **shape,
+            **extras,
+        )

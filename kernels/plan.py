@@ -15,7 +15,7 @@ import torch
 
 from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
 
-#: What a program costs beside its keys, and what a merge costs, in tiles of keys: measured on an H200.
+#: What a program costs beside its keys, and what a merge costs, in tiles of keys: estimates.
 PROGRAM_COST = 1.5
 MERGE_COST = 4.0
 #: A part is at least so many tiles of keys.

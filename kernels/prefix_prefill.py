@@ -107,20 +107,23 @@ def compile_prefill(
     how many are done. `k` and `v` are those that will be read; `max_tokens` tokens from `first` on may be read now.
     """
     kv_heads, dim = k.shape[1:]
-    group = q_heads // kv_heads
-    shapes: dict[Config, tuple[int, int]] = {}
+    plans: dict[Config, Plan] = {}
     for rows in (1, 16, 64, 256):
-        for context in (256, max_tokens):
-            new = max(1, rows // group)
+        new = max(1, rows // (q_heads // kv_heads))
+        for context in (max_tokens, 256):  # the long one first: it has parts to merge
             if new <= context <= max_tokens:
-                hopper = readable % configs.HOPPER_TILE == 0
-                config = configs.prefill(new * group, context, dim, configs.capability(k.device), hopper)
-                shapes.setdefault(config, (new, context))
-    for done, (config, (new, context)) in enumerate(shapes.items(), start=1):
-        plan = plan_prefill(
-            [new], [context], q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device=k.device, config=config
-        )
-        q = torch.zeros(new, q_heads, dim, dtype=k.dtype, device=k.device)
-        at = torch.tensor([first], dtype=torch.int64, device=k.device)
+                plan = plan_prefill(
+                    [new],
+                    [context],
+                    q_heads=q_heads,
+                    kv_heads=kv_heads,
+                    head_dim=dim,
+                    device=k.device,
+                    readable=readable,
+                )
+                plans.setdefault(plan.config, plan)
+    at = torch.tensor([first], dtype=torch.int64, device=k.device)
+    for done, plan in enumerate(plans.values(), start=1):
+        q = torch.zeros(plan.rows, q_heads, dim, dtype=k.dtype, device=k.device)
         prefix_prefill(q, k, v, at, plan, scale=dim**-0.5)
-        yield done, len(shapes)
+        yield done, len(plans)

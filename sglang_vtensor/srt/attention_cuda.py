@@ -166,11 +166,10 @@ class TritonPrefill(SegmentPrefillBackend):
                 "use --attention-backend flashinfer, which reads pages by slot"
             )
         self.q_heads = runner.model_config.num_attention_heads // runner.tp_size
-        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.segments]
         self.plan: Plan | None = None
         self.first: torch.Tensor | None = None
         start = time.perf_counter()
-        keys, values = self.flat[0]
+        keys, values = (x.flatten(0, 1) for x in self.segments[0])
         padding = int(self.runtime.segment_of[0]) * self.max_tokens  # every address of it may be read
         self.readable = self.runtime.memory.vmm.tile_tokens  # pages are whole tiles
         for done, of in compile_prefill(
@@ -181,14 +180,14 @@ class TritonPrefill(SegmentPrefillBackend):
         logger.info("prefix-prefill kernel: ready after %.1f s", time.perf_counter() - start)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        keys, _ = self.flat[0]
+        kv_heads, dim = self.segments[0][0].shape[2:]
         self.plan = plan_prefill(
             forward_batch.extend_seq_lens_cpu,
             _contexts(forward_batch),
             q_heads=self.q_heads,
-            kv_heads=keys.shape[1],
-            head_dim=keys.shape[2],
-            device=keys.device,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            device=self.segments[0][0].device,
             readable=self.readable,
         )
         segments = self.runtime.device_segments(forward_batch.req_pool_indices)
@@ -205,14 +204,13 @@ class TritonPrefill(SegmentPrefillBackend):
     ) -> torch.Tensor:
         assert self.plan is not None
         assert self.first is not None
-        keys, values = self.flat[layer.layer_id - self.pool.start_layer]
         # A captured batch is padded: rows behind those of the plan belong to no request.
         rows = self.plan.rows
         out = torch.empty_like(q) if out is None else out
         prefix_prefill(
             q[:rows],
-            keys,
-            values,
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
             self.first,
             self.plan,
             scale=layer.scaling,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels.plan import Config
-from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
+from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close
 
 SMALL = Config(16, 16, 4, 1)
@@ -176,3 +176,10 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         call(sinks=torch.zeros(3, device=DEVICE))
     with pytest.raises(ValueError, match="request 1 has 5 new tokens in a context of 4"):
         plan_prefill([1, 5], [1, 4], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+
+
+def test_compiling_at_start_runs_every_class_of_shapes():
+    batch = Batch.random([1], [512], q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=11)
+    told = list(compile_prefill(batch.k, batch.v, int(batch.first[0]), q_heads=4, max_tokens=512))
+    assert told == [(n + 1, len(told)) for n in range(len(told))]
+    assert told, "no shape was compiled"
