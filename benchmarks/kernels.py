@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -19,8 +20,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
+from sglang_vtensor.kernels import configs
 
 console = Console(width=200)
+FLASHINFER = find_spec("flashinfer") is not None
 app = typer.Typer(add_completion=False)
 
 #: Query heads, KV heads, head dimension, layers.
@@ -281,6 +284,37 @@ def sglang_triton(case: Case, decode: bool, page: int) -> Call:
     return extend
 
 
+def flashinfer(case: Case, decode: bool, ragged: bool = False) -> Call:
+    """FlashInfer as SGLang calls it: on pages of one token, its second-generation kernels; for prefill also on
+    contiguous K and V of each layer. Compiles on first use."""
+    from flashinfer import (
+        BatchDecodeWithPagedKVCacheWrapper,
+        BatchPrefillWithPagedKVCacheWrapper,
+        BatchPrefillWithRaggedKVCacheWrapper,
+    )
+
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    kv_starts = torch.tensor([0, *torch.tensor(case.contexts).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    common = {"sm_scale": case.scale, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    heads = (case.q_heads, case.kv_heads, case.dim)
+    if ragged:
+        k, v = (case.pool[:, : case.rotation, i].transpose(0, 1).contiguous() for i in (0, 1))
+        contiguous = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        contiguous.plan(case.starts, kv_starts, *heads, causal=True, **common)
+        return lambda layer: contiguous.run(case.q, k[layer], v[layer])
+    k, v, table = case.paged(1)
+    pages = torch.cat([table[i, :context] for i, context in enumerate(case.contexts)])
+    last = torch.ones(len(case.contexts), dtype=torch.int32, device="cuda")
+    if decode:
+        tensor_cores = case.q_heads // case.kv_heads >= 4
+        step = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2", use_tensor_cores=tensor_cores)
+        step.plan(kv_starts, pages, last, *heads, 1, **common)
+        return lambda layer: step.run(case.q, (k[layer], v[layer]))
+    paged = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+    paged.plan(case.starts, kv_starts, pages, last, *heads, 1, causal=True, **common)
+    return lambda layer: paged.run(case.q, (k[layer], v[layer]))
+
+
 @dataclass
 class Graph:
     """One call on each layer of the rotation. The call owns the buffers that the graph reads."""
@@ -353,12 +387,19 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
             paged = {f"fa3_page{page}": fa3(case, page)}
             if page in (1, 64):
                 paged[f"triton_page{page}"] = sglang_triton(case, decode, page)
+            if page == 1 and FLASHINFER:
+                paged["flashinfer_paged"] = flashinfer(case, decode)
+                if not decode:
+                    paged["flashinfer_ragged"] = flashinfer(case, decode, ragged=True)
             agree(case, {"ours": first["ours"]} | paged)
             graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
         measured = times(graphs, case.rotation)
         row |= {name: round(value, 2) for name, value in measured.items()}
         row["triton"] = min(row["triton_page1"], row["triton_page64"])
         row["best"] = min(row["ours"], row["fa3_segments"])
+        if not decode:
+            ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.dim, "cuda")
+            row["auto"] = row["ours"] if ours_first else row["fa3_segments"]
         row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
         row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
         rows.append(row)
@@ -370,6 +411,11 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
 
 def over(rows: list[dict[str, Any]], theirs: str, mine: str = "ours") -> list[float]:
     return [row[theirs] / row[mine] for row in rows]
+
+
+def against(rows: list[dict[str, Any]], theirs: str) -> float:
+    """Geometric mean where they ran; 0.0 where they ran nowhere."""
+    return statistics.geometric_mean(over(ran, theirs)) if (ran := [row for row in rows if theirs in row]) else 0.0
 
 
 Geometries = Annotated[str, typer.Option(help="With commas.")]
@@ -387,9 +433,13 @@ def warm(geometries: Geometries = ALL) -> None:
         list(compile_prefill(keys, values, 0, q_heads=case.q_heads, max_tokens=7256, readable=128))
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
+        if FLASHINFER:
+            flashinfer(case, False)(0)
         case = Case(geometry, [(7000, 1), (1000, 1)])
         ours(case, True)(0)
         sglang_triton(case, True, 1)(0)
+        if FLASHINFER:
+            flashinfer(case, True)(0)
         torch.cuda.synchronize()
 
 
@@ -407,6 +457,8 @@ def prefill(geometries: Geometries = ALL) -> None:
             "best_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "best")),
             "own_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
             "own_vs_fa3_page128_geomean": statistics.geometric_mean(over(rows, "fa3_page128")),
+            "auto_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "auto")),
+            "own_vs_flashinfer_geomean": against(rows, "flashinfer_paged"),
             "own_vs_fa3_segments_geomean": statistics.geometric_mean(over(rows, "fa3_segments")),
             "tflops_32k_2k": max(
                 (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
@@ -430,6 +482,7 @@ def decode(geometries: Geometries = ALL) -> None:
             "vs_triton_geomean": statistics.geometric_mean(triton),
             "vs_triton_min": min(triton),
             "vs_fa3_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
+            "vs_flashinfer_geomean": against(rows, "flashinfer_paged"),
             "bandwidth_share_64x4096": max(
                 (
                     row["gbytes"] * 1e9 / rate[1]

@@ -201,6 +201,8 @@ class Arrival:
 
 
 BLOCK = 512
+#: How much of a trace is replayed: requests of up to 16,000 tokens, about a million in all.
+TRACE_REQUESTS = 160
 
 
 def read_trace(path: Path, count: int, longest: int, speed: float, *, most_new: int = 1 << 20) -> list[Arrival]:
@@ -262,7 +264,7 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
             "tree": tree(8, 8, 512, 64),
             "random": independent(192, 1024, 512, 64),
         }
-        arrivals = read_trace(trace, 250, 32_000, speed) if trace else []
+        arrivals = read_trace(trace, TRACE_REQUESTS, 16_000, speed) if trace else []
     if arrivals:
         made["trace"] = replay(arrivals)
     return made

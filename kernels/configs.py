@@ -1,4 +1,4 @@
-"""The one table of configurations, chosen by shape: nothing is tuned while serving.
+"""The one table of configurations and kernels, chosen by shape: nothing is tuned while serving.
 
 Found by `python -m benchmarks.tune`; `python -m benchmarks.kernels` says what they are worth.
 """
@@ -6,6 +6,7 @@ Found by `python -m benchmarks.tune`; `python -m benchmarks.kernels` says what t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,8 @@ HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 #: Contexts of fewer tokens are a few tiles: two small programs on a multiprocessor hide each other's beginning and end.
 #: An estimate, as is the choice for up to 64 rows: these two have not been timed.
 SHORT_CONTEXT = 1500
+#: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
+UNEVEN = 1.3
 
 
 @functools.cache
@@ -52,6 +55,19 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
     if rows <= 64:
         return Config(64, 64, 4, 3, tma, 2)
     return Config(128, 128 if context >= 6000 else 64, 8, 3, tma)
+
+
+def ours_before_fa3(new: Sequence[int], contexts: Sequence[int], q_heads: int, head_dim: int, device: str) -> bool:
+    """Whether the kernel for Hopper beats FlashAttention-3 on segments for such a prefill batch.
+
+    It does with heads of 64; and where one request would keep a few multiprocessors busy for long after the others have
+    ended, as FlashAttention-3 divides all contexts of a batch alike.
+    """
+    if head_dim == 64:
+        return True
+    tiles = [-(-n // 128) * q_heads for n in new]
+    work = sum(count * context for count, context in zip(tiles, contexts, strict=True))
+    return len(new) > 1 and max(contexts) * multiprocessors(device) > UNEVEN * work
 
 
 def decode(rows: int, head_dim: int, capability: int) -> Config:

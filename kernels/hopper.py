@@ -1,6 +1,7 @@
 """Prefix-prefill for Hopper in Gluon, Triton's lower level: a warp loads, one or two warpgroups of 64 rows compute.
 
-The same work items and the same results as `attend._attend`. What differs is who waits for whom:
+The same work items and the same results as `attend._attend`. A program goes through a list of them: the loader is
+already at the next item while the last one is written. What differs also is who waits for whom:
 
     loader      K(0) V(0) K(1) V(1) ...      by TMA, as far ahead as there are stages
     a consumer  S(0) = Q K(0);  then, while the tensor cores compute S(i) = Q K(i) and out += P(i-1) V(i-1),
@@ -37,19 +38,43 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _load(loads, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Every tile of K and V, into whatever stage is free."""
-    k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, column, tiles = loads
-    for i in range(tiles):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        at = start + (tiles - 1 - i) * BLOCK_N
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_tiles, [at, column], k_full.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_tiles.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_tiles, [at, column], v_full.index(stage), v_smem.index(stage))
+def _item(work_ptr, first_ptr, at, KV_HEADS: gl.constexpr):
+    """Fields of the work item and the head that `at` of a schedule stands for, and where the context begins."""
+    item = work_ptr + (at // KV_HEADS) * 8
+    first = gl.load(first_ptr + gl.load(item + 3))
+    return item, at % KV_HEADS, first, gl.load(item + 5), gl.load(item + 6)
+
+
+@gluon.jit
+def _load(
+    loads,
+    work_ptr,
+    first_ptr,
+    lists_ptr,
+    schedule_ptr,
+    KV_HEADS: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Every tile of K and V of every item, into whatever stage is free."""
+    k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty = loads
+    loaded = 0
+    for j in range(gl.load(lists_ptr + gl.program_id(0)), gl.load(lists_ptr + gl.program_id(0) + 1)):
+        _, head, first, low, high = _item(work_ptr, first_ptr, gl.load(schedule_ptr + j), KV_HEADS)
+        tiles = (high - low + BLOCK_N - 1) // BLOCK_N
+        at = (first + low).to(gl.int32) + tiles * BLOCK_N
+        for i in range(loaded, loaded + tiles):
+            stage = i % STAGES
+            phase = (i // STAGES) & 1
+            at -= BLOCK_N
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_tiles, [at, head * DIM], k_full.index(stage), k_smem.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), v_tiles.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_tiles, [at, head * DIM], v_full.index(stage), v_smem.index(stage))
+        loaded += tiles
 
 
 @gluon.jit
@@ -123,8 +148,9 @@ def _again(
 
 @gluon.jit
 def _consume(
-    own,
+    q_smem,
     shared,
+    KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -132,9 +158,10 @@ def _consume(
     CAP: gl.constexpr,
     SINKS: gl.constexpr,
     LSE: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):
-    """A warpgroup's 64 rows, from `first_of_tile` on."""
-    q_smem, first_of_tile, at_part, seen_by_all = own
+    """A warpgroup's 64 rows of each tile."""
     (
         q_ptr,
         k_ptr,
@@ -144,26 +171,24 @@ def _consume(
         part_out_ptr,
         part_lse_ptr,
         sink_ptr,
+        work_ptr,
+        first_ptr,
+        lists_ptr,
+        schedule_ptr,
         k_smem,
         v_smem,
         k_full,
         k_empty,
         v_full,
         v_empty,
-        first_row,
-        new,
-        prefix,
-        head,
-        part,
-        low,
-        high,
-        tiles,
         scale,
         cap,
         stride_q_token,
         stride_q_head,
         stride_k_token,
+        stride_k_head,
         stride_v_token,
+        stride_v_head,
         stride_out_token,
         stride_out_head,
         stride_lse_token,
@@ -174,87 +199,114 @@ def _consume(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-
     # Eight elements a thread, as many threads along a row as it has.
     along: gl.constexpr = DIM // 8
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // along, along], [4, 1], [1, 0])
-    rows = first_of_tile + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, rows_layout))
-    valid = (rows // GROUP < new)[:, None]
-    q_rows = (first_row + rows // GROUP) * stride_q_token + (head * GROUP + rows % GROUP) * stride_q_head
-    q_smem.store(gl.load(q_ptr + (q_rows[:, None] + dims[None, :]), mask=valid, other=0.0))
-    fence_async_shared()
 
-    position = prefix + gl.minimum((first_of_tile + gl.arange(0, 64, s_rows)) // GROUP, new - 1)
-    keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-    highest = gl.full([64], float("-inf"), gl.float32, s_rows)
-    total = gl.full([64], 0.0, gl.float32, s_rows)
-    acc = gl.full([64, DIM], 0.0, gl.float32, o_layout)
-    none = gl.full([64, BLOCK_N], 0.0, gl.float32, s_layout)
+    done = 0
+    for j in range(gl.load(lists_ptr + gl.program_id(0)), gl.load(lists_ptr + gl.program_id(0) + 1)):
+        item, head, first, low, high = _item(work_ptr, first_ptr, gl.load(schedule_ptr + j), KV_HEADS)
+        first_row = gl.load(item).to(gl.int64)
+        new = gl.load(item + 1)
+        prefix = gl.load(item + 2) - new
+        first_of_tile = gl.load(item + 4) * (64 * CONSUMERS) + 64 * CONSUMER
+        part = gl.load(item + 7)
+        tiles = (high - low + BLOCK_N - 1) // BLOCK_N
+        # All of the warpgroup's rows see the keys before this one.
+        seen_by_all = gl.minimum(prefix + first_of_tile // GROUP + 1, high)
 
-    n = low + (tiles - 1) * BLOCK_N
-    mbarrier.wait(k_full.index(0), 0)
-    s_token = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[s_token])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    scores = _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N)
-    weights, highest, total, decay = _softmax(scores, highest, total, scale, cap, CAP)
-    p = gl.convert_layout(weights.to(dtype), p_layout)
-    for i in range(1, tiles):
-        stage = i % STAGES
-        before = (i - 1) % STAGES
-        n -= BLOCK_N
-        mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+        rows = first_of_tile + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
+        dims = gl.arange(0, DIM, gl.SliceLayout(0, rows_layout))
+        valid = (rows // GROUP < new)[:, None]
+        q_rows = (first_row + rows // GROUP) * stride_q_token + (head * GROUP + rows % GROUP) * stride_q_head
+        q_smem.store(gl.load(q_ptr + (q_rows[:, None] + dims[None, :]), mask=valid, other=0.0))
+        fence_async_shared()
+
+        position = prefix + gl.minimum((first_of_tile + gl.arange(0, 64, s_rows)) // GROUP, new - 1)
+        keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        highest = gl.full([64], float("-inf"), gl.float32, s_rows)
+        total = gl.full([64], 0.0, gl.float32, s_rows)
+        acc = gl.full([64, DIM], 0.0, gl.float32, o_layout)
+        none = gl.full([64, BLOCK_N], 0.0, gl.float32, s_layout)
+
+        n = low + (tiles - 1) * BLOCK_N
+        stage = done % STAGES
+        mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
         s_token = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        o_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[s_token])
+        scores = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N)
         weights, highest, total, decay = _softmax(scores, highest, total, scale, cap, CAP)
-        acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        acc = acc * gl.convert_layout(decay, o_rows)[:, None]
         p = gl.convert_layout(weights.to(dtype), p_layout)
-    last = (tiles - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
-    o_token = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
-    acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
-    highest = gl.convert_layout(highest, o_rows)
-    total = gl.convert_layout(total, o_rows)
-    o_row = gl.arange(0, 64, o_rows)
-    lost = (acc != acc) & (total == total)[:, None]
-    if gl.max(gl.max(lost.to(gl.int32), 1), 0) > 0:
-        o_position = prefix + gl.minimum((first_of_tile + o_row) // GROUP, new - 1)
-        acc, highest, total = _again(
-            q_smem, k_ptr, v_ptr, o_position, low, high, scale, cap, stride_k_token, stride_v_token, DIM, CAP, o_layout
-        )
+        for i in range(done + 1, done + tiles):
+            stage = i % STAGES
+            before = (i - 1) % STAGES
+            n -= BLOCK_N
+            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+            s_token = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+            o_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[s_token])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            scores = _mask(scores, keys, position, high, n, seen_by_all, BLOCK_N)
+            weights, highest, total, decay = _softmax(scores, highest, total, scale, cap, CAP)
+            acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+            p = gl.convert_layout(weights.to(dtype), p_layout)
+        done += tiles
+        last = (done - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((done - 1) // STAGES) & 1)
+        o_token = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+        acc, _ = warpgroup_mma_wait(0, deps=[o_token, p])
+        mbarrier.arrive(v_empty.index(last), count=1)
 
-    o_token_of = (first_of_tile + o_row) // GROUP
-    o_head = head * GROUP + (first_of_tile + o_row) % GROUP
-    o_valid = o_token_of < new
-    if part < 0:
-        if SINKS:
-            sink = gl.load(sink_ptr + o_head).to(gl.float32) * _LOG2E
-            with_sink = gl.maximum(highest, sink)
-            shrink = gl.exp2(highest - with_sink)
-            total = total * shrink + gl.exp2(sink - with_sink)
-            acc = acc * shrink[:, None]
-            highest = with_sink
-        out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
-        # Through the memory of q, which nobody reads any more, so that rows are written in long runs.
-        q_smem.store(out.to(dtype))
-        out_rows = (first_row + rows // GROUP) * stride_out_token + (head * GROUP + rows % GROUP) * stride_out_head
-        gl.store(out_ptr + (out_rows[:, None] + dims[None, :]), q_smem.load(rows_layout), mask=valid)
-        if LSE:
-            lse = (highest + gl.log2(total)) * _LN2
-            gl.store(lse_ptr + ((first_row + o_token_of) * stride_lse_token + o_head), lse, mask=o_valid)
-    else:
-        at_row = at_part + o_row
-        out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
-        o_dims = gl.arange(0, DIM, gl.SliceLayout(0, o_layout))
-        gl.store(part_out_ptr + (at_row[:, None] * DIM + o_dims[None, :]), out, mask=o_valid[:, None])
-        gl.store(part_lse_ptr + at_row, highest + gl.log2(total), mask=o_valid)
+        highest = gl.convert_layout(highest, o_rows)
+        total = gl.convert_layout(total, o_rows)
+        o_row = gl.arange(0, 64, o_rows)
+        lost = (acc != acc) & (total == total)[:, None]
+        if gl.max(gl.max(lost.to(gl.int32), 1), 0) > 0:
+            acc, highest, total = _again(
+                q_smem,
+                k_ptr + first * stride_k_token + head * stride_k_head,
+                v_ptr + first * stride_v_token + head * stride_v_head,
+                prefix + gl.minimum((first_of_tile + o_row) // GROUP, new - 1),
+                low,
+                high,
+                scale,
+                cap,
+                stride_k_token,
+                stride_v_token,
+                DIM,
+                CAP,
+                o_layout,
+            )
+
+        o_token_of = (first_of_tile + o_row) // GROUP
+        o_head = head * GROUP + (first_of_tile + o_row) % GROUP
+        o_valid = o_token_of < new
+        if part < 0:
+            if SINKS:
+                sink = gl.load(sink_ptr + o_head).to(gl.float32) * _LOG2E
+                with_sink = gl.maximum(highest, sink)
+                shrink = gl.exp2(highest - with_sink)
+                total = total * shrink + gl.exp2(sink - with_sink)
+                acc = acc * shrink[:, None]
+                highest = with_sink
+            out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
+            # Through the memory of q, which nobody reads any more, so that rows are written in long runs.
+            q_smem.store(out.to(dtype))
+            out_rows = (first_row + rows // GROUP) * stride_out_token + (head * GROUP + rows % GROUP) * stride_out_head
+            gl.store(out_ptr + (out_rows[:, None] + dims[None, :]), q_smem.load(rows_layout), mask=valid)
+            if LSE:
+                lse = (highest + gl.log2(total)) * _LN2
+                gl.store(lse_ptr + ((first_row + o_token_of) * stride_lse_token + o_head), lse, mask=o_valid)
+        else:
+            at_row = (part.to(gl.int64) * KV_HEADS + head) * (64 * CONSUMERS) + 64 * CONSUMER + o_row
+            out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
+            o_dims = gl.arange(0, DIM, gl.SliceLayout(0, o_layout))
+            gl.store(part_out_ptr + (at_row[:, None] * DIM + o_dims[None, :]), out, mask=o_valid[:, None])
+            gl.store(part_lse_ptr + at_row, highest + gl.log2(total), mask=o_valid)
 
 
 @gluon.jit
@@ -271,6 +323,8 @@ def _attend_hopper(
     sink_ptr,
     work_ptr,
     first_ptr,
+    lists_ptr,
+    schedule_ptr,
     scale,
     cap,
     stride_q_token,
@@ -292,25 +346,6 @@ def _attend_hopper(
     LSE: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):
-    item = work_ptr + (gl.program_id(0) // KV_HEADS) * 8
-    head = gl.program_id(0) % KV_HEADS
-    first_row = gl.load(item).to(gl.int64)
-    new = gl.load(item + 1)
-    context = gl.load(item + 2)
-    request = gl.load(item + 3)
-    tile = gl.load(item + 4)
-    low = gl.load(item + 5)
-    high = gl.load(item + 6)
-    part = gl.load(item + 7)
-    first = gl.load(first_ptr + request)
-    start = (first + low).to(gl.int32)
-    k_head = k_ptr + first * stride_k_token + head * stride_k_head
-    v_head = v_ptr + first * stride_v_token + head * stride_v_head
-    tiles = (high - low + BLOCK_N - 1) // BLOCK_N
-    prefix = context - new
-    first_of_tile = tile * (64 * CONSUMERS)
-    at_part = (part.to(gl.int64) * KV_HEADS + head) * (64 * CONSUMERS)
-
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
     q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, DIM], q_layout)
@@ -329,57 +364,60 @@ def _attend_hopper(
 
     shared = (
         q_ptr,
-        k_head,
-        v_head,
+        k_ptr,
+        v_ptr,
         out_ptr,
         lse_ptr,
         part_out_ptr,
         part_lse_ptr,
         sink_ptr,
+        work_ptr,
+        first_ptr,
+        lists_ptr,
+        schedule_ptr,
         k_smem,
         v_smem,
         k_full,
         k_empty,
         v_full,
         v_empty,
-        first_row,
-        new,
-        prefix,
-        head,
-        part,
-        low,
-        high,
-        tiles,
         scale,
         cap,
         stride_q_token,
         stride_q_head,
         stride_k_token,
+        stride_k_head,
         stride_v_token,
+        stride_v_head,
         stride_out_token,
         stride_out_head,
         stride_lse_token,
     )
-    # What is each consumer's own: where its queries lie, its rows, and how many keys all of them see.
-    one = (q_smem.index(0), first_of_tile, at_part, gl.minimum(prefix + first_of_tile // GROUP + 1, high))
-    loads = (k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, head * DIM, tiles)
+    loads = (k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (one, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
-                (_load, (loads, BLOCK_N, STAGES)),
+                (
+                    _consume,
+                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 0),
+                ),
+                (_load, (loads, work_ptr, first_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
             ],
             [1],
             [24],
         )
     else:
-        seen_by_all = gl.minimum(prefix + (first_of_tile + 64) // GROUP + 1, high)
-        other = (q_smem.index(1), first_of_tile + 64, at_part + 64, seen_by_all)
         gl.warp_specialize(
             [
-                (_consume, (one, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
-                (_consume, (other, shared, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE)),
-                (_load, (loads, BLOCK_N, STAGES)),
+                (
+                    _consume,
+                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 0),
+                ),
+                (
+                    _consume,
+                    (q_smem.index(1), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 1),
+                ),
+                (_load, (loads, work_ptr, first_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
             ],
             [4, 1],
             [240, 24],

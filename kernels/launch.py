@@ -76,6 +76,8 @@ def launch(
     *,
     work: torch.Tensor,
     merges: torch.Tensor,
+    lists: torch.Tensor | None = None,
+    schedule: torch.Tensor | None = None,
     partial: tuple[torch.Tensor, ...],
     config: Config,
     scale: float,
@@ -93,11 +95,11 @@ def launch(
     extras = {"SINKS": sinks is not None, "LSE": lse is not None}
     cap = soft_cap > 0
     scale = scale if cap else scale * 1.4426950408889634
-    grid = (work.shape[0] * kv_heads,)
     padded = triton.next_power_of_2(dim)
     if config.hopper:
+        assert lists is not None
         tiles = hopper.descriptors(k, v, config)
-        hopper._attend_hopper[grid](
+        hopper._attend_hopper[(lists.shape[0] - 1,)](
             q,
             k,
             v,
@@ -105,6 +107,8 @@ def launch(
             *outputs,
             work,
             first,
+            lists,
+            schedule,
             scale,
             soft_cap,
             *strides,
@@ -119,7 +123,7 @@ def launch(
         if config.tma:
             box = [config.block_n, 1, padded]
             tiles = tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (k, v))
-        attend._attend[grid](
+        attend._attend[(work.shape[0] * kv_heads,)](
             q,
             k,
             v,

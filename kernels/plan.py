@@ -1,8 +1,10 @@
 """How attention is divided over the GPU: tiles of packed query rows, and parts of long contexts, longest first.
 
-A prefill batch is planned on the host, once for all layers, from lengths that the host knows. The programs of a grid
-start in the order of their index, so work in descending order balances a ragged batch by itself; where there are fewer
-tiles than multiprocessors, or a last wave that would leave most of them idle, contexts are divided.
+A prefill batch is planned on the host, once for all layers, from lengths that the host knows. Where there are fewer
+tiles than multiprocessors, a long context among short ones, or a last wave that would leave most of them idle, contexts
+are divided. The programs of a grid start in the order of their index, so work in descending order balances a ragged
+batch by itself; the kernel for Hopper has one program a slot, each with a list of what it does. Tiles that read the
+same keys stand next to each other, so that they run at the same time and memory is read once.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 
 from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
 
-#: What a program costs beside its keys, and what a merge costs, in tiles of keys: estimates.
+#: What a tile of rows costs beside its keys, and a part of one, and what the merge costs, in tiles of keys: estimates.
 PROGRAM_COST = 1.5
-MERGE_COST = 4.0
+PART_COST = 2.5
+MERGE_COST = 3.0
 #: A part is at least so many tiles of keys.
 SMALLEST_PART = 2
 
@@ -39,11 +42,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """Work items and merge items (see `attend`) on the device, int32, and how many parts they fill."""
+    """Work items and merge items (see `attend`) on the device, int32, and how many parts they fill. For the kernel for
+    Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV heads plus a head."""
 
     config: Config
     work: torch.Tensor
     merges: torch.Tensor
+    lists: torch.Tensor
+    schedule: torch.Tensor
     parts: int
     rows: int
     requests: int
@@ -54,38 +60,63 @@ def divide(costs: np.ndarray, programs_each: int, slots: int) -> np.ndarray:
     """Into how many parts each tile's keys are divided.
 
     `costs`: each tile's length in tiles of keys, int64, at least 1; each stands for `programs_each` programs (one for
-    each KV head); `slots` programs run at a time. Tried are no division, and the most even ones that fill one, two and
-    three waves; the one with the shortest estimated time is taken.
+    each KV head); `slots` programs run at a time. Tried are no division, parts no longer than some shares of what each
+    slot would do if all did the same, and the most even parts that fill one, two and three waves; the one with the
+    shortest estimated time is taken.
     """
-    longest = int(costs.max())
-    best, best_time = np.ones_like(costs), _time(costs, np.ones_like(costs), programs_each, slots)
+    whole = np.ones_like(costs)
+    even = (float(costs.sum()) + PROGRAM_COST * len(costs)) * programs_each / slots
+    best, best_time = whole, _time(costs, whole, programs_each, slots)
+    bounds = {max(SMALLEST_PART, int(even * share)) for share in (1.0, 0.75, 0.5, 0.34, 0.25, 0.17)}
     for waves in (1, 2, 3):
-        # The shortest bound whose parts fit into so many waves.
         room = slots * waves // programs_each
-        if room < len(costs) or longest < 2 * SMALLEST_PART:
+        if room >= len(costs):
+            bounds.add(_bound(costs, room))
+    for bound in sorted(bounds, reverse=True):
+        if best_time <= 1.04 * even:
+            break
+        parts = -(-costs // bound)
+        if parts.max() < 2:
             continue
-        low, high = max(SMALLEST_PART, -(-int(costs.sum()) // room)), longest
-        while low < high:
-            middle = (low + high) // 2
-            if int(np.sum(-(-costs // middle))) <= room:
-                high = middle
-            else:
-                low = middle + 1
-        parts = -(-costs // low)
         time = _time(costs, parts, programs_each, slots)
         if time < best_time * 0.98:
             best, best_time = parts, time
     return best
 
 
+def _bound(costs: np.ndarray, room: int) -> int:
+    """The shortest length of parts of which there are no more than `room`."""
+    low, high = max(SMALLEST_PART, -(-int(costs.sum()) // room)), max(SMALLEST_PART, int(costs.max()))
+    while low < high:
+        middle = (low + high) // 2
+        if int(np.sum(-(-costs // middle))) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
 def _time(costs: np.ndarray, parts: np.ndarray, programs_each: int, slots: int) -> float:
     """How long it takes, estimated in tiles of keys."""
-    lengths = costs / parts + PROGRAM_COST
-    count = int(parts.sum()) * programs_each
-    mean = float((lengths * parts).sum()) * programs_each / count
-    # A full wave takes what its mean program takes; one alone what its longest does.
-    time = max(-(-count // slots) * mean, float(lengths.max()))
-    return time + (MERGE_COST if parts.max() > 1 else 0.0)
+    lengths = np.repeat(costs / parts + np.where(parts > 1, PART_COST, PROGRAM_COST), parts * programs_each)
+    lengths[::-1].sort()
+    merging = MERGE_COST if parts.max() > 1 else 0.0
+    return float(_assign(lengths, slots)[1].max()) + merging
+
+
+def _assign(lengths: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which slot takes each program, and what each slot then has to do. Of as many programs as there are slots the
+    longest goes to the slot that has least to do, and so on with the next ones: programs that stand near each other
+    run at about the same time."""
+    load = np.zeros(min(slots, len(lengths)))
+    owner = np.empty(len(lengths), dtype=np.int64)
+    for start in range(0, len(lengths), len(load)):
+        some = lengths[start : start + len(load)]
+        free = np.argsort(load, kind="stable")[: len(some)]
+        longest = np.argsort(-some, kind="stable")
+        owner[start + longest] = free
+        load[free] += some[longest]
+    return owner, load
 
 
 def plan_prefill(
@@ -116,7 +147,17 @@ def plan_prefill(
     request = np.repeat(np.arange(len(new_tokens)), tiles)
     if not len(request):
         empty = torch.empty((0, WORK_FIELDS), dtype=torch.int32, device=device)
-        return Plan(config, empty, empty[:, :MERGE_FIELDS], 0, int(starts[-1]), len(new_tokens), window)
+        return Plan(
+            config,
+            empty,
+            empty[:, :MERGE_FIELDS],
+            empty[:, 0],
+            empty[:, 0],
+            0,
+            int(starts[-1]),
+            len(new_tokens),
+            window,
+        )
     tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     prefix = context - new_tokens
     last = np.minimum((tile + 1) * block_m, new_tokens[request] * group) - 1
@@ -148,17 +189,36 @@ def plan_prefill(
         ],
         axis=1,
     )
-    work = work[np.argsort(part_low - part_high, kind="stable")]
+    length = part_high - part_low
+    work = work[_order(length, of, part_low)]
     merges = np.stack([starts[:-1][request], new_tokens[request], tile, first_part, parts], axis=1)[divided]
-    both = torch.from_numpy(np.concatenate([work.reshape(-1), merges.reshape(-1)]).astype(np.int32))
+    arrays = [work, merges]
+    if config.hopper:
+        keys = work[:, 6] - work[:, 5]
+        owner, load = _assign(np.repeat(keys / block_n + PROGRAM_COST, kv_heads), slots)
+        lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
+        arrays += [lists, np.argsort(owner, kind="stable")]
+    on_device = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]).astype(np.int32))
     if torch.device(device).type == "cuda":
-        both = both.pin_memory().to(device, non_blocking=True)
+        on_device = on_device.pin_memory().to(device, non_blocking=True)
+    placed = list(on_device.split([array.size for array in arrays]))
+    placed += [on_device[:0]] * (4 - len(placed))
     return Plan(
         config,
-        both[: work.size].view(-1, WORK_FIELDS),
-        both[work.size :].view(-1, MERGE_FIELDS),
+        placed[0].view(-1, WORK_FIELDS),
+        placed[1].view(-1, MERGE_FIELDS),
+        placed[2],
+        placed[3],
         int(parts[divided].sum()),
         int(starts[-1]),
         len(new_tokens),
         window,
     )
+
+
+def _order(length: np.ndarray, request: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Longest first, but those of one request that begin at one key and are about equally long beside each other."""
+    longest = np.zeros(int(request.max()) + 1)
+    np.maximum.at(longest, request, length)
+    quarters = np.ceil(4 * length / longest[request]) / 4
+    return np.lexsort((-length, low, request, -quarters * longest[request]))

@@ -91,6 +91,8 @@ def prefix_prefill(
         sinks,
         work=plan.work,
         merges=plan.merges,
+        lists=plan.lists,
+        schedule=plan.schedule,
         partial=workspace(plan.parts, k.shape[1], plan.config, k.shape[2], q.device),
         config=plan.config,
         scale=scale,

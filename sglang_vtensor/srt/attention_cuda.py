@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
+from sglang_vtensor.kernels.configs import ours_before_fa3
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.prefix_prefill import Plan, compile_prefill, plan_prefill, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
@@ -45,12 +47,12 @@ class SegmentPrefillBackend(AttentionBackend):
 
     @classmethod
     def choose(cls, runner: ModelRunner) -> SegmentPrefillBackend:
-        """The kernel that the user named; or FlashAttention-3 where it runs (sm_90) and is the faster; or ours."""
+        """The kernel that the user named; else ours, or the faster one where FlashAttention-3 runs too (sm_90)."""
         kernel = Options.of(runner.server_args).vtensor_prefill_kernel
         hopper = torch.cuda.get_device_capability(runner.device) == (9, 0)
-        if kernel == "fa3" or (kernel == "auto" and hopper):
+        if kernel == "fa3" or (kernel == "auto" and hopper and runner.model_config.head_dim not in DIMS):
             return FlashAttention3(runner)
-        return TritonPrefill(runner)
+        return Fastest(runner) if kernel == "auto" and hopper else TritonPrefill(runner)
 
     def forward_extend(
         self,
@@ -165,7 +167,7 @@ class TritonPrefill(SegmentPrefillBackend):
                 f"the prefix-prefill kernel takes head dimensions {', '.join(map(str, DIMS))}, not this model's {dim}: "
                 "use --attention-backend flashinfer, which reads pages by slot"
             )
-        self.q_heads = runner.model_config.num_attention_heads // runner.tp_size
+        self.q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.plan: Plan | None = None
         self.first: torch.Tensor | None = None
         start = time.perf_counter()
@@ -219,6 +221,39 @@ class TritonPrefill(SegmentPrefillBackend):
             sinks=sinks,
         )
         return out
+
+
+class Fastest(SegmentPrefillBackend):
+    """FlashAttention-3 or our kernel, whichever is the faster for a batch by the measured table."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner)
+        self.fa3 = FlashAttention3(runner)
+        self.ours = TritonPrefill(runner)
+        self.chosen: SegmentPrefillBackend = self.fa3
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        keys = self.segments[0][0]
+        ours = ours_before_fa3(
+            forward_batch.extend_seq_lens_cpu,
+            _contexts(forward_batch),
+            self.ours.q_heads,
+            keys.shape[3],
+            str(keys.device),
+        )
+        self.chosen = self.ours if ours else self.fa3
+        self.chosen.init_forward_metadata(forward_batch)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.chosen.attend(q, keys, values, layer, sinks, out)
 
 
 def _contexts(forward_batch: ForwardBatch) -> list[int]:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close
 
@@ -79,6 +83,58 @@ def test_ragged_batches(lengths, heads, dim, dtype, window, soft_cap, sinks, see
 def test_lengths_around_a_tile(tile, prefix, config):
     batch = Batch.random([tile, 1], [tile + prefix, tile], q_heads=2, kv_heads=1, dim=64, seed=tile)
     out, lse, _ = run(batch, config=config)
+    expected, sums = batch.expected()
+    assert_close(out, expected)
+    assert_close(lse, sums)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000)), max_size=6),
+    group=st.sampled_from([1, 4, 7]),
+    kv_heads=st.sampled_from([1, 8]),
+    slots=st.sampled_from([1, 5, 132]),
+    window=st.sampled_from([-1, -1, 100]),
+    config=st.sampled_from([SMALL, HOPPER, Config(64, 64, 4, 3, True, 2, hopper=True)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_key_of_every_row_is_planned_once(lengths, group, kv_heads, slots, window, config):
+    new = [a for a, _ in lengths]
+    contexts = [a + b for a, b in lengths]
+    plan = _plan(new, contexts, group=group, kv_heads=kv_heads, config=config, slots=slots, device="cpu", window=window)
+    seen = {}
+    parts = {}
+    for _, its_new, context, request, tile, low, high, part in plan.work.tolist():
+        assert (its_new, context) == (new[request], contexts[request])
+        assert low < high
+        assert (low == 0 or window >= 0) or part >= 0
+        seen.setdefault((request, tile), []).append((low, high))
+        parts.setdefault((request, tile), []).append(part)
+    for (request, tile), runs in seen.items():
+        runs.sort()
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(runs)), "a gap, or a key twice"
+        last = min((tile + 1) * config.block_m, new[request] * group) - 1
+        prefix = contexts[request] - new[request]
+        assert runs[-1][1] == prefix + last // group + 1
+        if window < 0:
+            assert runs[0][0] == 0
+        else:
+            assert runs[0][0] == max(0, prefix + tile * config.block_m // group - window)
+        assert (len(runs) > 1) == (min(parts[request, tile]) >= 0)
+    assert sorted(seen) == [(i, t) for i, n in enumerate(new) for t in range(-(-n * group // config.block_m))]
+    assert sorted(p for several in parts.values() for p in several if p >= 0) == list(range(plan.parts))
+    if config.hopper:
+        assert plan.lists.tolist() == sorted(plan.lists.tolist())
+        assert len(plan.lists) - 1 <= slots
+        assert sorted(plan.schedule.tolist()) == list(range(plan.work.shape[0] * kv_heads))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_program_goes_through_a_list(config, monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 3)
+    new, contexts = [300, 1, 70, 129], [300, 2000, 1000, 900]
+    batch = Batch.random(new, contexts, q_heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, seed=12)
+    out, lse, plan = run(batch, config=config)
+    assert plan.work.shape[0] * 2 > 3 * 3
     expected, sums = batch.expected()
     assert_close(out, expected)
     assert_close(lse, sums)
