@@ -367,9 +367,9 @@ def main(
                         for number in range(rounds):
                             measured = client.run(made[kind], seed=1 + start * rounds + number)
                             rows.append({"workload": kind, "contestant": name, "start": start} | run | measured)
+                        if rows_file is not None:  # what a run that is cut off has measured is not lost
+                            rows_file.write_text(json.dumps(rows, indent=1))
     console.print(table(rows))
-    if rows_file is not None:
-        rows_file.write_text(json.dumps(rows, indent=1))
     name = "prefix_quick" if quick else "prefix"
     rows = merged(rows, name)
     summary = summarize(rows)
