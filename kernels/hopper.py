@@ -64,9 +64,10 @@ def _load(
         _, head, first, low, high = _item(work_ptr, first_ptr, gl.load(schedule_ptr + j), KV_HEADS)
         tiles = (high - low + BLOCK_N - 1) // BLOCK_N
         at = (first + low).to(gl.int32) + tiles * BLOCK_N
-        for i in range(loaded, loaded + tiles):
-            stage = i % STAGES
-            phase = (i // STAGES) & 1
+        for i in range(tiles):
+            # Added here: Triton 3.6 takes a carried number for dead that is only a bound of an inner loop.
+            stage = (loaded + i) % STAGES
+            phase = ((loaded + i) // STAGES) & 1
             at -= BLOCK_N
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
