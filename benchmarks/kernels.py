@@ -50,6 +50,12 @@ PREFILL: list[list[tuple[int, int]]] = [
     [(1024, 16)] * 32,
     [(32768, 16), (0, 2048), (2048, 300), (700, 700), (12000, 33)],
 ]
+#: What the plots are drawn from, for one geometry: (prefix, new) over the prefix, and over the new tokens.
+SWEEPS: dict[str, list[tuple[int, int]]] = {
+    "prefix": [(prefix, 512) for prefix in (0, 1024, 2048, 4096, 8192, 16384, 32768, 65536)],
+    "new": [(8192, new) for new in (16, 32, 64, 128, 256, 512, 1024, 2048)],
+}
+SWEPT, SWEEP_REQUESTS = "Llama-3-8B", 4
 #: Contexts of a decode batch.
 DECODE: list[list[int]] = [
     [512],
@@ -398,9 +404,10 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
         row["triton"] = min(row["triton_page1"], row["triton_page64"])
         row["best"] = min(row["ours"], row["fa3_segments"])
         if not decode:
-            ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.dim, "cuda")
+            ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.kv_heads, case.dim, "cuda")
             row["auto"] = row["ours"] if ours_first else row["fa3_segments"]
         row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
+        row["operations"] = case.operations()
         row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
         rows.append(row)
         console.print(row)
@@ -446,9 +453,14 @@ def warm(geometries: Geometries = ALL) -> None:
 @app.command()
 def prefill(geometries: Geometries = ALL) -> None:
     """New tokens over a prefix. Writes prefill.json, after each geometry."""
-    rate, rows = rates(), []
+    rate, rows, swept = rates(), [], []
     for geometry in geometries.split(","):
         rows += measure(geometry, PREFILL, False, rate)
+        if geometry == SWEPT:
+            for sweep, shapes in SWEEPS.items():
+                several = measure(geometry, [[shape] * SWEEP_REQUESTS for shape in shapes], False, rate)
+                for row, (prefix, new) in zip(several, shapes, strict=True):
+                    swept.append(row | {"sweep": sweep, "x": prefix if sweep == "prefix" else new})
         triton = over(rows, "triton")
         summary = {
             "vs_triton_geomean": statistics.geometric_mean(triton),
@@ -467,7 +479,7 @@ def prefill(geometries: Geometries = ALL) -> None:
             "matmul_tflops": rate[0] / 1e12,
             "copy_gbytes": rate[1] / 1e9,
         }
-        results.write("prefill", summary, rows)
+        results.write("prefill", summary, rows + swept)
     console.print(summary)
 
 

@@ -1,6 +1,6 @@
 """Write the numbers of `benchmarks/results/*.json` into the README, between its marks.
 
-    python -m benchmarks.report           rewrite the README
+    python -m benchmarks.report           rewrite the README, and draw its plots into docs/plots
     python -m benchmarks.report --check   exit with 1 if the README says anything else
 
 A mark is `<!-- results NAME -->`, up to the next `<!-- end -->`; NAME is a function below.
@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import results
+from benchmarks import plots, results
 
+#: Contestants of the kernel benchmarks, in the order of the columns.
+OTHERS = ("triton", "flashinfer_paged", "flashinfer_ragged", "fa3_page1", "fa3_page64", "fa3_page128", "fa3_segments")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -92,15 +94,16 @@ def _kernels(name: str, rate: str, unit: str) -> str:
     record = results.read(name)
     if record is None:
         return "Not measured yet."
-    others = ("triton", "fa3_page1", "fa3_page64", "fa3_page128", "fa3_segments")
+    measured = [row for row in record["rows"] if "sweep" not in row]
+    others = [name for name in OTHERS if all(name in row for row in measured)]
     lines = [
         f"| {name}, requests x (prefix + new) | {unit}, Llama-3-8B | share of the floor | "
         + " | ".join(f"x {other.replace('_', ' ')}" for other in others)
         + " |",
         "|---" * (3 + len(others)) + "|",
     ]
-    for shape in dict.fromkeys(row["shape"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["shape"] == shape]
+    for shape in dict.fromkeys(row["shape"] for row in measured):
+        rows = [row for row in measured if row["shape"] == shape]
         llama = next((row for row in rows if row["geometry"] == "Llama-3-8B"), rows[0])
         ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in rows) for other in others)
         lines.append(
@@ -108,7 +111,12 @@ def _kernels(name: str, rate: str, unit: str) -> str:
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
-    return "\n".join([*lines, "", source(record)])
+    ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in measured) for other in others)
+    lines.append("| all | | | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
+    drawn = [f"![{text}](docs/plots/{name}_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
+    swept = {row["sweep"] for row in record["rows"] if "sweep" in row}
+    end = [picture for picture, sweep in zip(drawn, plots.SWEEPS, strict=True) if sweep in swept]
+    return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
 
 
 def prefix() -> str:
@@ -173,6 +181,8 @@ def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] =
         raise typer.Exit(1)
     if not check:
         README.write_text(wanted)
+        for path in plots.draw():
+            print(path)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from sglang_vtensor.kernels.plan import Config
 
 #: What the kernel of `hopper.py` takes, and by how many tokens its largest tile may read past a context.
 HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
-#: Contexts of fewer tokens are a few tiles: two small programs on a multiprocessor hide each other's beginning and end.
-#: An estimate, as is the choice for up to 64 rows: these two have not been timed.
+#: Contexts of fewer tokens are a few tiles, and small ones end with less of one unused.
 SHORT_CONTEXT = 1500
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
@@ -44,8 +43,10 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
     if capability == 0:
         return Config(16, 16, 4, 1)
     if hopper and capability == 90 and head_dim in HOPPER_DIMS:
-        if rows <= 64 or context < SHORT_CONTEXT:
+        if rows <= 64:
             return Config(64, 64, 4, 3, True, 2, hopper=True)
+        if context < SHORT_CONTEXT:
+            return Config(128, 64, 4, 4, True, hopper=True)
         return Config(128, 128, 4, 2, True, hopper=True)
     tma = capability >= 90
     if head_dim > 128:  # on sm_86 and sm_89 a program has 99 KiB of shared memory
@@ -57,17 +58,23 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
     return Config(128, 128 if context >= 6000 else 64, 8, 3, tma)
 
 
-def ours_before_fa3(new: Sequence[int], contexts: Sequence[int], q_heads: int, head_dim: int, device: str) -> bool:
+def ours_before_fa3(
+    new: Sequence[int], contexts: Sequence[int], q_heads: int, kv_heads: int, head_dim: int, device: str
+) -> bool:
     """Whether the kernel for Hopper beats FlashAttention-3 on segments for such a prefill batch.
 
-    It does with heads of 64; and where one request would keep a few multiprocessors busy for long after the others have
-    ended, as FlashAttention-3 divides all contexts of a batch alike.
+    It does with heads of 64; with many short requests of one tile each, which are bound by memory; and where one
+    request would keep a few multiprocessors busy for long after the others have ended, as FlashAttention-3 divides all
+    contexts of a batch alike.
     """
     if head_dim == 64:
         return True
-    tiles = [-(-n // 128) * q_heads for n in new]
-    work = sum(count * context for count, context in zip(tiles, contexts, strict=True))
-    return len(new) > 1 and max(contexts) * multiprocessors(device) > UNEVEN * work
+    tiles = [-(-n * q_heads // kv_heads // 128) * kv_heads for n in new]
+    if max(tiles) == kv_heads:
+        return sum(tiles) >= multiprocessors(device) and max(contexts) < SHORT_CONTEXT
+    keys = [context - n / 2 for n, context in zip(new, contexts, strict=True)]
+    work = sum(count * n for count, n in zip(tiles, keys, strict=True))
+    return len(new) > 1 and max(keys) * multiprocessors(device) > UNEVEN * work
 
 
 def decode(rows: int, head_dim: int, capability: int) -> Config:

@@ -4,7 +4,8 @@
 process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV memory.
 
     option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
-    pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator
+    pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator,
+                ._profile_available_bytes, .resolve_max_num_reqs
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode, ScheduleBatch.check_decode_mem
     shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
     tree        mem_cache.registry.default_radix_cache_factory
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+#: SGLang leaves room for so many tokens more than a context's.
+_EXTRA_TOKENS = 4
 #: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
 _parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options", default=None)
 
@@ -155,6 +158,7 @@ def install(server_args: ServerArgs) -> None:
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
     HookRegistry.register(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding, HookType.AROUND)
+    HookRegistry.register(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests, HookType.AROUND)
     HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE)
     HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE)
     module = "sglang.srt.mem_cache.allocation"
@@ -187,6 +191,23 @@ def _without_padding(original: Callable[..., int], self: Any, *args: Any, **kwar
     """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
     layout = _layout(self)
     return int((original(self, *args, **kwargs) - layout.page_bytes) * (1 - layout.waste))
+
+
+def _limit_requests(original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:
+    """Every running request has a segment, and addresses are many but not endless."""
+    from sglang_vtensor.manager import most_running
+
+    wanted = original(self, *args, **kwargs)
+    most = most_running(_layout(self), self.model_config.context_len + _EXTRA_TOKENS)
+    if wanted > most:
+        logger.warning(
+            "up to %d requests run at a time instead of %d, as each may need contiguous addresses for %d tokens; "
+            "a lower --context-length allows more",
+            most,
+            wanted,
+            self.model_config.context_len,
+        )
+    return min(wanted, most)
 
 
 def _build_pool(self: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:

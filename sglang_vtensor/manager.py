@@ -32,6 +32,8 @@ RETRY_SECONDS = 1.0
 WARN_SECONDS = 60.0
 #: Addresses that all segments together may take; reserving 64 TiB was seen to succeed, a process has 128.
 SEGMENT_ADDRESS_BYTES = 32 << 40
+#: Kernels count the tokens of all segments in 32 bits.
+SEGMENT_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,18 @@ class Stats:
         return asdict(self)
 
 
+def affordable_segments(layout: KVLayout, max_tokens: int) -> int:
+    """How many segments of `max_tokens` tokens have room beside each other."""
+    max_pages = layout.pages_for(max_tokens)
+    by_tokens = (SEGMENT_TOKENS - 1) // (max_pages * layout.page_tokens)
+    return min(SEGMENT_ADDRESS_BYTES // (max_pages * layout.page_bytes), by_tokens)
+
+
+def most_running(layout: KVLayout, max_tokens: int) -> int:
+    """How many requests of up to `max_tokens` tokens may run at once, with as many segments left for parked ones."""
+    return max(1, affordable_segments(layout, max_tokens) // 2)
+
+
 class KVMemory:
     """The KV memory of one rank.
 
@@ -109,11 +123,12 @@ class KVMemory:
         self.vmm = vmm
         self.layout = layout
         max_pages = layout.pages_for(max_tokens)
-        affordable = SEGMENT_ADDRESS_BYTES // (max_pages * layout.page_bytes)
+        affordable = affordable_segments(layout, max_tokens)
         if affordable <= max_running:
             raise ValueError(
                 f"{max_running} requests of {max_tokens} tokens need more than {SEGMENT_ADDRESS_BYTES >> 40} TiB of "
-                f"addresses: lower --max-running-requests to {max(1, affordable // 2)} or --context-length"
+                f"addresses, or 2^31 tokens: lower --max-running-requests to {most_running(layout, max_tokens)} or "
+                "--context-length"
             )
         if max_parked is None:
             max_parked = max_running

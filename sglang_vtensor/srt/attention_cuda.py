@@ -238,6 +238,7 @@ class Fastest(SegmentPrefillBackend):
             forward_batch.extend_seq_lens_cpu,
             _contexts(forward_batch),
             self.ours.q_heads,
+            keys.shape[2],
             keys.shape[3],
             str(keys.device),
         )

@@ -17,7 +17,8 @@ SMALL = Config(16, 16, 4, 1)
 #: None is whatever the table chooses; the kernel for Hopper has no interpreter.
 HOPPER = Config(128, 128, 4, 2, True, hopper=True)
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-CONFIGS = [None, HOPPER, Config(64, 64, 4, 3, True, 2, hopper=True)] if IS_HOPPER else [None]
+CONFIGS = [None, HOPPER, Config(128, 64, 4, 4, True, hopper=True), Config(64, 64, 4, 3, True, 2, hopper=True)]
+CONFIGS = CONFIGS if IS_HOPPER else [None]
 
 
 def run(batch, *, window=-1, soft_cap=0.0, sinks=None, config=None, lse=True):

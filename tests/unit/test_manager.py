@@ -215,7 +215,7 @@ def test_free_all_forgets_everything():
 def test_impossible_sizes_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"room for 0 pages of 8 tokens.*--mem-fraction-static"):
         make(capacity_pages=0)
-    with pytest.raises(ValueError, match=r"32 TiB of addresses: lower --max-running-requests to \d+"):
+    with pytest.raises(ValueError, match=r"32 TiB of addresses, or 2\^31 tokens: lower --max-running-requests to \d+"):
         make(max_tokens=1 << 40)
 
 

@@ -1,0 +1,76 @@
+"""The plots of the README, drawn from the committed results by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+
+FOLDER = Path(__file__).parents[1] / "docs" / "plots"
+#: How contestants are shown, everywhere alike.
+NAMES = {
+    "ours": "ours (Gluon)",
+    "fa3_segments": "FlashAttention-3 on segments",
+    "fa3_page128": "FlashAttention-3, pages of 128",
+    "fa3_page1": "FlashAttention-3, pages of 1",
+    "flashinfer_paged": "FlashInfer",
+    "triton": "SGLang's Triton",
+}
+COLOURS = {
+    "ours": "tab:red",
+    "fa3_segments": "tab:purple",
+    "fa3_page128": "tab:blue",
+    "fa3_page1": "tab:cyan",
+    "flashinfer_paged": "tab:green",
+    "triton": "tab:orange",
+}
+SWEEPS = {"prefix": "tokens of prefix, 4 x 512 new ones", "new": "new tokens, 4 requests over 8,192 of prefix"}
+
+
+def draw() -> list[Path]:
+    """Every plot that there are results for."""
+    drawn = []
+    record = results.read("prefill")
+    for sweep in SWEEPS:
+        rows = [row for row in record["rows"] if row.get("sweep") == sweep] if record else []
+        if rows:
+            drawn.append(_sweep(sweep, rows))
+    return drawn
+
+
+def _sweep(sweep: str, rows: list[dict[str, Any]]) -> Path:
+    """TFLOP/s over what varies, a line a contestant; the floor is what memory and tensor cores allow at most."""
+    figure, axes = _figure()
+    at = [max(row["x"], 512) for row in rows] if sweep == "prefix" else [row["x"] for row in rows]
+    axes.plot(at, [row["operations"] / row["floor_us"] / 1e6 for row in rows], "--", color="gray", label="the floor")
+    for name, label in NAMES.items():
+        if all(name in row for row in rows):
+            rate = [row["operations"] / row[name] / 1e6 for row in rows]
+            axes.plot(at, rate, marker="o", markersize=3, color=COLOURS[name], label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, [f"{row['x']:,}" for row in rows])
+    axes.set_xlabel(SWEEPS[sweep])
+    axes.set_ylabel("TFLOP/s")
+    return _save(figure, axes, f"prefill_{sweep}")
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "sglang-vtensor"  # the same results, the same file
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, name: str) -> Path:
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, frameon=False)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    return path
