@@ -4,6 +4,7 @@
 process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV memory.
 
     option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
+    routes      ServerArgs.check_server_args, which SGLang calls when the HTTP application is there
     pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator,
                 ._profile_available_bytes, .resolve_max_num_reqs
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode, ScheduleBatch.check_decode_mem
@@ -12,6 +13,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
     epochs      Scheduler.run_batch, .on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
+    elastic     Scheduler.__init__, .set_internal_state
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextvars
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +49,7 @@ def register() -> None:
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
     HookRegistry.register(f"{_SERVER_ARGS}.__init__", _init_server_args, HookType.AROUND)
     HookRegistry.register(f"{_SERVER_ARGS}._handle_model_specific_adjustments", _choose_page_size, HookType.BEFORE)
+    HookRegistry.register(f"{_SERVER_ARGS}.check_server_args", _add_routes, HookType.AFTER)
     HookRegistry.register(
         "sglang.srt.managers.scheduler.configure_scheduler_process", _configure_scheduler, HookType.BEFORE
     )
@@ -142,6 +146,28 @@ def _choose_page_size(self: ServerArgs) -> None:
     self.page_size = layout_for(self, device=self.device, page_tokens=self.page_size).page_tokens
 
 
+def _add_routes(_: None, self: ServerArgs) -> None:
+    """In the process of the HTTP server; an engine without one has no application."""
+    server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    if server is None or getattr(self, "kv_backend", "default") != "vtensor":
+        return
+    from sglang_vtensor.srt.http import add_routes
+
+    # The module knows its state only when it is told, behind this.
+    add_routes(server.app, _ServerState(server))
+
+
+class _ServerState:
+    """SGLang's tokenizer manager, as its HTTP server has it when a request comes."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    @property
+    def tokenizer_manager(self) -> Any:
+        return self._server._global_state.tokenizer_manager
+
+
 # The scheduler process.
 
 
@@ -173,6 +199,8 @@ def install(server_args: ServerArgs) -> None:
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE)
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
+    HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
     if server_args.device == "cpu":
         HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
     HookRegistry.apply_hooks()
@@ -274,6 +302,10 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     from sglang_vtensor.srt.allocation import PutOff
 
     running_batch = kwargs["running_batch"]
+    self.vtensor_elastic.tick()
+    self.vtensor_elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
+    if self.vtensor_elastic.sleeping and self.chunked_req is None:
+        return None, running_batch
     if running_batch.is_empty():
         running_batch.batch_is_full = False  # no request will end that would set it back
     chunked = self.chunked_req
@@ -356,6 +388,7 @@ def _forward_stream(scheduler: Any) -> Any:
 
 def _on_idle(self: Any) -> None:
     _runtime(self).poll()
+    self.vtensor_elastic.tick()
     _tell_metrics(self)
 
 
@@ -378,6 +411,23 @@ def _tell_metrics(scheduler: Any) -> None:
 def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
     result.internal_state["vtensor"] = _runtime(self).stats()
     return result
+
+
+def _init_scheduler(_: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    from sglang_vtensor.srt.elastic import Elastic
+    from sglang_vtensor.srt.options import Options
+
+    options = Options.of(self.server_args)
+    self.vtensor_elastic = Elastic(_runtime(self), self.tree_cache, options.vtensor_cache_idle_seconds)
+
+
+def _set_internal_state(original: Callable[..., Any], self: Any, asked: Any) -> Any:
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    ours = {key: value for key, value in asked.server_args.items() if key.startswith("vtensor_")}
+    if not ours:
+        return original(self, asked)
+    return SetInternalStateReqOutput(updated=len(ours) == len(asked.server_args) and self.vtensor_elastic.control(ours))
 
 
 def _runtime(scheduler: Any) -> Runtime:

@@ -1,9 +1,10 @@
-"""The command `sglang-vtensor`: demo, stats, check."""
+"""The command `sglang-vtensor`: demo, stats, top, limit, sleep, wake, check."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,64 @@ def stats(
         return
     for rank, values in enumerate(ranks):
         console.print(stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url))
+
+
+Url = Annotated[str, typer.Option(help="The server.")]
+Key = Annotated[str | None, typer.Option(help="The server's admin key, if it has one.", envvar="SGLANG_ADMIN_API_KEY")]
+
+
+@app.command()
+def limit(
+    size: Annotated[str, typer.Argument(help="Bytes such as 20GiB, or a share of the KV capacity such as 0.5.")],
+    url: Url = URL,
+    key: Key = None,
+) -> None:
+    """Change how much memory the KV cache of a running server may hold (of each data-parallel rank)."""
+    _tell(url, _ask(url, "limit", {"limit": size}, key))
+
+
+@app.command()
+def sleep(
+    url: Url = URL,
+    key: Key = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for running requests to end.", min=0)] = 60.0,
+) -> None:
+    """Give back everything but the weights. What runs comes to its end; what arrives waits until `wake`."""
+    ranks = _ask(url, "sleep", {}, key)
+    deadline = time.monotonic() + wait
+    while any("note" in rank or rank["cached_bytes"] for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        ranks = _ask(url, "sleep", {}, key)
+    _tell(url, ranks)
+
+
+@app.command()
+def wake(url: Url = URL, key: Key = None) -> None:
+    """Let a sleeping server serve again."""
+    _tell(url, _ask(url, "wake", {}, key))
+
+
+def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> list[dict[str, Any]]:
+    from sglang_vtensor.server_client import NotDone, ask
+
+    try:
+        return ask(url, what, body, key=key)
+    except NotDone as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _tell(url: str, ranks: list[dict[str, Any]]) -> None:
+    for rank, state in enumerate(ranks):
+        awake = "asleep" if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
+        where = f"{url}, rank {rank}" if len(ranks) > 1 else url
+        console.print(
+            f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
+            f"{mib(state['cached_bytes'])}, {state['requests']} requests",
+            soft_wrap=True,
+        )
+        if "note" in state:
+            console.print(f"  {state['note']}", soft_wrap=True)
 
 
 @app.command()

@@ -137,6 +137,8 @@ class KVMemory:
         self.pages = PagePool(vmm, layout.page_bytes, capacity_pages + 1)
         self.segments = SegmentPool(vmm, self.pages, num_segments, max_pages, min(max_parked, num_segments))
         self.reserve_pages = min(reserve_pages, capacity_pages)
+        #: Pages that may hold memory beside the padding page: the capacity, or less (`allow`).
+        self.allowance = capacity_pages
         self.idle_seconds = idle_seconds
         self.launched = 0
         self.pages_allocated = 0
@@ -169,20 +171,52 @@ class KVMemory:
     def available_pages(self) -> int:
         return self.pages.available()
 
+    def room(self, *, growing: bool = False) -> int:
+        """How many pages may be owned beyond those that are; below 0 where the allowance was lowered meanwhile."""
+        return self.pages.available() if growing else self.allowance - self.pages.owned
+
     @property
     def short(self) -> bool:
         """The driver refused when it was last asked: until it gives again, what is backed is all there is."""
         return self.pages.refusal is not None
 
     def missing_pages(self) -> int:
-        """How many of `available_pages` are not to be had now, because the driver refused."""
-        return max(0, self.pages.available() - self.pages.free_backed) if self.short else 0
+        """How many of `available_pages` are not to be had now: beyond the allowance, or refused by the driver."""
+        refused = self.pages.available() - self.pages.free_backed if self.short else 0
+        return max(self.pages.limit - self.allowance, refused, 0)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, or None where the limit or the device has no room for all of them."""
+    def allow(self, pages: int) -> int:
+        """From now on no more than `pages` pages are to hold memory, beside the padding page. Returns how many owned
+        ones are too many, for the caller to evict.
+
+        Free pages beyond that go back to the driver at once, kept ones with them; owned ones as they are freed. What
+        runs may grow beyond it (`allocate`), and nothing else.
+        """
+        with self._timed():
+            self.allowance = max(0, min(pages, self.pages.limit))
+        return self.excess()
+
+    def excess(self) -> int:
+        """How many owned pages are beyond the allowance now, for the caller to evict. Kept ones beyond it are kept no
+        longer: here and not by the worker, so that ranks with the same history forget the same ones."""
+        with self._timed():
+            self.pages.forget_tails(max(0, self.allowance - self.pages.owned))
+        if self._over():
+            self._wake.set()
+        return max(0, -self.room())
+
+    def _over(self) -> int:
+        """Backed pages beyond the allowance."""
+        return max(0, self.pages.backed - 1 - self.allowance)
+
+    def allocate(self, count: int, *, growing: bool = False) -> list[int] | None:
+        """`count` pages, or None where the limit or the device has no room for all of them. `growing` is for what runs
+        already: the allowance does not hold it up, so that it comes to its end."""
         if not count:
             return []
         with self._timed():
+            if count > self.room(growing=growing):
+                return None
             pages = self._allocate(count)
             while pages is None and self.pages.moving and count <= self.pages.available():
                 self._settled.wait()
@@ -367,7 +401,7 @@ class KVMemory:
         """Every batch up to `epoch` is done."""
         if epoch > self.segments.completed:
             self.segments.completed = epoch
-            if self.segments.pending():
+            if self.segments.pending() or self._over():
                 self._wake.set()
 
     # The worker.
@@ -426,7 +460,7 @@ class KVMemory:
                 self._settled.notify()
 
     def _page_to_back(self) -> int | None:
-        available, there = self.pages.available(), self.pages.ready
+        available, there = max(0, self.allowance - self.pages.owned), self.pages.ready
         wanted = min(self.reserve_pages, available)
         if self.short:  # one page more than there is tells whether the driver gives again
             there = self.pages.free_backed
@@ -450,6 +484,8 @@ class KVMemory:
         return handle is not None
 
     def _page_to_trim(self) -> int | None:
+        if self._over():
+            return self.pages.begin_trim(0, self.segments.completed)
         if time.monotonic() - self._used_at < self.idle_seconds:
             return None
         return self.pages.begin_trim(self.reserve_pages, self.segments.completed)
@@ -458,7 +494,8 @@ class KVMemory:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""
         with self._lock:
             self.segments.reclaim()
-            return self.pages.trim(self.reserve_pages, self.segments.completed)
+            keep = min(self.reserve_pages, max(0, self.allowance - self.pages.owned))
+            return self.pages.trim(keep, self.segments.completed)
 
     def _work(self) -> None:
         self.vmm.attach_thread()
@@ -499,7 +536,7 @@ class KVMemory:
                 page_bytes=self.layout.page_bytes,
                 waste=self.layout.waste,
                 pages_capacity=pages.num_pages - 1,
-                pages_limit=pages.limit,
+                pages_limit=self.allowance,
                 pages_backed=pages.backed,
                 pages_free=pages.free_backed,
                 pages_kept=pages.tails,

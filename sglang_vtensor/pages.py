@@ -182,9 +182,10 @@ class PagePool:
             self._free.append(tail.page)
             tail.page = None
 
-    def forget_tails(self) -> None:
-        for tail in list(self._tails.values()):
-            self.forget(tail)
+    def forget_tails(self, keep: int = 0) -> None:
+        """Forget the longest kept ones until `keep` are left."""
+        while len(self._tails) > keep:
+            self.forget(next(iter(self._tails.values())))
 
     # Physical memory. Each change is begin (take the page in hand), a call of the driver, and finish, so that the
     # driver can be called without the lock that the other two need.

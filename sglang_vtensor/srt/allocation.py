@@ -125,7 +125,11 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
 
     secured = partials.agreed() and _secure(
-        batch, records, seq_lens, map_segments if runtime.extend_reads_segments else None
+        batch,
+        records,
+        seq_lens,
+        map_segments if runtime.extend_reads_segments else None,
+        growing=len(fresh) < len(batch.reqs),
     )
     partials.settle(secured)
     if not secured:
@@ -204,7 +208,8 @@ def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -
         for req in reqs:
             runtime.map_request(req.req_pool_idx)
 
-    return _secure(batch, records, [n + 1 for n in seq_lens], map_segments if runtime.decode_reads_segments else None)
+    lengths = [n + 1 for n in seq_lens]
+    return _secure(batch, records, lengths, map_segments if runtime.decode_reads_segments else None, growing=True)
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestPages:
@@ -225,9 +230,11 @@ def _secure(
     records: list[RequestPages],
     lengths: list[int],
     map_segments: Callable[[], None] | None,
+    *,
+    growing: bool,
 ) -> bool:
     """Give each record the pages that its length (in tokens) takes, and map them. False if there is no memory: then
-    no record has more than before, here and on every other rank.
+    no record has more than before, here and on every other rank. What is `growing` runs, and a lowered limit lets it.
 
     If the pool, or the driver, is short of pages, the tree is evicted of as many first: what it held is backed.
     """
@@ -239,20 +246,24 @@ def _secure(
     total = sum(wanted)
     if not total and map_segments is None:
         return True
-    short = total - runtime.memory.available_pages()
+    short = total - runtime.memory.room(growing=growing)
     if short > 0:
         batch.tree_cache.evict(EvictParams(num_tokens=short * runtime.page_tokens))
-    if _attempt(runtime, records, wanted, map_segments):
+    if _attempt(runtime, records, wanted, map_segments, growing):
         return True
     batch.tree_cache.evict(EvictParams(num_tokens=total * runtime.page_tokens))
-    return _attempt(runtime, records, wanted, map_segments)
+    return _attempt(runtime, records, wanted, map_segments, growing)
 
 
 def _attempt(
-    runtime: Runtime, records: list[RequestPages], wanted: list[int], map_segments: Callable[[], None] | None
+    runtime: Runtime,
+    records: list[RequestPages],
+    wanted: list[int],
+    map_segments: Callable[[], None] | None,
+    growing: bool,
 ) -> bool:
     """Pages and mappings for all of the records, or for none."""
-    pages = runtime.memory.allocate(sum(wanted))
+    pages = runtime.memory.allocate(sum(wanted), growing=growing)
     if pages is None:
         return runtime.agree(False)
     handed = iter(pages)

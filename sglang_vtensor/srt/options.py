@@ -37,6 +37,7 @@ class Options:
     kv_backend: str = "default"
     vtensor_reserve: str = "0.02"
     vtensor_idle_seconds: float = 10.0
+    vtensor_cache_idle_seconds: float | None = None
     vtensor_headroom: str = "1GiB"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
@@ -53,6 +54,11 @@ class Options:
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         if self.vtensor_idle_seconds < 0:
             raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
+        if self.vtensor_cache_idle_seconds is not None and self.vtensor_cache_idle_seconds <= 0:
+            raise Refused(
+                f"--vtensor-cache-idle-seconds {self.vtensor_cache_idle_seconds}: give more than 0 seconds; to cache "
+                "nothing, --disable-radix-cache"
+            )
         if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
             raise Refused(f"--vtensor-max-parked {self.vtensor_max_parked}: give 0 or more segments")
 
@@ -90,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Options.vtensor_idle_seconds,
         help="Free pages beyond the reserve go back to the driver when no page was needed for this long.",
+    )
+    group.add_argument(
+        "--vtensor-cache-idle-seconds",
+        type=float,
+        default=Options.vtensor_cache_idle_seconds,
+        help="Cached prefixes that nobody read for this long are given up. Default: they stay until evicted.",
     )
     group.add_argument(
         "--vtensor-headroom",
@@ -156,6 +168,11 @@ def refuse_unsupported(args: ServerArgs) -> None:
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
             envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
             "the pool's size is settled before graphs are captured, its memory is not",
+        ),
+        (
+            "--vtensor-cache-idle-seconds with --tp-size above 1",
+            getattr(args, "vtensor_cache_idle_seconds", None) is not None and args.tp_size > 1,
+            "ranks have no clock in common, and their trees would differ",
         ),
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),

@@ -327,21 +327,40 @@ class VTensorRadixCache(RadixCache):
             heapq.heapify(self._order)
         pages: list[int] = []
         while len(pages) * self.page_size < params.num_tokens and (leaf := self._next_leaf()) is not None:
-            pages += leaf.pages
-            segment = self.parked_segment(leaf)
-            if segment is not None:
-                self.runtime.memory.drop(segment)
-            for _, tail in leaf.tails:
-                self.runtime.memory.forget(tail)
-            leaf.gone = True
-            firsts = leaf.parent.firsts
-            del firsts[bisect_left(firsts, self._first(leaf.key))]
-            self._delete_leaf(leaf)
-            self._record_remove_event(leaf)
+            pages += self._give_up(leaf)
         self.runtime.memory.free(pages)
         evicted = len(pages) * self.page_size
         self.update_eviction_metrics(evicted, start_time)
         return EvictResult(num_tokens_evicted=evicted)
+
+    def expire(self, before: float) -> int:
+        """Give up every leaf that nobody has read since `before` (`time.monotonic`), and what becomes a leaf by that.
+        Returns how many tokens."""
+        start_time = time.perf_counter()
+        pages: list[int] = []
+        while old := [leaf for leaf in self.evictable_leaves if leaf.last_access_time < before]:
+            for leaf in old:
+                pages += self._give_up(leaf)
+        self.runtime.memory.free(pages)
+        expired = len(pages) * self.page_size
+        if expired:
+            self.update_eviction_metrics(expired, start_time)
+        return expired
+
+    def _give_up(self, leaf: TreeNode) -> list[int]:
+        """Take an unlocked leaf from the tree. Returns its pages, for the caller to free."""
+        segment = self.parked_segment(leaf)
+        if segment is not None:
+            self.runtime.memory.drop(segment)
+        for _, tail in leaf.tails:
+            self.runtime.memory.forget(tail)
+        leaf.gone = True
+        firsts = leaf.parent.firsts
+        del firsts[bisect_left(firsts, self._first(leaf.key))]
+        self._delete_leaf(leaf)
+        self._record_remove_event(leaf)
+        pages: list[int] = leaf.pages
+        return pages
 
     def _rank(self, leaf: TreeNode) -> Any:
         return self.eviction_strategy.get_priority(leaf)
@@ -358,7 +377,7 @@ class VTensorRadixCache(RadixCache):
             rank, _, leaf = heapq.heappop(self._order)
             self._queued.discard(leaf.id)
             if leaf not in self.evictable_leaves:
-                continue
+                continue  # locked now, or expired
             if rank == self._rank(leaf):
                 return leaf
             self._update_leaf_status(leaf)
@@ -427,6 +446,10 @@ class VTensorChunkCache(ChunkCache):
     def give_back(self, req: Req, record: RequestPages) -> None:
         if record.segment is not None:
             self.runtime.memory.release(record.segment)
+
+    def expire(self, before: float) -> int:
+        """Nothing is cached, so nothing grows old."""
+        return 0
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)

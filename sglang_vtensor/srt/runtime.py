@@ -71,6 +71,7 @@ class Runtime:
         #: Made with the first batch, where the server is asked for metrics.
         self.metrics: Metrics | None = None
         self.tree_stats: Callable[[], dict[str, int]] = dict
+        self.elastic_stats: Callable[[], dict[str, int]] = dict
         self._group: torch.distributed.ProcessGroup | None = None
 
     @property
@@ -93,11 +94,13 @@ class Runtime:
         return bool(vote)
 
     def missing_tokens(self) -> int:
-        """Tokens that the pool's size promises and the driver refuses; admission is to count without them.
+        """Tokens that the pool's size promises and that are not to be had; admission is to count without them.
 
-        0 where there are several ranks: they hold different amounts, and find out together by `agree`.
+        Where there are several ranks, the limit's only: what drivers refuse differs, and they find out by `agree`.
         """
-        return self.memory.missing_pages() * self.page_tokens if self._group is None else 0
+        memory = self.memory
+        pages = memory.missing_pages() if self._group is None else memory.pages.limit - memory.allowance
+        return pages * self.page_tokens
 
     def map_request(self, slot: int, *, shared: int = 0, adopt: Segment | None = None) -> None:
         """Lease (adopt, extend, reconcile) the segment of a request that the next batch reads."""
@@ -169,6 +172,7 @@ class Runtime:
         tree = self.tree_stats()
         stats: dict[str, Any] = self.memory.stats().as_dict()
         stats.update(tree)
+        stats.update(self.elastic_stats())
         stats["requests"] = len(self.requests)
         stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]

@@ -26,6 +26,7 @@ def test_the_default_backend_is_sglangs_own(schedulers):
         "__init__",
         "_handle_model_specific_adjustments",
         "add_cli_args",
+        "check_server_args",
         "from_cli_args",
     ]
 

@@ -223,3 +223,32 @@ def test_statistics_are_plain_numbers():
     stats = make().stats().as_dict()
     assert all(isinstance(value, int | float) for value in stats.values()), stats
     assert stats["pages_capacity"] == 16
+
+
+def test_the_allowance_gives_back_what_is_free_and_lets_what_runs_grow():
+    memory = make(reserve_pages=4)
+    pages = memory.allocate(6)
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 11  # 6 owned, 4 in reserve, and the padding page
+    assert memory.allow(5) == 1
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 7
+    assert memory.allocate(1) is None
+    assert memory.missing_pages() == 11
+    assert memory.room() == -1
+    more = memory.allocate(2, growing=True)
+    assert len(more) == 2
+    memory.free(pages + more)
+    memory.complete(memory.launch())
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 6
+    assert memory.allow(0) == 0
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 1, "only the padding page"
+    assert memory.allow(16) == 0
+    assert len(memory.allocate(16)) == 16
+    memory.check_integrity()

@@ -1,0 +1,109 @@
+"""Routes of the HTTP server under `/vtensor`, guarded as SGLang's other administrative ones.
+
+    POST /vtensor/limit   {"limit": "20GiB"}    a size, or a share of the KV capacity: of each data-parallel rank
+    POST /vtensor/sleep                         gives back everything but the weights, when what runs has ended
+    POST /vtensor/wake
+
+Each answers with what every rank then holds (`vtensor_state`); 400 says what was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import SetInternalStateReq
+from sglang.srt.utils.auth import AuthLevel, auth_level
+from starlette.responses import JSONResponse
+
+from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
+from sglang_vtensor.srt.options import Refused, parse_share_or_bytes
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+
+def add_routes(app: FastAPI, state: Any) -> None:
+    """Add them to SGLang's application, once; `state` has its tokenizer manager when the first request comes."""
+    if any(getattr(route, "path", None) == "/vtensor/limit" for route in app.routes):
+        return
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def limit(request: Request) -> JSONResponse:
+        manager = state.tokenizer_manager
+        try:
+            ranks = await _ranks(manager)
+            nbytes = limit_bytes((await _body(request)).get("limit"), ranks)
+        except Refused as error:
+            return JSONResponse({"error": str(error)}, 400)
+        return await _ask(manager, {LIMIT: nbytes})
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def sleep() -> JSONResponse:
+        return await _ask(state.tokenizer_manager, {SLEEP: 1})
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def wake() -> JSONResponse:
+        return await _ask(state.tokenizer_manager, {WAKE: 1})
+
+    for function in (limit, sleep, wake):
+        app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"])
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body() or b"{}")
+    except ValueError as error:
+        raise Refused(f'the body is no JSON ({error}): give {{"limit": "20GiB"}}') from error
+    return body if isinstance(body, dict) else {}
+
+
+async def _ranks(manager: Any) -> list[dict[str, Any]]:
+    return [state["vtensor"] for state in await manager.get_internal_state()]
+
+
+async def _ask(manager: Any, asked: dict[str, int]) -> JSONResponse:
+    done = await manager.set_internal_state(SetInternalStateReq(server_args=asked))
+    if not all(done):
+        return JSONResponse({"error": "refused by the scheduler: its log says why"}, 400)
+    return JSONResponse({"ranks": [vtensor_state(rank) for rank in await _ranks(manager)]})
+
+
+def limit_bytes(given: Any, ranks: list[dict[str, Any]]) -> int:
+    """The limit in bytes, the same for every rank. Raises `Refused` for one that cannot be."""
+    if given is None or isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise Refused(f'limit {given!r}: give bytes such as "20GiB", or a share of the capacity such as 0.5')
+    if isinstance(given, float) and given >= 1 and given == int(given):
+        given = int(given)
+    size = parse_share_or_bytes(str(given), "limit")
+    pages = min(rank["pages_capacity"] for rank in ranks) + 1
+    page = ranks[0]["page_bytes"]
+    nbytes = int(size * pages) * page if isinstance(size, float) else size
+    if nbytes < 2 * page:
+        raise Refused(
+            f"limit {given!r} is {nbytes} bytes: at least {2 * page}, two pages, wanted; to give back everything, "
+            "use sleep"
+        )
+    if nbytes // page > pages:
+        raise Refused(
+            f"limit {given!r} is {nbytes} bytes, and the capacity is {pages * page}, which was settled at "
+            "start, by --mem-fraction-static or --max-total-tokens"
+        )
+    return nbytes
+
+
+def vtensor_state(rank: dict[str, Any]) -> dict[str, Any]:
+    """What an operator asks after a change: bytes, and a word where memory goes back only as requests end."""
+    page = rank["page_bytes"]
+    state = {
+        "limit_bytes": rank["limit_bytes"],
+        "sleeping": bool(rank["sleeping"]),
+        "backed_bytes": rank["backed_bytes"],
+        "live_bytes": rank["pages_live"] * page,
+        "cached_bytes": rank["pages_cached"] * page,
+        "requests": rank["requests"],
+    }
+    allowed = page if rank["sleeping"] else rank["limit_bytes"]
+    if state["live_bytes"] + page > allowed:
+        state["note"] = f"running requests hold {state['live_bytes']} bytes: memory goes back as they end"
+    return state

@@ -1,0 +1,237 @@
+"""More and less memory while serving: nothing is lost, every request is answered, and the memory does go back."""
+
+from __future__ import annotations
+
+import time
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.shortage import refuse_at_random
+from tests.harness import Abort, Do, Request
+
+PAGE = 16
+LIMITS = {"max_total_tokens": 1024, "max_running_requests": 8, "chunked_prefill_size": 64}
+PAGES = 64
+
+
+def control(scheduler, **asked):
+    """What `POST /set_internal_state` does, between two turns."""
+    import os
+
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"  # see tests/e2e/shortage.py
+    asked = {f"vtensor_{name}": value for name, value in asked.items()}
+    return scheduler.set_internal_state(SetInternalStateReq(server_args=asked)).updated
+
+
+def limit(pages):
+    """A step: the limit is so many pages, beside the padding page."""
+    return Do(_limit, (pages,))
+
+
+def _limit(scheduler, pages):
+    page = scheduler.token_to_kv_pool_allocator.runtime.memory.layout.page_bytes
+    assert control(scheduler, limit_bytes=(pages + 1) * page)
+
+
+def _sleep(scheduler):
+    assert control(scheduler, sleep=1)
+
+
+def _wake(scheduler):
+    assert control(scheduler, wake=1)
+
+
+SLEEP, WAKE = Do(_sleep), Do(_wake)
+
+
+def settle(scheduler):
+    """Let the worker give back what it can."""
+    memory = scheduler.token_to_kv_pool_allocator.runtime.memory
+    scheduler.on_idle()
+    memory.complete(memory.launch())  # the host computes in the call: no batch is in flight
+    deadline = time.monotonic() + 5
+    while memory._over() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    memory.check_integrity()
+
+
+@pytest.fixture
+def pair(schedulers):
+    reference, ours = schedulers(**LIMITS), schedulers(kv_backend="vtensor", page_size=PAGE, **LIMITS)
+    yield reference, ours
+    ours.run([[WAKE, limit(PAGES)]])
+
+
+def same(expected, got):
+    assert set(expected) == set(got)
+    for rid, theirs in expected.items():
+        assert got[rid].finish == "FINISH_LENGTH", (rid, got[rid])
+        assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+
+
+def test_a_lower_limit_gives_back_what_is_cached_at_once(pair):
+    reference, ours = pair
+    prompt = Prompts(1)
+    requests = [Request(f"r{n}", prompt(60), 20) for n in range(6)]
+    expected, got = reference.run([requests]), ours.run([requests])
+    assert ours.stats()["pages_cached"] > 20
+    ours.run([[limit(6)]])
+    ours.call(settle)
+    stats = ours.stats()
+    assert (stats["pages_limit"], stats["pages_backed"]) == (6, 7)
+    assert 0 < stats["pages_cached"] <= 6
+    again = [Request("again", requests[0].tokens, 12)]
+    same(expected | reference.run([again]), got | ours.run([again]))
+    ours.call(settle)
+    assert ours.stats()["pages_backed"] <= 7
+    ours.run([[limit(PAGES)]])
+    more = [Request(f"m{n}", prompt(60), 20) for n in range(6)]
+    same(reference.run([more]), ours.run([more]))
+    assert ours.stats()["pages_backed"] > 20, "a higher limit is there at once"
+    ours.check()
+
+
+def test_what_runs_comes_to_its_end_whatever_the_limit(pair):
+    """Eight requests, of which each will need 6 pages; then 5 pages are all there is to be."""
+    reference, ours = pair
+    prompt = Prompts(2)
+    requests = [Request(f"r{n}", prompt(30), 60) for n in range(8)]
+    late = [Request(f"late{n}", prompt(20), 20) for n in range(4)]
+    expected = reference.run([requests, *([[]] * 6), late])
+    got = ours.run([requests, *([[]] * 4), [limit(5)], [], late])
+    same(expected, got)
+    assert all(got[f"r{n}"].retractions == 0 for n in range(8)), "what ran was disturbed"
+    ours.call(settle)
+    assert ours.stats()["pages_backed"] <= 6, ours.stats()
+    ours.check()
+
+
+def test_a_request_that_the_limit_has_no_room_for_is_refused_with_the_reason(pair):
+    _, ours = pair
+    prompt = Prompts(3)
+    before = ours.call(collect_aborts)
+    assert not before
+    answers = ours.run([[limit(5)], [Request("long", prompt(200), 5), Request("short", prompt(30), 5)]])
+    assert answers["short"].finish == "FINISH_LENGTH"
+    assert answers["long"].tokens == []
+    (reason,) = ours.call(collect_aborts)
+    assert "needs 13 pages of KV cache, and the server is limited to 5" in reason["message"]
+    ours.check()
+
+
+def collect_aborts(scheduler):
+    """Reasons given since the last call."""
+    sender = scheduler.ipc_channels.send_to_tokenizer
+    told = getattr(sender, "told", [])
+    sender.told = []
+    if "send_output" not in sender.__dict__:
+        sender.send_output = lambda output, _=None: sender.told.append(getattr(output, "finished_reason", None))
+    return [reason for reason in told if reason]
+
+
+def test_sleep_lets_what_runs_end_and_what_arrives_wait(pair):
+    reference, ours = pair
+    prompt = Prompts(4)
+    first = [Request(f"r{n}", prompt(40), 20) for n in range(4)]
+    later = [Request(f"w{n}", prompt(40), 10) for n in range(4)]
+    expected = reference.run([first, *([[]] * 4), later])
+    seen = Do(asleep)
+    got = ours.run([first, *([[]] * 5), [SLEEP], *([[]] * 3), later, *([[]] * 60), [seen], [WAKE]])
+    same(expected, got)
+    assert all(got[f"r{n}"].retractions == 0 for n in range(4))
+    ours.check()
+
+
+def asleep(scheduler):
+    settle(scheduler)
+    stats = scheduler.token_to_kv_pool_allocator.runtime.stats()
+    assert stats["pages_backed"] == 1, "only the padding page"
+    assert (stats["requests"], stats["sleeping"]) == (0, 1)
+    assert len(scheduler.waiting_queue) == 4
+
+
+def test_cached_prefixes_grow_old(schedulers):
+    ours = schedulers(kv_backend="vtensor", page_size=PAGE, vtensor_cache_idle_seconds=0.4, **LIMITS)
+    prompt = Prompts(5)
+    stem = prompt(64)
+    ours.generate(*[Request(f"r{n}", stem + prompt(40), 8) for n in range(3)])
+    assert ours.stats()["tree_tokens"] > 100
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        ours.generate(Request("fresh", stem + prompt(3), 4))
+    stats = ours.stats()
+    assert 64 <= stats["tree_tokens"] < 100, "what was read is there, the rest is gone"
+    time.sleep(0.6)
+    ours.call(settle)
+    assert ours.stats()["tree_tokens"] == 0
+    ours.check()
+
+
+@pytest.mark.parametrize("asked", [{"limit_bytes": 0}, {"limit_bytes": -5}, {"limit_bytes": 1 << 50}, {"nonsense": 1}])
+def test_what_cannot_be_is_refused(pair, asked):
+    _, ours = pair
+    before = ours.stats()["pages_limit"]
+    assert not ours.call(_control, asked)
+    assert ours.stats()["pages_limit"] == before
+
+
+def _control(scheduler, asked):
+    return control(scheduler, **asked)
+
+
+step = st.one_of(
+    st.builds(limit, st.integers(1, PAGES)),
+    st.just(SLEEP),
+    st.just(WAKE),
+    st.just(Do(settle)),
+    st.builds(lambda seed: Do(refuse_at_random, (0.2, seed)), st.integers(0, 99)),
+    st.just(Do(refuse_at_random, (0.0, 0))),
+)
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 120), st.integers(1, 40), st.integers(0, 6)), min_size=2, max_size=8
+    ),
+    steps=st.lists(st.tuples(st.integers(0, 30), step), min_size=2, max_size=8),
+    aborted=st.integers(0, 12),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_history_of_limits_and_sleeps(pair, arrivals, steps, aborted, seed):
+    """Requests with shared starts arrive while the limit moves, the server sleeps and wakes, and the driver refuses."""
+    reference, ours = pair
+    prompt = Prompts(seed)
+    stems = [prompt(40), prompt(75), []]
+    turns = [[] for _ in range(32)]
+    requests = []
+    for n, (stem, more, new, turn) in enumerate(arrivals):
+        request = Request(f"r{n}", (stems[stem % 3] + prompt(more))[:140], new)
+        requests.append(request)
+        turns[turn * 3].append(request)
+    plain = [list(turn) for turn in turns]
+    for turn, what in steps:
+        turns[turn].append(what)
+    if aborted < len(requests):
+        turns[20].append(Abort(f"r{aborted}"))
+        plain[20].append(Abort(f"r{aborted}"))
+    end = [Do(refuse_at_random, (0.0, 0)), WAKE, limit(PAGES)]
+    expected = reference.run(plain)
+    got = ours.run([*turns, end])
+    assert set(got) == set(expected)
+    for rid, answer in got.items():
+        if rid == f"r{aborted}":
+            continue
+        if answer.finish == "FINISH_LENGTH":
+            assert_same(expected[rid], answer, tie=TIE["float32"], what=rid)
+        else:  # too long for the limit of the moment, and told so
+            assert answer.tokens == expected[rid].tokens[: len(answer.tokens)]
+            assert any(isinstance(what, Do) and what.function is _limit for _, what in steps)
+    ours.check()
+    assert ours.flush()
+    assert ours.stats()["pages_owned"] == 0
