@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+#: How many shared prefixes `sglang-vtensor top` is told of.
+_SHOWN_PREFIXES = 5
 #: SGLang leaves room for so many tokens more than a context's.
 _EXTRA_TOKENS = 4
 #: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
@@ -387,8 +389,8 @@ def _forward_stream(scheduler: Any) -> Any:
 
 
 def _on_idle(self: Any) -> None:
-    _runtime(self).poll()
     self.vtensor_elastic.tick()
+    _runtime(self).idle()
     _tell_metrics(self)
 
 
@@ -409,7 +411,14 @@ def _tell_metrics(scheduler: Any) -> None:
 
 
 def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
-    result.internal_state["vtensor"] = _runtime(self).stats()
+    runtime = _runtime(self)
+    free, total = runtime.memory.vmm.memory()
+    result.internal_state["vtensor"] = runtime.stats() | {
+        "device_bytes": total,
+        "device_free_bytes": free,
+        "weights_bytes": int(self.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
+        "shared_prefixes": self.tree_cache.shared_prefixes(_SHOWN_PREFIXES),
+    }
     return result
 
 

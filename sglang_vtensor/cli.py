@@ -91,6 +91,37 @@ def wake(url: Url = URL, key: Key = None) -> None:
     _tell(url, _ask(url, "wake", {}, key))
 
 
+@app.command()
+def top(
+    urls: Annotated[list[str] | None, typer.Argument(help=f"Servers. Default: {URL}.", show_default=False)] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: machine-readable.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+) -> None:
+    """A live view of one or several servers: memory by kind, pages and segments, reuse, and the largest prefixes."""
+    import contextlib
+
+    from sglang_vtensor import top as view
+
+    servers = urls or [URL]
+    if as_json and not once:
+        errors.print("error: --json prints once: give --once too", style="red")
+        raise typer.Exit(2)
+    if not once:
+        with contextlib.suppress(KeyboardInterrupt):
+            view.run(console, servers, every=every)
+        return
+    first = {url: view.sample(url) for url in servers}
+    time.sleep(min(every, 1.0))  # rates need two looks
+    samples = [view.sample(url) for url in servers]
+    if as_json:
+        print(json.dumps([view.summary(one, first[one.url]) for one in samples], indent=2))
+    else:
+        for one in samples:
+            console.print(view.view(one, first[one.url]))
+    raise typer.Exit(any(one.error for one in samples))
+
+
 def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> list[dict[str, Any]]:
     from sglang_vtensor.server_client import NotDone, ask
 

@@ -61,6 +61,7 @@ class Stats:
     pages_allocated: int
     pages_shared: int
     prefix_tokens_served: int
+    prompt_tokens: int
     partial_copies: int
     partial_tokens: int
     tails_continued: int
@@ -144,6 +145,7 @@ class KVMemory:
         self.pages_allocated = 0
         self.pages_shared = 0
         self.prefix_tokens_served = 0
+        self.prompt_tokens = 0
         self.tails_continued = 0
         self.partial_copies = 0
         self.partial_tokens = 0
@@ -553,6 +555,7 @@ class KVMemory:
                 pages_allocated=self.pages_allocated,
                 pages_shared=self.pages_shared,
                 prefix_tokens_served=self.prefix_tokens_served,
+                prompt_tokens=self.prompt_tokens,
                 partial_copies=self.partial_copies,
                 partial_tokens=self.partial_tokens,
                 tails_continued=self.tails_continued,

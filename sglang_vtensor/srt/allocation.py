@@ -137,9 +137,10 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
             batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
-    runtime.memory.prefix_tokens_served += sum(
-        prefix_len for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True) if req.kv is None
-    )
+    for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):
+        if req.kv is None:
+            runtime.memory.prefix_tokens_served += prefix_len
+            runtime.memory.prompt_tokens += len(req.origin_input_ids) + len(req.output_ids)
 
     out = [
         _slots(record.pages, start, stop, runtime.page_tokens)

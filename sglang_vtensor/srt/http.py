@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from starlette.requests import Request  # noqa: TC002: FastAPI reads the annotations
 from starlette.responses import JSONResponse
 
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.options import Refused, parse_share_or_bytes
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
 
 
 def add_routes(app: FastAPI, state: Any) -> None:

@@ -55,6 +55,7 @@ COUNTERS = {
     "vtensor_scheduling_seconds": ("scheduling_seconds", "What memory took of the scheduling thread, waits included."),
     "vtensor_worker_seconds": ("worker_seconds", "What the mapping worker was busy for."),
     "vtensor_prefix_tokens": ("prefix_tokens_served", "Prompt tokens that were not computed again."),
+    "vtensor_prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that began, computed or not."),
     "vtensor_partial_copies": ("partial_copies", "Starts of pages that were copied instead of computed."),
     "vtensor_partial_tokens": ("partial_tokens", "Tokens that were copied so."),
     "vtensor_tails_continued": ("tails_continued", "Unfinished pages that their next turn went on in."),

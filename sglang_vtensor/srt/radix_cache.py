@@ -391,6 +391,21 @@ class VTensorRadixCache(RadixCache):
             "tree_evictable_tokens": self.evictable_size(),
         }
 
+    def shared_prefixes(self, count: int) -> list[dict[str, int]]:
+        """The prefixes that branches share, by what that saves: `tokens` of each, how many `branches` go on from there,
+        and the bytes that these would take if each had its own (`saved_bytes`)."""
+        tokens_bytes = self.runtime.memory.layout.page_bytes // self.page_size
+        found = []
+        stack = [(self.root_node, 0)]
+        while stack:
+            node, tokens = stack.pop()
+            branches = len(node.children)
+            if branches > 1 and tokens:
+                saved = (branches - 1) * tokens * tokens_bytes
+                found.append({"tokens": tokens, "branches": branches, "saved_bytes": saved})
+            stack.extend((child, tokens + len(child.key)) for child in node.children.values() if child.children)
+        return heapq.nlargest(count, found, key=lambda prefix: prefix["saved_bytes"])
+
     def nodes(self) -> list[TreeNode]:
         """Every node but the root."""
         found: list[TreeNode] = []
@@ -450,6 +465,9 @@ class VTensorChunkCache(ChunkCache):
     def expire(self, before: float) -> int:
         """Nothing is cached, so nothing grows old."""
         return 0
+
+    def shared_prefixes(self, count: int) -> list[dict[str, int]]:
+        return []
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)

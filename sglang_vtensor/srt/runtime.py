@@ -161,6 +161,13 @@ class Runtime:
         while self._flying and self._flying[0][1].query():
             self.memory.complete(self._flying.popleft()[0])
 
+    def idle(self) -> None:
+        """Between two batches, with none to be made now. What was freed since the last one is read by nobody once all
+        are done, although no next one is launched that would say so."""
+        self.poll()
+        if not self._flying:
+            self.memory.complete(self.memory.launch())
+
     def clear(self) -> None:
         """Forget every request and free every page: the caches are flushed."""
         self.requests.clear()

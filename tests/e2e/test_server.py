@@ -117,6 +117,85 @@ def test_stats_on_the_command_line(server):
     assert nowhere.exit_code == 1
 
 
+def command(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_the_limit_on_the_command_line_and_over_http(server):
+    quiet(server)
+    stem = list(range(10, 210))
+    for n in range(4):
+        body = {"input_ids": [*stem, 300 + n, *range(20, 120)], "sampling_params": {"max_new_tokens": 4}}
+        requests.post(f"{server}/generate", json=body, timeout=60).raise_for_status()
+    (before,) = server_stats(server)
+    assert before["pages_cached"] * before["page_bytes"] > 4 * before["page_bytes"]
+    shown = command("limit", 4 * before["page_bytes"], "--url", server)
+    assert shown.exit_code == 0, shown.output
+    assert f"limit {4 * before['page_bytes'] / (1 << 20):,.1f} MiB" in shown.output
+    deadline = time.monotonic() + 10
+    while server_stats(server)[0]["pages_backed"] > 4:
+        assert time.monotonic() < deadline, "the memory did not go back"
+        time.sleep(0.05)
+    long = {"input_ids": list(range(10, 400)), "sampling_params": {"max_new_tokens": 4}}
+    refused = requests.post(f"{server}/generate", json=long, timeout=60)
+    assert refused.status_code == 503
+    assert "the server is limited to 3 (" in refused.text
+    assert command("limit", "1.0e0", "--url", server).exit_code == 1
+    for bad, why in [
+        ("5 parsecs", "give a share below 1"),
+        ("-1", "give a share below 1"),
+        ("0", "two pages, wanted"),
+        ("1TiB", "settled at start"),
+        (None, "give bytes such as"),
+        ([3], "give bytes such as"),
+    ]:
+        answer = requests.post(f"{server}/vtensor/limit", json={"limit": bad}, timeout=60)
+        assert answer.status_code == 400, bad
+        assert why in answer.json()["error"], (bad, answer.text)
+    assert requests.post(f"{server}/vtensor/limit", data="{nonsense", timeout=60).status_code == 400
+    answer = requests.post(f"{server}/vtensor/limit", json={"limit": 0.999999}, timeout=60).json()
+    assert answer["ranks"][0]["limit_bytes"] >= before["pages_capacity"] * before["page_bytes"]
+    assert requests.post(f"{server}/generate", json=long, timeout=60).status_code == 200
+
+
+def test_sleep_and_wake_on_the_command_line(server):
+    quiet(server)
+    body = {"input_ids": list(range(10, 100)), "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+    expected = requests.post(f"{server}/generate", json=body, timeout=60).json()["output_ids"]
+    shown = command("sleep", "--url", server)
+    assert shown.exit_code == 0, shown.output
+    assert "asleep" in shown.output
+    deadline = time.monotonic() + 10
+    while server_stats(server)[0]["pages_backed"] > 1:
+        assert time.monotonic() < deadline, "the memory did not go back"
+        time.sleep(0.05)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(requests.post, f"{server}/generate", json=body, timeout=60)
+        time.sleep(1)
+        assert not waiting.done(), "what arrives waits"
+        assert command("wake", "--url", server).exit_code == 0
+        assert waiting.result().json()["output_ids"] == expected
+    nowhere = command("wake", "--url", f"http://127.0.0.1:{demo.free_port()}")
+    assert nowhere.exit_code == 1
+    assert "Is an SGLang server running there?" in nowhere.stderr
+
+
+def test_top(server):
+    quiet(server)
+    nowhere = f"http://127.0.0.1:{demo.free_port()}"
+    told = json.loads(command("top", server, "--once", "--json", "--every", 0.2).output)
+    (rank,) = told[0]["ranks"]
+    (stats,) = server_stats(server)
+    assert rank["memory_bytes"]["cached"] == (stats["pages_cached"] + stats["pages_kept"]) * stats["page_bytes"]
+    assert sum(rank["memory_bytes"][kind] for kind in ("live", "cached", "reserve")) == stats["backed_bytes"]
+    assert 0 < rank["prefix_hit_rate"] < 1
+    shown = command("top", server, nowhere, "--once", "--every", 0.2)
+    assert shown.exit_code == 1, "one of them does not answer"
+    assert "cached" in shown.output
+    assert "no answer" in shown.output
+    assert command("top", server, "--json").exit_code == 2
+
+
 def test_flush_gives_the_cache_up(server):
     assert requests.post(f"{server}/flush_cache", timeout=60).status_code == 200
     stats = server_stats(server)[0]

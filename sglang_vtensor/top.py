@@ -1,0 +1,148 @@
+"""`sglang-vtensor top`: what the servers of a machine hold, live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sglang_vtensor.server_client import NoStatistics, server_stats
+
+#: Kinds of memory, as they are stacked in the bar.
+KINDS = {"weights": "blue", "live": "green", "cached": "yellow", "reserve": "magenta", "free": "bright_black"}
+BAR = 60
+
+
+@dataclass
+class Sample:
+    """A server at a moment: the statistics of its ranks, or why there are none."""
+
+    url: str
+    at: float
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+
+def sample(url: str) -> Sample:
+    try:
+        return Sample(url, time.monotonic(), server_stats(url))
+    except NoStatistics as error:
+        return Sample(url, time.monotonic(), error=str(error))
+
+
+def memory(rank: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a rank's device by kind. `reserve` is backed and nobody's; what others hold is in none of them."""
+    page = rank["page_bytes"]
+    return {
+        "weights": rank["weights_bytes"],
+        "live": rank["pages_live"] * page,
+        "cached": (rank["pages_cached"] + rank["pages_kept"]) * page,
+        "reserve": rank["backed_bytes"] - (rank["pages_owned"] + rank["pages_kept"]) * page,
+        "free": rank["device_free_bytes"],
+    }
+
+
+def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
+    """What `--json` prints of a server, numbers only; rates are over the time since `before`."""
+    if now.error:
+        return {"url": now.url, "error": now.error}
+    ranks = []
+    for n, rank in enumerate(now.ranks):
+        prompt = rank["prompt_tokens"]
+        maps = 0.0
+        if before is not None and n < len(before.ranks) and now.at > before.at:
+            maps = (rank["maps"] - before.ranks[n]["maps"]) / (now.at - before.at)
+        ranks.append(
+            {
+                "memory_bytes": memory(rank),
+                "device_bytes": rank["device_bytes"],
+                "limit_bytes": rank["limit_bytes"],
+                "sleeping": bool(rank["sleeping"]),
+                "requests": rank["requests"],
+                "pages": {kind: rank[f"pages_{kind}"] for kind in ("live", "cached", "kept", "free", "capacity")},
+                "segments": {kind: rank[f"segments_{kind}"] for kind in ("leased", "parked", "idle")},
+                "prefix_hit_rate": rank["prefix_tokens_served"] / prompt if prompt else 0.0,
+                "maps_per_second": max(0.0, maps),
+                "shared_prefixes": rank["shared_prefixes"],
+            }
+        )
+    return {"url": now.url, "ranks": ranks}
+
+
+def view(now: Sample, before: Sample | None = None) -> Panel:
+    """A server's panel."""
+    told = summary(now, before)
+    if "error" in told:
+        return Panel(Text(told["error"], style="red"), title=now.url, title_align="left")
+    parts: list[Any] = []
+    for n, rank in enumerate(told["ranks"]):
+        if n:
+            parts.append(Text(f"rank {n}", style="bold"))
+        parts += [_bar(rank), _numbers(rank)]
+        if rank["shared_prefixes"]:
+            parts.append(_prefixes(rank["shared_prefixes"]))
+    state = " (asleep)" if any(rank["sleeping"] for rank in told["ranks"]) else ""
+    return Panel(Group(*parts), title=now.url + state, title_align="left")
+
+
+def _bar(rank: dict[str, Any]) -> Text:
+    """The device's memory, to scale; the gap is what others hold."""
+    total = max(rank["device_bytes"], 1)
+    text = Text()
+    used = 0
+    for kind, style in KINDS.items():
+        if kind == "free":
+            free = min(BAR - used, round(BAR * rank["memory_bytes"]["free"] / total))
+            text.append("·" * (BAR - used - free), style="red")
+            text.append("░" * free, style=style)
+        else:
+            width = min(BAR - used, round(BAR * rank["memory_bytes"][kind] / total))
+            text.append("█" * width, style=style)
+            used += width
+    for kind, style in KINDS.items():
+        text.append(f"  {kind} ", style=style)
+        text.append(_size(rank["memory_bytes"][kind]))
+    return text
+
+
+def _numbers(rank: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    pages, segments = rank["pages"], rank["segments"]
+    table.add_row(
+        f"pages {pages['live']:,} live, {pages['cached']:,} cached, {pages['free']:,} free of {pages['capacity']:,}",
+        f"segments {segments['leased']:,} leased, {segments['parked']:,} parked",
+        f"requests {rank['requests']:,}",
+        f"limit {_size(rank['limit_bytes'])}",
+        f"prefix hits {rank['prefix_hit_rate']:.1%}",
+        f"maps/s {rank['maps_per_second']:,.0f}",
+    )
+    return table
+
+
+def _prefixes(prefixes: list[dict[str, int]]) -> Table:
+    table = Table("shared prefix, tokens", "branches", "saved", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for prefix in prefixes:
+        table.add_row(f"{prefix['tokens']:,}", f"{prefix['branches']:,}", _size(prefix["saved_bytes"]))
+    return table
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / (1 << 30):,.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):,.1f} MiB"
+
+
+def run(console: Console, urls: Sequence[str], *, every: float) -> None:
+    """Until interrupted."""
+    before: dict[str, Sample] = {}
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            samples = [sample(url) for url in urls]
+            live.update(Group(*(view(one, before.get(one.url)) for one in samples)), refresh=True)
+            before = {one.url: one for one in samples}
+            time.sleep(every)
