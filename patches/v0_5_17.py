@@ -304,7 +304,7 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     from sglang_vtensor.srt.allocation import PutOff
 
     running_batch = kwargs["running_batch"]
-    self.vtensor_elastic.tick()
+    self.vtensor_elastic.tick(self.waiting_queue)
     self.vtensor_elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
     if self.vtensor_elastic.sleeping and self.chunked_req is None:
         return None, running_batch
@@ -389,7 +389,7 @@ def _forward_stream(scheduler: Any) -> Any:
 
 
 def _on_idle(self: Any) -> None:
-    self.vtensor_elastic.tick()
+    self.vtensor_elastic.tick(self.waiting_queue)
     _runtime(self).idle()
     _tell_metrics(self)
 
@@ -427,7 +427,13 @@ def _init_scheduler(_: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     from sglang_vtensor.srt.options import Options
 
     options = Options.of(self.server_args)
-    self.vtensor_elastic = Elastic(_runtime(self), self.tree_cache, options.vtensor_cache_idle_seconds)
+    runtime = _runtime(self)
+    self.vtensor_elastic = Elastic(
+        runtime,
+        self.tree_cache,
+        cache_idle_seconds=options.vtensor_cache_idle_seconds,
+        minimum_bytes=options.minimum_bytes(runtime.memory.pages.limit * runtime.memory.layout.page_bytes),
+    )
 
 
 def _set_internal_state(original: Callable[..., Any], self: Any, asked: Any) -> Any:

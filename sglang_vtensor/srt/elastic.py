@@ -1,4 +1,4 @@
-"""How much memory a server may hold, changed while it serves: a limit, sleep, and cached prefixes that grow old.
+"""How much memory a server may hold, changed while it serves: a limit, sleep, neighbours, and prefixes that grow old.
 
 SGLang's sums stay as they are: the pool keeps its size, and what is not to be had is counted as spent when requests are
 admitted (`Runtime.missing_tokens`). Requests that run come to their end whatever the limit; what is cached is evicted.
@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from sglang_vtensor.manager import RETRY_SECONDS as MANAGER_RETRY_SECONDS
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -27,22 +32,46 @@ logger = logging.getLogger(__name__)
 LIMIT, SLEEP, WAKE = "vtensor_limit_bytes", "vtensor_sleep", "vtensor_wake"
 #: Prefixes that grow old are looked for so often.
 EXPIRE_EVERY_SECONDS = 1.0
+#: Neighbours are looked at so often, and what they wanted is left to them for so long after they want nothing more.
+LOOK_EVERY_SECONDS, CALM_SECONDS = 0.05, 1.0
+#: Beside neighbours the driver is asked again sooner.
+RETRY_SECONDS = 0.1
+#: So many waiting requests are what a server wants memory for.
+WANTED_REQUESTS = 16
 
 
 class Elastic:
     """A scheduler's allowance. Everything here runs on the scheduling thread, between two batches.
 
     `cache_idle_seconds`: cached prefixes that nobody read for so long are given up; None: they stay until evicted.
+    `minimum_bytes`: what is kept, cached or idle, whatever the neighbours want.
     """
 
-    def __init__(self, runtime: Runtime, tree: Any, cache_idle_seconds: float | None) -> None:
+    def __init__(self, runtime: Runtime, tree: Any, *, cache_idle_seconds: float | None, minimum_bytes: int) -> None:
         self.runtime = runtime
         self.tree = tree
         self.cache_idle_seconds = cache_idle_seconds
+        self.minimum_bytes = minimum_bytes
         self.limit = runtime.memory.pages.limit
         self.sleeping = False
-        self._expire_at = 0.0
+        #: Pages that the neighbours leave this server, while they want something.
+        self.pressure: int | None = None
+        self.neighbours = self._neighbours()
+        self._emptied = False
+        self._expire_at = self._look_at = self._calm_at = 0.0
         runtime.elastic_stats = self.stats
+
+    def _neighbours(self) -> Neighbours | None:
+        memory = self.runtime.memory
+        if self.runtime.several_ranks:
+            logger.info("memory is not shared with other servers of a GPU: ranks would need to give it up alike")
+            return None
+        try:
+            neighbours = Neighbours(memory.vmm.identity)
+        except NoNeighbours as error:
+            logger.warning("memory is not shared with other servers of this device: %s", error)
+            return None
+        return neighbours
 
     # What is asked of it.
 
@@ -77,35 +106,83 @@ class Elastic:
     def apply(self) -> None:
         """Set the memory's allowance, and evict what is beyond it."""
         memory = self.runtime.memory
-        allowance = 0 if self.sleeping else self.limit
+        allowance = 0 if self.sleeping else self.limit if self.pressure is None else min(self.limit, self.pressure)
         if allowance != memory.allowance:
             memory.allow(allowance)
         self._evict_excess()
 
-    def _limited(self) -> bool:
-        return self.runtime.memory.allowance < self.runtime.memory.pages.limit
-
     def _evict_excess(self) -> None:
-        excess = self.runtime.memory.excess() if self._limited() else 0
+        memory = self.runtime.memory
+        excess = memory.excess() if memory.allowance < memory.pages.limit else 0
         if excess and self.tree.evictable_size():
             self.tree.evict(EvictParams(num_tokens=excess * self.runtime.page_tokens))
 
     # Between two batches.
 
-    def tick(self) -> None:
-        """What a request left in the tree as it ended may be beyond the limit; and what is cached grows old."""
-        self._evict_excess()
-        if self.cache_idle_seconds is None:
-            return
+    def tick(self, waiting: Sequence[Req]) -> None:
+        """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
+        want something, or nothing more."""
         now = time.monotonic()
-        if now >= self._expire_at:
+        if self.neighbours is not None and now >= self._look_at:
+            self._look_at = now + LOOK_EVERY_SECONDS
+            self._look_around(waiting, now)
+        self._evict_excess()
+        if self.cache_idle_seconds is not None and now >= self._expire_at:
             self._expire_at = now + min(EXPIRE_EVERY_SECONDS, self.cache_idle_seconds / 2)
             self.tree.expire(now - self.cache_idle_seconds)
+        if not self.sleeping:
+            self._emptied = False
+        elif not self._emptied and not self.runtime.requests:
+            self._emptied = True
+            if self.runtime.memory.vmm.device.type == "cuda":
+                torch.cuda.empty_cache()  # activations of the largest batch there was
+
+    def _look_around(self, waiting: Sequence[Req], now: float) -> None:
+        """Tell the neighbours, hear them, and hold what they leave."""
+        assert self.neighbours is not None
+        memory = self.runtime.memory
+        others = self.neighbours.others()
+        mine = self.record(waiting)
+        self.neighbours.tell(mine)
+        memory.retry_seconds = RETRY_SECONDS if others else MANAGER_RETRY_SECONDS
+        free = 0
+        if any(other.wanted for other in others):
+            free = max(0, memory.vmm.memory()[0] - memory.vmm.headroom_bytes)
+        holds = allowed(mine, others, free)
+        if holds is not None:
+            self._calm_at = now + CALM_SECONDS
+            pressure = max(0, self.pages_of(holds))
+        elif now < self._calm_at:
+            return
+        else:
+            pressure = None
+        if pressure != self.pressure:
+            self.pressure = pressure
+            self.apply()
+
+    def record(self, waiting: Sequence[Req]) -> Record:
+        """What the neighbours are told."""
+        memory = self.runtime.memory
+        page, pages = memory.layout.page_bytes, memory.pages
+        evictable = self.tree.evictable_size() // self.runtime.page_tokens
+        wanted = 0
+        if memory.short or self.pressure is not None:
+            # What the requests at the head of the queue will take, beyond what there is for them.
+            there = min(pages.free_backed if memory.short else pages.limit, max(0, memory.room()))
+            wanted = max(0, sum(self._wants(req) for req in waiting[:WANTED_REQUESTS]) - there - evictable)
+            wanted = min(wanted, max(0, self.limit - pages.owned))
+        return Record(
+            backed=pages.backed * page,
+            idle=pages.ready * page,
+            cached=(evictable + pages.tails) * page,
+            minimum=self.minimum_bytes,
+            wanted=0 if self.sleeping else wanted * page,
+        )
 
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
         memory = self.runtime.memory
-        if self.sleeping or not self._limited():
+        if self.sleeping or self.limit == memory.pages.limit:
             return
         for req in [req for req in waiting if self._wants(req) > self.limit]:
             waiting.remove(req)
@@ -123,4 +200,13 @@ class Elastic:
 
     def stats(self) -> dict[str, int]:
         page = self.runtime.memory.layout.page_bytes
-        return {"limit_bytes": (self.limit + 1) * page, "sleeping": int(self.sleeping)}
+        return {
+            "limit_bytes": (self.limit + 1) * page,
+            "sleeping": int(self.sleeping),
+            "neighbours": len(self.neighbours.others()) if self.neighbours else 0,
+            "left_by_neighbours_bytes": 0 if self.pressure is None else (self.pressure + 1) * page,
+        }
+
+    def close(self) -> None:
+        if self.neighbours is not None:
+            self.neighbours.close()

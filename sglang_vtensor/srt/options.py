@@ -39,6 +39,7 @@ class Options:
     vtensor_idle_seconds: float = 10.0
     vtensor_cache_idle_seconds: float | None = None
     vtensor_headroom: str = "1GiB"
+    vtensor_min: str = "0.05"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
 
@@ -52,6 +53,7 @@ class Options:
             )
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
+        parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
         if self.vtensor_idle_seconds < 0:
             raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
         if self.vtensor_cache_idle_seconds is not None and self.vtensor_cache_idle_seconds <= 0:
@@ -61,6 +63,11 @@ class Options:
             )
         if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
             raise Refused(f"--vtensor-max-parked {self.vtensor_max_parked}: give 0 or more segments")
+
+    def minimum_bytes(self, capacity: int) -> int:
+        """What the KV cache keeps of `capacity` bytes for itself."""
+        given = parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
+        return int(given * capacity) if isinstance(given, float) else given
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -109,6 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Options.vtensor_headroom,
         help="Device memory that the KV cache never takes, whatever its capacity: a share of the device's, or bytes. "
         "Activations live there when another process, or a large --mem-fraction-static, leaves little.",
+    )
+    group.add_argument(
+        "--vtensor-min",
+        metavar="SHARE|BYTES",
+        default=Options.vtensor_min,
+        help="What the KV cache keeps, idle or cached, when another vtensor server on this device runs short: a share "
+        "of the KV capacity, or bytes.",
     )
     group.add_argument(
         "--vtensor-max-parked",

@@ -85,6 +85,10 @@ class Runtime:
         self._group = group if group is not None and group.size() > 1 else None
         self.memory.pages.tails_when_refused = self._group is None
 
+    @property
+    def several_ranks(self) -> bool:
+        return self._group is not None
+
     def agree(self, done: bool) -> bool:
         """Whether every rank has done it. All of them must ask, at the same point of the same batch."""
         if self._group is None:

@@ -54,6 +54,7 @@ class CudaVirtualMemory(VirtualMemory):
         self.granularity = granularity_of(index)
         self._driver = driver = _driver()
         self.device = torch.device("cuda", index)
+        self.identity = f"cuda-{torch.cuda.get_device_properties(index).uuid}"
         with torch.cuda.device(self.device):
             torch.cuda.current_stream()  # makes the primary context, which every call below runs in
             torch.empty(1, device=self.device)

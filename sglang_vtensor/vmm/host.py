@@ -34,10 +34,13 @@ _FALLOC_PUNCH_HOLE = 0x2
 
 
 class HostVirtualMemory(VirtualMemory):
-    """Pages of host memory. `capacity_bytes` bounds the sum of all pages, as a device's size would."""
+    """Pages of host memory. `capacity_bytes` bounds the sum of all pages, as a device's size would. Processes with the
+    same `VTENSOR_HOST_DEVICE` in their environment are on one device, by name only: nothing bounds their sum."""
 
     def __init__(self, *, capacity_bytes: int | None = None) -> None:
         self.device = torch.device("cpu")
+        # Every process has host memory to itself, unless it is told that some share a device.
+        self.identity = os.environ.get("VTENSOR_HOST_DEVICE", f"host-{os.getpid()}")
         self.granularity = mmap.PAGESIZE
         self.capacity_bytes = capacity_bytes
         self.created_bytes = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,37 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
         return original(memory.vmm, nbytes)
 
     memory.vmm.create = create
+
+
+def share_device(scheduler: Any, pages: int) -> None:
+    """The device has room for this many pages of all servers that are neighbours, padding pages included."""
+    memory, neighbours = _memory(scheduler), scheduler.vtensor_elastic.neighbours
+    page = memory.layout.page_bytes
+    create, release = type(memory.vmm).create, type(memory.vmm).release
+    held = memory.pages.backed
+
+    def free() -> int:
+        return pages * page - held * page - sum(other.backed for other in neighbours.others())
+
+    def tell() -> None:
+        struct.pack_into("<q", neighbours._map, 16, held * page)
+
+    def created(nbytes: int) -> Any:
+        nonlocal held
+        if free() < nbytes:
+            raise OutOfMemory("create", f"the device has room for {pages} pages of all servers", "INJECTED")
+        held += 1
+        tell()
+        return create(memory.vmm, nbytes)
+
+    def released(handle: Any) -> None:
+        nonlocal held
+        release(memory.vmm, handle)
+        held -= 1
+        tell()
+
+    memory.vmm.create, memory.vmm.release = created, released
+    memory.vmm.memory = lambda: (max(0, free()), pages * page)
 
 
 def _memory(scheduler: Any) -> Any:

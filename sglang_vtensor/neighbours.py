@@ -1,0 +1,214 @@
+"""Servers that share a device: what each holds and lacks, and who gives how much to whom.
+
+Each server has one file in a folder of its user in shared memory, writes only its own, and reads those of the others.
+There is no lock between them: a server holds an exclusive `flock` on its file for as long as it lives, so a file on
+which somebody else gets one belongs to a dead server, however it died, and is removed.
+
+    /dev/shm/sglang-vtensor-<uid>/          mode 0700
+        <device>.<pid>.<number>             mode 0600: MAGIC, VERSION, and the fields of `Record`, int64 each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import mmap
+import os
+import re
+import stat
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 1
+#: The folder is listed so often; known files are read whenever asked.
+LIST_SECONDS = 1.0
+_numbers = itertools.count()
+
+
+class NoNeighbours(RuntimeError):
+    """The shared folder cannot be used. The message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a server tells of itself, in bytes of device memory.
+
+    `backed`: what its KV cache holds. `idle`: of that, what nobody uses. `cached`: of that, what it could evict.
+    `minimum`: below that it gives nothing. `wanted`: what the driver refused it, and it cannot go on without.
+    """
+
+    backed: int = 0
+    idle: int = 0
+    cached: int = 0
+    minimum: int = 0
+    wanted: int = 0
+
+
+_SIZE = 8 * (2 + len(fields(Record)))
+
+
+def default_folder() -> Path:
+    return Path("/dev/shm") / f"sglang-vtensor-{os.getuid()}"
+
+
+class Neighbours:
+    """This server's place among those on one device. `device` names it in all processes alike, such as its UUID.
+
+    Raises `NoNeighbours` if the folder is somebody else's, or cannot be made.
+    """
+
+    def __init__(self, device: str, folder: Path | None = None) -> None:
+        self.folder = folder or default_folder()
+        self._device = re.sub(r"[^A-Za-z0-9-]", "-", device)
+        self._others: dict[str, mmap.mmap] = {}
+        self._warned: set[str] = set()
+        self._listed_at = -LIST_SECONDS
+        _check_folder(self.folder)
+        self._name = f"{self._device}.{os.getpid()}.{next(_numbers)}"
+        self._file, self._map = self._create()
+
+    def _create(self) -> tuple[int, mmap.mmap]:
+        path = self.folder / self._name
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # of a dead process that had our number
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            # Locked before it has a size: a file without one is not looked at. One who looks holds it for a moment.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.ftruncate(file, _SIZE)
+        except OSError as error:
+            raise NoNeighbours(f"cannot make {path}: {error}") from error
+        shared = mmap.mmap(file, _SIZE)
+        shared[:] = struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(Record()))
+        return file, shared
+
+    def tell(self, record: Record) -> None:
+        """Let the others know."""
+        for index, value in enumerate(astuple(record), start=2):
+            struct.pack_into("<q", self._map, 8 * index, value)
+
+    def others(self) -> list[Record]:
+        """What the living others on this device tell."""
+        now = time.monotonic()
+        if now - self._listed_at >= LIST_SECONDS:
+            self._listed_at = now
+            self._list()
+        return [Record(*struct.unpack_from(f"<{len(fields(Record))}q", shared, 16)) for shared in self._others.values()]
+
+    def _list(self) -> None:
+        """Look who is there, and remove what the dead have left."""
+        found: dict[str, mmap.mmap] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.folder.iterdir():
+                if path.name != self._name and path.name.startswith(f"{self._device}."):
+                    shared = self._look(path)
+                    if shared is not None:
+                        found[path.name] = shared
+        for name in set(self._others) - set(found):
+            self._others[name].close()
+        self._others = found
+
+    def _look(self, path: Path) -> mmap.mmap | None:
+        """The memory of a living server's file; None for what is none."""
+        try:
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None  # it ended just now
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                # Nobody holds it: its server is dead, or is making it right now, which a size of zero tells.
+                if os.fstat(file).st_size or _age(file) > 60:
+                    with contextlib.suppress(FileNotFoundError):
+                        path.unlink()
+                return None
+            if path.name in self._others:
+                return self._others[path.name]
+            if os.fstat(file).st_size < _SIZE:
+                return None
+            shared = mmap.mmap(file, _SIZE)
+        finally:
+            os.close(file)
+        magic, version = struct.unpack_from("<2q", shared)
+        if (magic, version) != (MAGIC, VERSION):
+            shared.close()
+            if path.name not in self._warned:
+                self._warned.add(path.name)
+                logger.warning(
+                    "another server on this device tells of itself in version %d, this one in %d: they do not share "
+                    "memory with each other; run the same sglang-vtensor in both",
+                    version,
+                    VERSION,
+                )
+            return None
+        return shared
+
+    def close(self) -> None:
+        """Leave. What others have of it they lose at their next look."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / self._name).unlink()
+        for shared in self._others.values():
+            shared.close()
+        self._others = {}
+        self._map.close()
+        os.close(self._file)
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise NoNeighbours(f"cannot make {folder}: {error}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise NoNeighbours(
+            f"{folder} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: a folder of user "
+            f"{os.getuid()} with mode 700 wanted; remove it"
+        )
+
+
+def _age(file: int) -> float:
+    return time.time() - os.fstat(file).st_mtime
+
+
+def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
+    """How many bytes the server of `mine` may hold so that the others get what they want; None: whatever it likes.
+    `free` is what the device has left for all of them.
+
+    Who wants nothing gives what is idle first, each in proportion to what it has idle; then what is cached, likewise,
+    down to its minimum. Who wants something itself keeps an equal share of what all of them hold, and gives cached
+    memory beyond it.
+    """
+    wanted = sum(other.wanted for other in others) - free
+    if not any(other.wanted for other in others):
+        return None
+    if wanted <= 0:
+        return mine.backed
+    if mine.wanted:
+        fair = (mine.backed + sum(other.backed for other in others) + free) // (1 + len(others))
+        return max(fair, mine.minimum, mine.backed - mine.idle - mine.cached)
+    givers = [mine, *(other for other in others if not other.wanted)]
+    idle = [min(giver.idle, max(0, giver.backed - giver.minimum)) for giver in givers]
+    cached = [
+        min(giver.cached, max(0, giver.backed - spare - giver.minimum))
+        for giver, spare in zip(givers, idle, strict=True)
+    ]
+    give = _portion(min(wanted, sum(idle)), idle[0], sum(idle))
+    if wanted > sum(idle):
+        give += _portion(min(wanted - sum(idle), sum(cached)), cached[0], sum(cached))
+    return mine.backed - give
+
+
+def _portion(amount: int, mine: int, of_all: int) -> int:
+    """My part of an amount, in proportion, rounded up."""
+    return -(-amount * mine // of_all) if of_all else 0

@@ -1,0 +1,117 @@
+"""Two servers on one device: what one has cached, the other gets when it needs it; and none is lost with the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.shortage import share_device
+from tests.harness import Do, Request, Scheduler
+
+PAGE = 16
+LIMITS = {"max_total_tokens": 1024, "max_running_requests": 8, "chunked_prefill_size": 64, "dtype": "float32"}
+#: Each server was promised 64 pages; this is what there is for both.
+DEVICE = 70
+
+
+@pytest.fixture
+def two(models, tmp_path):
+    device = {"VTENSOR_HOST_DEVICE": f"test-{tmp_path.name}-{time.monotonic_ns()}"}
+    servers = [
+        Scheduler(models["gqa"], environment=device, kv_backend="vtensor", page_size=PAGE, **LIMITS) for _ in range(2)
+    ]
+    for server in servers:
+        server.call(share_device, DEVICE)
+    yield servers
+    for server in servers:
+        server.close()
+
+
+class Looping:
+    """A server that runs its event loop beside the test, with nothing to do; its time comes in naps."""
+
+    def __init__(self, server, seconds=30.0):
+        self._server = server
+        self._thread = threading.Thread(target=self._loop, args=(seconds,))
+
+    def _loop(self, seconds):
+        self._server.run([[Do(_nap)]] * int(seconds / 0.02))
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *_):
+        self._thread.join()
+
+
+def _nap(scheduler):
+    time.sleep(0.02)
+
+
+def ask(server, prompt, count, *, name="r"):
+    requests = [Request(f"{name}{n}", prompt(90), 20) for n in range(count)]
+    return requests, server.run([requests])
+
+
+def test_peaks_that_take_turns(two, schedulers):
+    """Each in turn needs more than is left, and gets it from what the other has cached; with the right answers."""
+    one, other = two
+    reference = schedulers(**LIMITS)
+    prompt = Prompts(1)
+    for turn, (busy, idle) in enumerate([(one, other), (other, one), (one, other)]):
+        requests = [Request(f"t{turn}r{n}", prompt(90), 20) for n in range(7)]
+        with Looping(idle, seconds=4.0):
+            got = busy.run([requests])
+        expected = reference.run([requests])
+        for rid, theirs in expected.items():
+            assert got[rid].finish == "FINISH_LENGTH"
+            assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+        held = [server.stats()["pages_backed"] for server in two]
+        assert sum(held) <= DEVICE
+        assert busy.stats()["pages_cached"] >= 36, held
+        busy.check()
+        idle.check()
+    assert all(server.stats()["neighbours"] == 1 for server in two)
+
+
+def test_one_that_is_killed_leaves_everything_to_the_other(two, schedulers):
+    one, other = two
+    prompt = Prompts(2)
+    ask(one, prompt, 7)
+    assert one.stats()["pages_backed"] > 40
+    one._process.kill()
+    one._process.join()
+    requests, got = ask(other, prompt, 7, name="after")
+    expected = schedulers(**LIMITS).run([requests])
+    for rid, theirs in expected.items():
+        assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+    other.check()
+    stats = other.stats()
+    assert stats["neighbours"] == 0
+    assert stats["pages_cached"] > 40
+
+
+def test_both_at_once_share_evenly(two, schedulers):
+    """Both want more than half: neither starves, and every request ends."""
+    prompt = Prompts(3)
+    work = [[Request(f"s{n}r{i}", prompt(90), 20) for i in range(12)] for n in range(2)]
+    got: dict = {}
+
+    def run(n):
+        got.update(two[n].run([work[n], *([[Do(_nap)]] * 50)]))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    reference = schedulers(**LIMITS)
+    for n in range(2):
+        for rid, theirs in reference.run([work[n]]).items():
+            assert got[rid].finish == "FINISH_LENGTH"
+            assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+        two[n].check()
+    assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE

@@ -1,0 +1,160 @@
+"""Servers on one device: who is there, who died, and who gives how much."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from sglang_vtensor import neighbours
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from sglang_vtensor.neighbours import Neighbours, Record
+there = Neighbours("gpu", Path(sys.argv[1]))
+there.tell(Record(backed=70, wanted=7))
+print("told", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "LIST_SECONDS", 0.0)
+    return tmp_path / "shared"
+
+
+def test_they_hear_each_other_and_nobody_else(folder):
+    one, two, elsewhere = (Neighbours(device, folder) for device in ("gpu", "gpu", "gpu-2"))
+    assert one.others() == [Record()]
+    two.tell(Record(backed=5, idle=4, cached=3, minimum=2, wanted=1))
+    assert one.others() == [Record(5, 4, 3, 2, 1)]
+    assert two.others() == [Record()]
+    assert elsewhere.others() == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    two.close()
+    assert one.others() == []
+    one.close()
+    elsewhere.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_killed_one_leaves_nothing(folder):
+    one = Neighbours("gpu", folder)
+    other = subprocess.Popen([sys.executable, "-c", OTHER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "told\n"
+        assert one.others() == [Record(backed=70, wanted=7)]
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        assert one.others() == []
+        assert len(list(folder.iterdir())) == 1, "its file is removed"
+    finally:
+        other.kill()
+        one.close()
+
+
+def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
+    one = Neighbours("gpu", folder)
+    stale = folder / "gpu.1.0"
+    stale.write_bytes(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 1, 1, 1, 1))
+    (folder / "gpu.link").symlink_to("/etc/passwd")
+    assert one.others() == []
+    assert not stale.exists()
+    newer = Neighbours("gpu", folder)
+    struct.pack_into("<q", newer._map, 8, neighbours.VERSION + 1)
+    assert one.others() == []
+    assert one.others() == []
+    assert [r.levelname for r in caplog.records] == ["WARNING"], "one warning"
+    assert "in version 2, this one in 1" in caplog.text
+    newer.close()
+    one.close()
+
+
+def test_one_that_is_being_made_is_left_alone(folder):
+    one = Neighbours("gpu", folder)
+    (folder / "gpu.1.0").touch()
+    assert one.others() == []
+    assert (folder / "gpu.1.0").exists()
+    old = time.time() - 100
+    os.utime(folder / "gpu.1.0", (old, old))
+    assert one.others() == []
+    assert not (folder / "gpu.1.0").exists(), "nobody takes a minute for that"
+    one.close()
+
+
+def test_a_folder_that_others_may_enter_is_refused(folder):
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    with pytest.raises(NoNeighbours, match=r"with mode 755: a folder of user \d+ with mode 700 wanted; remove it"):
+        Neighbours("gpu", folder)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(folder):
+    folder.write_text("a file")
+    with pytest.raises(NoNeighbours, match="cannot make"):
+        Neighbours("gpu", folder)
+
+
+def test_idle_memory_goes_first_and_in_proportion():
+    rich, poor, hungry = Record(100, idle=30, cached=60), Record(50, idle=10, cached=40), Record(20, wanted=20)
+    assert allowed(rich, [poor, hungry], 0) == 85
+    assert allowed(poor, [rich, hungry], 0) == 45
+    assert allowed(hungry, [rich, poor], 0) is None
+    assert allowed(hungry, [rich, Record(60, wanted=5)], 0) == 60, "an equal share, which is more than it has"
+    assert allowed(Record(100, idle=20, cached=30, wanted=1), [hungry], 0) == 60, "what is beyond is given"
+    assert allowed(rich, [poor], 0) is None
+    assert allowed(rich, [poor, hungry], 20) == 100, "the device has what is wanted"
+
+
+def test_what_is_cached_goes_down_to_the_minimum():
+    mine, hungry = Record(100, idle=10, cached=70, minimum=40), Record(20, wanted=1000)
+    assert allowed(mine, [hungry], 0) == 40
+    assert allowed(Record(100, idle=10, cached=30, minimum=40), [hungry], 0) == 60, "what is live stays"
+
+
+amounts = st.integers(0, 1000)
+
+
+@st.composite
+def records(draw):
+    live, idle, cached = draw(amounts), draw(amounts), draw(amounts)
+    return Record(
+        live + idle + cached, idle, cached, draw(st.integers(0, 500)), draw(st.sampled_from([0, 0, 5, 300, 5000]))
+    )
+
+
+@given(st.lists(records(), min_size=2, max_size=5), st.integers(0, 500))
+def test_enough_is_given_and_never_what_is_live(all_of_them, free):
+    given_up = possible = 0
+    for n, mine in enumerate(all_of_them):
+        others = all_of_them[:n] + all_of_them[n + 1 :]
+        holds = allowed(mine, others, free)
+        if not any(other.wanted for other in others):
+            assert holds is None
+            continue
+        live = mine.backed - mine.idle - mine.cached
+        assert holds >= live or mine.wanted, "what is live is not asked for"
+        assert holds >= live
+        assert holds >= min(mine.minimum, mine.backed)
+        if not mine.wanted:
+            assert holds <= mine.backed
+            given_up += mine.backed - holds
+            kept = max(live, min(mine.minimum, mine.backed))
+            possible += mine.backed - kept
+            missing = sum(other.wanted for other in others) - free
+            assert mine.backed - holds <= max(0, missing) or missing <= 0
+    wanted = sum(record.wanted for record in all_of_them) - free
+    if wanted > 0 and any(not record.wanted for record in all_of_them):
+        assert given_up >= min(wanted, possible)
