@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: After the driver refused, it is left alone for this long.
 RETRY_SECONDS = 1.0
+#: Whether the device is short for others is asked so often, by the worker.
+LOOK_SECONDS = 1.0
 #: That the driver refuses is said again only after this long: beside another process it may refuse many times a second.
 WARN_SECONDS = 60.0
 #: Addresses that all segments together may take; reserving 64 TiB was seen to succeed, a process has 128.
@@ -161,6 +163,8 @@ class KVMemory:
         self._used_at = time.monotonic()
         self._retry_at = 0.0
         self._warn_at = 0.0
+        self._look_at = 0.0
+        self._device_low = False
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -428,6 +432,7 @@ class KVMemory:
             page = self._page_to_back()
         if page is not None:
             return self._back(page)
+        self._look_at_device()
         with self._lock:
             page = self._page_to_trim()
         if page is not None:
@@ -462,6 +467,8 @@ class KVMemory:
                 self._settled.notify()
 
     def _page_to_back(self) -> int | None:
+        if self._device_low:
+            return None
         available, there = max(0, self.allowance - self.pages.owned), self.pages.ready
         wanted = min(self.reserve_pages, available)
         if self.short:  # one page more than there is tells whether the driver gives again
@@ -485,8 +492,15 @@ class KVMemory:
             self._settled.notify()
         return handle is not None
 
+    def _look_at_device(self) -> None:
+        """Once in a while, whether the device is short of memory for somebody else."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._device_low = self.vmm.low()
+
     def _page_to_trim(self) -> int | None:
-        if self._over():
+        if self._over() or self._device_low:
             return self.pages.begin_trim(0, self.segments.completed)
         if time.monotonic() - self._used_at < self.idle_seconds:
             return None

@@ -36,7 +36,7 @@ class Options:
 
     kv_backend: str = "default"
     vtensor_reserve: str = "0.02"
-    vtensor_idle_seconds: float = 10.0
+    vtensor_idle_seconds: float = 3.0
     vtensor_cache_idle_seconds: float | None = None
     vtensor_headroom: str = "1GiB"
     vtensor_min: str = "0.05"

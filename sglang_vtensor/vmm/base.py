@@ -85,6 +85,10 @@ class VirtualMemory(abc.ABC):
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
 
+    def low(self) -> bool:
+        """Whether less than the headroom is free: somebody else, who may not know of us, took it."""
+        return self.memory()[0] < self.headroom_bytes
+
     def attach_thread(self) -> None:  # noqa: B027
         """Make this thread able to call the driver. To be called once in each thread that does."""
 

@@ -117,6 +117,9 @@ class HostVirtualMemory(VirtualMemory):
             free, total = min(free, self.capacity_bytes - self.created_bytes), min(total, self.capacity_bytes)
         return free, total
 
+    def low(self) -> bool:
+        return self.capacity_bytes is not None and super().low()  # the host's own free memory says little
+
     def _mmap(self, address: int | None, nbytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
         got = _libc.mmap(address, nbytes, prot, flags, fd, offset)
         if got is None or got == _MAP_FAILED:

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from sglang_vtensor import manager
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.segments import SegmentState
@@ -252,3 +253,28 @@ def test_the_allowance_gives_back_what_is_free_and_lets_what_runs_grow():
     assert memory.allow(16) == 0
     assert len(memory.allocate(16)) == 16
     memory.check_integrity()
+
+
+def test_what_is_idle_goes_back_when_somebody_else_needs_the_device(monkeypatch):
+    monkeypatch.setattr(manager, "LOOK_SECONDS", 0.0)
+    memory = make(reserve_pages=4)
+    pages = memory.allocate(6)
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 11
+    memory.vmm.low = lambda: True
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 7, "the reserve goes back, what is owned stays"
+    memory.free(pages[:3])
+    memory.complete(memory.launch())
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 4
+    memory.vmm.low = lambda: False
+    while memory.housekeep():
+        pass
+    memory.housekeep()
+    while memory.housekeep():
+        pass
+    assert memory.stats().pages_backed == 8, "and comes back"
