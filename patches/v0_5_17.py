@@ -418,8 +418,23 @@ def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
         "device_free_bytes": free,
         "weights_bytes": int(self.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
         "shared_prefixes": self.tree_cache.shared_prefixes(_SHOWN_PREFIXES),
+        "live_tokens": _live_tokens(self),
+        "kept_tokens": self.tree_cache.kept_tokens(),
+        "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.layout.page_bytes,
+        "token_bytes": runtime.memory.layout.stride_bytes,
     }
     return result
+
+
+def _live_tokens(scheduler: Any) -> int:
+    """Tokens that requests hold and no node does."""
+    reqs = {}
+    for batch in (scheduler.running_batch, scheduler.last_batch):
+        reqs.update({req.rid: req for req in (batch.reqs if batch is not None else [])})
+    if scheduler.chunked_req is not None:
+        reqs[scheduler.chunked_req.rid] = scheduler.chunked_req
+    running = [req for req in reqs.values() if req.kv is not None and req.req_pool_idx is not None]
+    return sum(req.kv.kv_allocated_len - req.cache_protected_len for req in running)
 
 
 def _init_scheduler(_: Any, self: Any, *args: Any, **kwargs: Any) -> None:

@@ -406,6 +406,11 @@ class VTensorRadixCache(RadixCache):
             stack.extend((child, tokens + len(child.key)) for child in node.children.values() if child.children)
         return heapq.nlargest(count, found, key=lambda prefix: prefix["saved_bytes"])
 
+    def kept_tokens(self) -> int:
+        """Tokens in kept pages, which are not in the tree."""
+        nodes = [self.root_node, *self.nodes()]
+        return sum(len(key) for node in nodes for key, tail in node.tails if tail.page is not None)
+
     def nodes(self) -> list[TreeNode]:
         """Every node but the root."""
         found: list[TreeNode] = []
@@ -468,6 +473,9 @@ class VTensorChunkCache(ChunkCache):
 
     def shared_prefixes(self, count: int) -> list[dict[str, int]]:
         return []
+
+    def kept_tokens(self) -> int:
+        return 0
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)

@@ -1,0 +1,317 @@
+"""What a server holds of the GPU: idle, in a conversation, in a burst, after it, and beside another server.
+
+    python -m benchmarks.memory                     on a GPU, Llama-3-8B's geometry
+    python -m benchmarks.memory --quick             the host backend and a small model: does it run?
+
+Parts, each of which runs by itself and is merged into memory.json:
+
+    held       device memory over time, SGLang as it ships and ours; what ours holds over what its tokens take
+    returned   what a burst freed, 5 s after it; prefixes are given up after a second here, so that it frees anything
+    backed     throughput, and times to the first token after a trim, beside the same server with everything backed
+    two        two servers on one GPU, peaks taking turns; and the same pair of SGLang as it ships
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import requests
+import typer
+from rich.console import Console
+
+from benchmarks import results
+from benchmarks.prefix import Client, Workload, conversations, large_model, small_model
+from benchmarks.prefix import row as latencies
+from benchmarks.serving import CONTESTANTS, server
+
+console = Console(width=150)
+PARTS = ("held", "returned", "backed", "two")
+HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "fa3": ["--attention-backend", "torch_native"]}
+SAMPLE_SECONDS = 0.1
+#: After this long what a burst freed is to be back.
+RETURN_SECONDS = 5.0
+
+
+class Meter:
+    """Samples `read()` in a thread: `(seconds, value)` since it began, and by phase."""
+
+    def __init__(self, read: Callable[[], float | None]) -> None:
+        self.read = read
+        self.points: list[tuple[float, float]] = []
+        self.phases: list[tuple[float, str]] = []
+        self._start = time.perf_counter()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        value = self.read()
+        if value is not None:
+            self.points.append((round(time.perf_counter() - self._start, 2), value))
+
+    def phase(self, name: str) -> None:
+        self.phases.append((round(time.perf_counter() - self._start, 2), name))
+        self._sample()
+
+    def worst(self, name: str) -> float:
+        """The highest value in a phase."""
+        start = next(at for at, phase in self.phases if phase == name)
+        end = next((at for at, _ in self.phases if at > start), float("inf"))
+        return max(value for at, value in self.points if start <= at <= end)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def device_bytes() -> tuple[Callable[[], float], float]:
+    """How to read what is taken of this GPU, by all processes, and its size; on a machine without one, what the
+    servers have resident, and the machine's size."""
+    import torch
+
+    if not torch.cuda.is_available():
+        import psutil
+
+        def resident() -> float:
+            total = 0.0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_info().rss
+            return total
+
+        return resident, float(psutil.virtual_memory().total)
+    import pynvml
+
+    pynvml.nvmlInit()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+    return lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used), float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
+
+
+def over_live(url: str) -> Callable[[], float | None]:
+    """How to read what a server holds over what its tokens and its reserve take."""
+
+    def read() -> float | None:
+        with contextlib.suppress(requests.RequestException, KeyError):
+            rank = requests.get(f"{url}/server_info", timeout=10).json()["internal_states"][0]["vtensor"]
+            tokens = rank["tree_tokens"] + rank["live_tokens"] + rank["kept_tokens"]
+            # The padding page is always there.
+            needed = tokens * rank["token_bytes"] + rank["reserve_bytes"] + rank["page_bytes"]
+            if rank["requests"]:
+                return float(rank["backed_bytes"] / needed)
+        return None
+
+    return read
+
+
+class Bench:
+    """Starts servers and drives them. Rows are `(part, what, ...)`."""
+
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self.folder, self.quick = folder, quick
+        self.model, self.vocabulary = small_model(folder) if quick else large_model(folder)
+        self.run = {"commit": results.commit(), "run": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
+        self.rows: list[dict[str, Any]] = []
+        self.used, self.size = device_bytes()
+
+    @contextlib.contextmanager
+    def server(self, name: str, *arguments: str, log: str = "") -> Iterator[Client]:
+        table = HOST_CONTESTANTS if self.quick else CONTESTANTS
+        path = self.folder / f"{log or name}.log"
+        with server(name, self.model, path, arguments=[*table[name], *arguments], host=self.quick) as (url, seconds):
+            console.print(f"{log or name}: up in {seconds:.1f} s")
+            yield Client(url, self.vocabulary)
+
+    def note(self, part: str, what: str, **values: Any) -> None:
+        row = {"part": part, "what": what, "device_bytes": self.size} | self.run | values
+        self.rows.append(row)
+        console.print({key: value for key, value in row.items() if key not in ("points", *self.run)})
+
+    def burst(self, count: int) -> Workload:
+        """So many conversations of four turns under one system prompt."""
+        return conversations(count, 2, 100, 0, 24, 8) if self.quick else conversations(count, 4, 2048, 0, 512, 128)
+
+    def drive(self, client: Client, count: int, seed: int, *, flush: bool = False) -> dict[str, Any]:
+        """A burst, on a cache as it is, or an empty one: its latencies and throughput."""
+        if flush:
+            client.flush()
+        client.answers = []
+        start = time.perf_counter()
+        asyncio.run(self.burst(count)(client, random.Random(seed)))
+        return latencies(client.answers, time.perf_counter() - start)
+
+    @property
+    def many(self) -> int:
+        return 6 if self.quick else 64
+
+    # The parts.
+
+    def held(self) -> None:
+        for name in ("fa3", "vtensor"):
+            with self.server(name) as client, Meter(self.used) as meter:
+                self.drive(client, self.many, seed=0)  # what is compiled and captured on first use
+                client.flush()
+                time.sleep(RETURN_SECONDS + 1)
+                meter.phase("idle")
+                time.sleep(2)
+                meter.phase("one conversation")
+                self.drive(client, 1, seed=1)
+                meter.phase(f"{self.many} conversations")
+                with Meter(over_live(client.url)) as ratio:
+                    self.drive(client, self.many, seed=2)
+                meter.phase("after")
+                time.sleep(RETURN_SECONDS)
+                used = {phase: meter.worst(phase) for _, phase in meter.phases[:3]} | {"after": self.used()}
+                extra = {"over_live": max((value for _, value in ratio.points), default=0.0)}
+            points = [[at, round(value / (1 << 20))] for at, value in meter.points]
+            self.note("held", name, used=used, phases=meter.phases, points=points, **(extra if name != "fa3" else {}))
+
+    def returned(self) -> None:
+        options = ("--vtensor-cache-idle-seconds", "1", "--vtensor-idle-seconds", "1")
+        with self.server("vtensor", *options) as client:
+            self.drive(client, self.many, seed=0)
+            time.sleep(RETURN_SECONDS)
+            idle = client.stats()["backed_bytes"]
+            with Meter(lambda: float(client.stats()["backed_bytes"])) as meter:
+                meter.phase("burst")
+                self.drive(client, self.many, seed=1)
+            peak = meter.worst("burst")
+            start, back = time.perf_counter(), None
+            while time.perf_counter() - start < RETURN_SECONDS:
+                held = client.stats()["backed_bytes"]
+                if back is None and peak - held >= 0.95 * (peak - idle):
+                    back = time.perf_counter() - start
+                time.sleep(0.05)
+            share = (peak - held) / (peak - idle)
+            self.note("returned", "vtensor", idle=idle, peak=peak, left=held, share=share, seconds=back)
+
+    def backed(self, rounds: int = 3) -> None:
+        """Both servers alternate at the same time on one GPU would share it: one after the other, in turns."""
+        for start in range(2):
+            kinds = [("grown", ()), ("all backed", ("--vtensor-reserve", "0.999", "--vtensor-idle-seconds", "3600"))]
+            for name, options in kinds if start == 0 else kinds[::-1]:
+                share = () if name == "grown" or self.quick else ("--vtensor-headroom", "0")
+                with self.server("vtensor", *options, *share, log=name) as client:
+                    self._wait_until_steady(client)
+                    self.drive(client, self.many, seed=0)
+                    for number in range(rounds):
+                        measured = self.drive(client, self.many, seed=1 + number, flush=True)
+                        self.note("backed", name, temperature="warm", start=start, **measured)
+                    for number in range(rounds if name == "grown" else 0):
+                        client.flush()
+                        self._wait_until_steady(client)  # as after an hour without a request
+                        measured = self.drive(client, self.many, seed=10 + number)
+                        self.note("backed", name, temperature="trimmed", start=start, **measured)
+
+    def _wait_until_steady(self, client: Client) -> None:
+        """Until no page was created or given back for longer than free ones are kept."""
+        last, since = -1, time.perf_counter()
+        while time.perf_counter() - since < 5:
+            pages = client.stats()["pages_backed"]
+            if pages != last:
+                last, since = pages, time.perf_counter()
+            time.sleep(0.2)
+
+    def two(self) -> None:
+        with self.server("vtensor") as alone:
+            self.drive(alone, self.many, seed=0)
+            rate = [self.drive(alone, self.many, seed=n, flush=True)["tokens_per_second"] for n in (1, 2)]
+            self.note("two", "vtensor alone", tokens_per_second=statistics.median(rate))
+        with self.server("vtensor", log="first") as first, self.server("vtensor", log="second") as second:
+            for client in (first, second):
+                self.drive(client, self.many, seed=0)
+                client.flush()
+            for turn in range(4):
+                client = (first, second)[turn % 2]
+                measured = self.drive(client, self.many, seed=20 + turn)
+                held = [one.stats()["backed_bytes"] for one in (first, second)]
+                self.note("two", "vtensor beside another", turn=turn, backed_bytes=held, **measured)
+        with self.server("fa3", log="fa3 first"):
+            try:
+                with self.server("fa3", log="fa3 second"):
+                    said = "started"
+            except RuntimeError as error:
+                lines = [line for line in str(error).splitlines() if "memory" in line.lower()]
+                said = lines[-1].strip() if lines else "did not start"
+            self.note("two", "a second server of SGLang as it ships", said=said)
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the GPU's memory and ratios; of the parts that were measured."""
+    summary: dict[str, float] = {}
+    held = {row["what"]: row for row in rows if row["part"] == "held"}
+    if len(held) == 2:
+        for phase, name in (("idle", "freed_share_idle"), ("one conversation", "freed_share_one")):
+            freed = held["fa3"]["used"][phase] - held["vtensor"]["used"][phase]
+            summary[name] = freed / held["vtensor"]["device_bytes"]
+        summary["bytes_over_live_worst"] = held["vtensor"]["over_live"]
+    for row in rows:
+        if row["part"] == "returned":
+            summary["returned_share_5s"] = row["share"]
+
+    def middle(what: str, temperature: str, key: str) -> float | None:
+        values = [
+            row[key]
+            for row in rows
+            if row["part"] == "backed" and row["what"] == what and row["temperature"] == temperature
+        ]
+        return statistics.median(values) if values else None
+
+    grown, backed = (middle(what, "warm", "tokens_per_second") for what in ("grown", "all backed"))
+    if grown and backed:
+        summary["throughput_vs_backed"] = grown / backed
+    trimmed, warm = (middle("grown", temperature, "ttft_p99_ms") for temperature in ("trimmed", "warm"))
+    if trimmed and warm:
+        summary["ttft_after_trim_vs_warm"] = trimmed / warm
+    alone = [row["tokens_per_second"] for row in rows if row["what"] == "vtensor alone"]
+    beside = [row["tokens_per_second"] for row in rows if row["what"] == "vtensor beside another"]
+    if alone and beside:
+        summary["two_servers_vs_alone"] = statistics.median(beside) / alone[0]
+    return summary
+
+
+def main(
+    parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
+    quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
+    rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
+) -> None:
+    """Measure, print, and merge into memory.json."""
+    # Two servers on the host would each have the machine to itself.
+    chosen = parts.split(",") if parts else [part for part in PARTS if not (quick and part == "two")]
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), quick)
+        for part in chosen:
+            getattr(bench, part)()
+            if rows_file is not None:
+                rows_file.write_text(json.dumps(bench.rows, indent=1))
+    rows = bench.rows
+    if not quick:
+        kept = results.read("memory")
+        rows = [row for row in (kept["rows"] if kept else []) if row["part"] not in chosen] + rows
+        console.print(f"written to {results.write('memory', summarize(rows), rows)}")
+    console.print(summarize(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
