@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,57 @@ def draw() -> list[Path]:
         rows = [row for row in record["rows"] if row.get("sweep") == sweep] if record else []
         if rows:
             drawn.append(_sweep(sweep, rows))
+    record = results.read("prefix")
+    if record:
+        drawn.append(_suite(record["rows"]))
+    record = results.read("memory")
+    held = [row for row in record["rows"] if row["part"] == "held"] if record else []
+    if held:
+        drawn.append(_held(held))
     return drawn
+
+
+def _suite(rows: list[dict[str, Any]]) -> Path:
+    """Throughput of our server over each other one, workload by workload."""
+    figure, axes = _figure()
+    kinds = list(dict.fromkeys(row["workload"] for row in rows))
+    others = [name for name in dict.fromkeys(row["contestant"] for row in rows) if name != "vtensor"]
+
+    def middle(kind: str, name: str) -> float | None:
+        rates = [row["tokens_per_second"] for row in rows if (row["workload"], row["contestant"]) == (kind, name)]
+        return statistics.median(rates) if rates else None
+
+    for n, other in enumerate(others):
+        at, ratios = [], []
+        for x, kind in enumerate(kinds):
+            ours, theirs = middle(kind, "vtensor"), middle(kind, other)
+            if ours and theirs:
+                at.append(x + 0.8 * (n + 0.5) / len(others) - 0.4)
+                ratios.append(ours / theirs)
+        axes.bar(at, ratios, 0.8 / len(others), label=f"over {other}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_ylabel("throughput, vtensor / it")
+    return _save(figure, axes, "prefix")
+
+
+def _held(rows: list[dict[str, Any]]) -> Path:
+    """Memory of the device over time, from start to after a burst."""
+    figure, axes = _figure()
+    for row in rows:
+        name = "SGLang as it ships" if row["what"] != "vtensor" else "vtensor"
+        begin = row["phases"][0][0]
+        points = [(at - begin, mib / 1024) for at, mib in row["points"] if at >= begin]
+        colour = "tab:red" if name == "vtensor" else "tab:blue"
+        axes.plot(*zip(*points, strict=True), color=colour, label=name)
+        if name == "vtensor":
+            for at, phase in row["phases"]:
+                axes.axvline(at - begin, color="gray", linewidth=0.5)
+                axes.text(at - begin, axes.get_ylim()[1] * 0.02, f" {phase}", fontsize=6, rotation=90, va="bottom")
+    axes.axhline(rows[0]["device_bytes"] / (1 << 30), color="black", linewidth=0.8, linestyle="--", label="the GPU")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("GiB held")
+    return _save(figure, axes, "memory")
 
 
 def _sweep(sweep: str, rows: list[dict[str, Any]]) -> Path:

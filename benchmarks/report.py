@@ -144,7 +144,40 @@ def prefix() -> str:
             f"{middle(workload, server, 'ttft_p99_ms'):.0f} ms | {middle(workload, server, 'tpot_median_ms'):.1f} ms | "
             f"{middle(workload, server, 'cached_share'):.1%} | {ratio:.3f} |"
         )
-    return "\n".join([*lines, "", source(record)])
+    return "\n".join([*lines, "", source(record), "", "![Throughput by workload](docs/plots/prefix.svg)"])
+
+
+def memory() -> str:
+    """What servers hold of a GPU."""
+    record = results.read("memory")
+    if record is None:
+        return "Not measured yet."
+    lines = []
+    held = [row for row in record["rows"] if row["part"] == "held"]
+    if held:
+        phases = list(held[0]["used"])
+        lines += [f"| GiB of the GPU held | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+        for row in held:
+            name = "vtensor" if row["what"] == "vtensor" else "SGLang as it ships"
+            sizes = (row["used"][phase] / (1 << 30) for phase in phases)
+            lines.append(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+        lines.append("")
+    said = {
+        "freed_share_idle": "of the GPU is free that SGLang would hold, idle",
+        "freed_share_one": "in one conversation",
+        "bytes_over_live_worst": "times the bytes of live and cached tokens and the reserve are held, at worst",
+        "returned_share_5s": "of what a burst freed is back with the driver within 5 s",
+        "throughput_vs_backed": "times the throughput of the same server with everything backed at start",
+        "ttft_after_trim_vs_warm": "times the p99 time to the first token, in the first burst after a trim",
+        "two_servers_vs_alone": "times the throughput of a server alone, for each of two that peak in turns",
+    }
+    for key, text in said.items():
+        if key in record["summary"]:
+            value = record["summary"][key]
+            lines.append(f"- {f'{value:.1%}' if 'share' in key else f'{value:.3f}'} {text}")
+    lines += [f"- A second server of SGLang as it ships: {row['said']}" for row in record["rows"] if "said" in row]
+    end = ["", "![Memory over time](docs/plots/memory.svg)"] if held else []
+    return "\n".join([*lines, "", source(record), *end])
 
 
 def source(record: dict[str, Any]) -> str:
@@ -160,6 +193,7 @@ TABLES = {
     "prefix": prefix,
     "prefill": prefill,
     "decode": decode,
+    "memory": memory,
 }
 
 
