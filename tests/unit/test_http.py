@@ -1,0 +1,94 @@
+"""The routes under /vtensor: who may call them, and what they refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from sglang.srt.utils.auth import add_api_key_middleware
+from starlette.testclient import TestClient
+
+from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
+from sglang_vtensor.srt.http import add_routes
+
+PAGE = 1 << 20
+
+
+class Manager:
+    """A tokenizer manager of two data-parallel ranks, which notes what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.does = True
+
+    async def get_internal_state(self):
+        rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE, "sleeping": 0, "requests": 1}
+        rank |= {"backed_bytes": 8 * PAGE, "pages_live": 3, "pages_cached": 4}
+        return [{"vtensor": rank}, {"vtensor": rank | {"pages_live": 60}}]
+
+    async def set_internal_state(self, request):
+        self.asked.append(request.server_args)
+        return [self.does, True]
+
+
+@pytest.fixture
+def manager():
+    return Manager()
+
+
+def client(manager, **keys):
+    app = FastAPI()
+    add_routes(app, SimpleNamespace(tokenizer_manager=manager))
+    add_routes(app, SimpleNamespace(tokenizer_manager=manager))
+    assert sum(route.path == "/vtensor/limit" for route in app.routes) == 1
+    if keys:
+        add_api_key_middleware(app, **keys)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("keys", "given", "status"),
+    [
+        ({}, None, 200),
+        ({"api_key": "user", "admin_api_key": "admin"}, None, 401),
+        ({"api_key": "user", "admin_api_key": "admin"}, "user", 401),
+        ({"api_key": "user", "admin_api_key": "admin"}, "admin", 200),
+        ({"api_key": "user", "admin_api_key": None}, "user", 200),
+        ({"api_key": "user", "admin_api_key": None}, None, 401),
+    ],
+)
+def test_the_admin_key_guards_them(manager, keys, given, status):
+    headers = {"Authorization": f"Bearer {given}"} if given else {}
+    for route, body in (("limit", {"limit": "20MiB"}), ("sleep", {}), ("wake", {})):
+        assert client(manager, **keys).post(f"/vtensor/{route}", json=body, headers=headers).status_code == status
+    assert manager.asked == ([{LIMIT: 20 * PAGE}, {SLEEP: 1}, {WAKE: 1}] if status == 200 else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [("20MiB", 20 * PAGE), ("0.5", 50 * PAGE), (0.5, 50 * PAGE), (20 * PAGE, 20 * PAGE), (2.0 * PAGE, 2 * PAGE)],
+)
+def test_sizes_and_shares(manager, given, nbytes):
+    answer = client(manager).post("/vtensor/limit", json={"limit": given})
+    assert answer.status_code == 200, answer.text
+    assert manager.asked == [{LIMIT: nbytes}]
+    first, second = answer.json()["ranks"]
+    assert (first["live_bytes"], first["cached_bytes"]) == (3 * PAGE, 4 * PAGE)
+    assert "note" not in first
+    assert second["note"] == f"running requests hold {60 * PAGE} bytes: memory goes back as they end"
+
+
+@pytest.mark.parametrize("given", ["5 parsecs", "-1", -1, "0", 0, PAGE, "101MiB", "1TiB", None, True, [1], {}, "nan"])
+def test_what_is_no_limit_is_refused(manager, given):
+    answer = client(manager).post("/vtensor/limit", json={"limit": given})
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+    assert manager.asked == []
+
+
+def test_what_the_scheduler_refuses_is_told(manager):
+    manager.does = False
+    answer = client(manager).post("/vtensor/wake")
+    assert answer.status_code == 400
+    assert "its log says why" in answer.json()["error"]
