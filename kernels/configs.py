@@ -83,3 +83,12 @@ def decode(rows: int, head_dim: int, capability: int) -> Config:
     if capability == 0:
         return Config(block_m, 16, 4, 1)
     return Config(block_m, 32 if head_dim > 128 else 64, 4, 3, capability >= 90, 2)
+
+
+def shared_decode(head_dim: int, capability: int) -> Config:
+    """For decode over shared runs: tiles of many requests' heads."""
+    if capability == 0:
+        return Config(16, 16, 4, 1)
+    if head_dim > 128:
+        return Config(64, 32, 4, 2, capability >= 90)
+    return Config(64, 64, 4, 3, capability >= 90, 2)
