@@ -10,6 +10,7 @@ copy bandwidth, both measured in the same run.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -507,6 +508,100 @@ def decode(geometries: Geometries = ALL) -> None:
             "copy_gbytes": rate[1] / 1e9,
         }
         results.write("decode", summary, rows)
+    console.print(summary)
+
+
+#: Batches that share: requests, tokens of all, requests a group, tokens of a group, tokens of a request.
+SHARED = {
+    "shared_8k_x64": (64, 8192, 64, 0, 512),
+    "groups_16k_x256": (256, 0, 32, 16384, 256),
+    "two_level": (64, 2048, 8, 4096, 512),
+    "no_sharing": (64, 0, 1, 0, 4096),
+}
+
+
+def measure_shared(name: str, geometry: str, copy: float) -> Row:
+    """One of `SHARED`: a row. `copy` is the rate of a copy, in bytes a second."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    from sglang_vtensor.kernels.shared_decode import Shared, SharedDecoder, plan_shared
+
+    requests, of_all, group, of_group, own = SHARED[name]
+    q_heads, kv_heads, dim, layers = GEOMETRIES[geometry]
+    shared, groups = of_all + of_group, requests // group
+    context = shared + own
+    # What all share, what each group shares, and what each request has: one behind the other, each token once.
+    tokens = of_all + groups * of_group + requests * own
+    token = 2 * kv_heads * dim * 2
+    rotation = min(layers, max(2, -(-ROTATION_BYTES // (tokens * token))))
+    pool = torch.empty(tokens, rotation, 2, kv_heads, dim, device="cuda", dtype=torch.bfloat16).normal_()
+    q = torch.randn(requests, q_heads, dim, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((requests,), context, dtype=torch.int32, device="cuda")
+    each = torch.arange(requests, device="cuda")
+    private = each * own + of_all + groups * of_group
+    table = torch.empty(requests, context, dtype=torch.int64, device="cuda")
+    table[:, :of_all] = torch.arange(of_all, device="cuda")
+    table[:, of_all:shared] = (each // group * of_group + of_all)[:, None] + torch.arange(of_group, device="cuda")
+    table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
+    # A segment shows a whole context. Here only the first member of a run has a copy of it, as only its is read; the
+    # others begin so that what they have for themselves is where it is.
+    runs = [Shared(range(requests), 0, of_all)] if of_all else []
+    runs += [Shared(range(n, n + group), of_all, shared) for n in range(0, requests, group)] if of_group else []
+    begin = private - shared
+    leaders = list(dict.fromkeys(run.members[0] for run in runs))
+    for number, leader in enumerate(leaders):
+        begin[leader] = tokens + number * context
+    ours_pool = torch.cat([pool, *(pool[table[leader]] for leader in leaders)])
+    decoder = SharedDecoder(max_requests=256, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device="cuda")
+    decoder.plan(runs, [context] * requests)
+    division = {"group": decoder.group, "kv_heads": kv_heads, "config": decoder.config, "slots": decoder.slots}
+    host = []
+    for _ in range(5):
+        start = time.perf_counter()
+        plan_shared(runs, [context] * requests, **division)
+        host.append(time.perf_counter() - start)
+    scale = dim**-0.5
+    paged = [pool[:, layer, None].contiguous() for layer in range(rotation)]
+    rows_of_q = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
+    pages = table.to(torch.int32)
+
+    def fa3_call(layer: int) -> torch.Tensor:
+        return flash_attn_with_kvcache(
+            q=q,
+            k_cache=paged[layer][:, :, 0],
+            v_cache=paged[layer][:, :, 1],
+            page_table=pages,
+            cache_seqlens=lengths,
+            cu_seqlens_q=rows_of_q,
+            max_seqlen_q=1,
+            softmax_scale=scale,
+            causal=True,
+        )
+
+    def ours_call(layer: int) -> torch.Tensor:
+        return decoder(q, ours_pool[:, layer, 0], ours_pool[:, layer, 1], begin, lengths, scale=scale)
+
+    calls: dict[str, Call] = {"ours": ours_call, "fa3_page1": fa3_call}
+    expected = fa3_call(0).float()
+    error = float((ours_call(0).float() - expected).norm() / expected.norm())
+    assert error < 2e-2, f"{name}: ours differs by {error:.3g}"
+    measured = times({contestant: graph(call, rotation) for contestant, call in calls.items()}, rotation)
+    row: Row = {"case": name, "requests": requests, "context": context, "plan_us": round(1e6 * min(host), 1)}
+    row["floor_us"] = round(tokens * token / copy * 1e6, 1)
+    return row | {contestant: round(value, 2) for contestant, value in measured.items()}
+
+
+@app.command()
+def shared_decode(geometry: Annotated[str, typer.Option()] = "Llama-3-8B") -> None:
+    """One new token of each of many requests that share runs of tokens. Writes shared_decode.json."""
+    rate, rows = rates(), []
+    for name in SHARED:
+        rows.append(measure_shared(name, geometry, rate[1]))
+        console.print(rows[-1])
+        torch.cuda.empty_cache()
+    summary = {row["case"]: row["fa3_page1"] / row["ours"] for row in rows}
+    summary["grouping_us_256"] = max(row["plan_us"] for row in rows if row["requests"] == 256)
+    results.write("shared_decode", summary, rows)
     console.print(summary)
 
 
