@@ -7,16 +7,22 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 
-.PHONY: demo test test-e2e test-core test-gpu lint bench lock setup clean
+# Tests that start servers of their own: they run beside the others, behind the core.
+SERVERS := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py)
+
+.PHONY: demo test test-e2e test-core test-servers test-gpu lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
 
 test: lint  ## everything that runs without a GPU
-	$(MAKE) -j2 --output-sync=target test-e2e test-core
+	$(MAKE) -j2 --output-sync=target test-e2e test-servers
 
-test-e2e: $(SETUP)  ## SGLang's scheduler and server on the host backend
-	$(BIN)/python -m pytest tests/e2e -q $(ARGS)
+test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend
+	$(BIN)/python -m pytest tests/e2e -q $(addprefix --ignore=,$(SERVERS)) $(ARGS)
+
+test-servers: test-core  ## whole servers on the host backend
+	$(BIN)/python -m pytest $(SERVERS) -q $(ARGS)
 
 test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)

@@ -208,7 +208,7 @@ step = st.one_of(
     aborted=st.integers(0, 12),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history_of_limits_and_sleeps(pair, arrivals, steps, aborted, seed):
     """Requests with shared starts arrive while the limit moves, the server sleeps and wakes, and the driver refuses."""
     reference, ours = pair

@@ -71,8 +71,9 @@ def test_peaks_that_take_turns(two, schedulers):
             assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         now = {server: server.stats() for server in two}
         assert sum(stats["pages_backed"] for stats in now.values()) <= DEVICE
-        if turn:
-            assert before > 30, "it has cached its own peak"
+        if turn == 1:
+            assert before > 40, "it has cached its own peak, which nobody disturbed"
+        if before > DEVICE - 40:  # the peak takes some fifty pages; it can end with fewer, slowly, but not without any
             assert now[idle]["pages_backed"] < before
             assert now[busy]["pages_backed"] > DEVICE - before, "what it holds was the other's"
         busy.check()

@@ -97,7 +97,7 @@ def run(batch, runs, *, soft_cap=0.0, sinks=None, config=None, planned=None):
     sinks=st.booleans(),
     grown=st.integers(0, 20),
 )
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_forests(seed, requests, heads, dim, dtype, soft_cap, sinks, grown):
     rng = random.Random(seed)
     runs, own = forest(rng, requests, 60)
