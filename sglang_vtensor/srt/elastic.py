@@ -57,7 +57,7 @@ class Elastic:
         #: Pages that the neighbours leave this server, while they want something.
         self.pressure: int | None = None
         self.neighbours = self._neighbours()
-        self._emptied = False
+        self._emptied = self._beside_others = False
         self._expire_at = self._look_at = self._calm_at = 0.0
         runtime.elastic_stats = self.stats
 
@@ -144,7 +144,9 @@ class Elastic:
         others = self.neighbours.others()
         mine = self.record(waiting)
         self.neighbours.tell(mine)
-        memory.retry_seconds = RETRY_SECONDS if others else MANAGER_RETRY_SECONDS
+        if bool(others) != self._beside_others:
+            self._beside_others = bool(others)
+            memory.retry_seconds = RETRY_SECONDS if others else MANAGER_RETRY_SECONDS
         free = 0
         if any(other.wanted for other in others):
             free = max(0, memory.vmm.memory()[0] - memory.vmm.headroom_bytes)

@@ -100,7 +100,7 @@ def test_calls_of_the_driver_fail_at_random(schedulers, extra):
     limits = LIMITS | {"max_total_tokens": 640} | extra
     reference, ours = schedulers(**limits), schedulers(kv_backend="vtensor", page_size=PAGE, **limits)
 
-    @settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=st.integers(0, 1 << 30), share=st.sampled_from([0.05, 0.2, 0.4]), count=st.integers(3, 16))
     def run(seed, share, count):
         prompt = Prompts(seed)
