@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.attend import _dot, _scores
 from sglang_vtensor.kernels.launch import check, workspace
-from sglang_vtensor.kernels.plan import Config, divide, schedule
+from sglang_vtensor.kernels.plan import PART_COST, SMALLEST_PART, Config
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -247,94 +247,141 @@ class SharedPlan:
 def plan_shared(
     shared: Sequence[Shared], contexts: Sequence[int], *, group: int, kv_heads: int, config: Config, slots: int
 ) -> SharedPlan:
-    """Divide a step's work.
+    """Divide a step's work over `slots` programs (at least one a KV head).
 
     `contexts[i]` is the length of request `i`; 0 is no request. Its shared runs must follow one another from its first
-    token on. Raises `ValueError` for runs that are no forest, or leave a gap.
+    token on. Raises `ValueError` for runs that are no forest, or leave a gap. No loop is over requests: this is done at
+    every change of a batch.
     """
-    requests = len(contexts)
-    own = np.zeros(requests, dtype=np.int64)  # where what is a request's own begins
-    paths: list[list[int]] = [[] for _ in range(requests)]
-    for index in sorted(range(len(shared)), key=lambda index: (shared[index].low, -len(shared[index].members))):
-        run = shared[index]
-        for request in run.members:
-            if not 0 <= request < requests or run.low != own[request] or not run.low < run.high <= contexts[request]:
-                raise ValueError(
-                    f"tokens {run.low} to {run.high} of request {request}, of {requests}, cannot be a shared run: it "
-                    f"has runs up to {own[request] if 0 <= request < requests else 0} and "
-                    f"{contexts[request] if 0 <= request < requests else 0} tokens"
-                )
-            own[request] = run.high
-            paths[request].append(index)
-    order = np.array(sorted(range(requests), key=lambda request: paths[request]), dtype=np.int64)
-    position = np.empty(requests, dtype=np.int64)
-    position[order] = np.arange(requests)
-
-    # Every tile of rows of a shared run, then what each request has for itself: an item's first six fields.
-    tiles: list[tuple[int, ...]] = []
-    row_tiles, run_start = [], []
-    for run in shared:
-        places = position[list(run.members)]
-        start = int(places.min())
-        if len(run.members) < 2 or int(places.max()) - start + 1 != len(run.members):
+    lengths = np.asarray(contexts, dtype=np.int64)
+    sizes = np.array([len(run.members) for run in shared], dtype=np.int64)
+    run_low = np.array([run.low for run in shared], dtype=np.int64)
+    run_high = np.array([run.high for run in shared], dtype=np.int64)
+    # Who is in what, run by run: a membership is a request and a run.
+    member = np.concatenate([np.zeros(0, np.int64), *(np.asarray(run.members, dtype=np.int64) for run in shared)])
+    of_run = np.repeat(np.arange(len(shared)), sizes)
+    own, order = _paths(member, of_run, run_low, run_high, lengths)
+    position = np.empty_like(order)
+    position[order] = np.arange(len(lengths))
+    start = np.zeros(0, np.int64)
+    if len(shared):
+        offsets = np.cumsum(sizes) - sizes
+        if sizes.min() < 2:
+            raise ValueError(f"runs of {sizes.tolist()} requests: at least two wanted, what one has is its own")
+        start = np.minimum.reduceat(position[member], offsets)
+        apart = np.maximum.reduceat(position[member], offsets) - start + 1 != sizes
+        if apart.any():
+            run = shared[int(np.argmax(apart))]
             raise ValueError(
                 f"requests {list(run.members)} share tokens {run.low} to {run.high}, but not what is before: the runs "
-                "are to be a forest of at least two requests each"
+                "are to be a forest"
             )
-        rows = -(-len(run.members) * group // config.block_m)
-        run_start.append(start)
-        row_tiles.append(rows)
-        tiles += [(start, len(run.members), run.members[0], tile, run.low, run.high) for tile in range(rows)]
-    alone = [request for request in range(requests) if contexts[request] > own[request]]
-    tiles += [(int(position[i]), 1, i, 0, int(own[i]), contexts[i]) for i in alone]
-    if not tiles:
-        none = np.zeros((0, ITEM_FIELDS), np.int32)
-        return SharedPlan(_int32(order), none, _int32([0]), none[:, 0], _int32([0] * (requests + 1)), none[:, :2], 0)
-    fields = np.array(tiles, dtype=np.int64)
-    low, high = fields[:, 4], fields[:, 5]
-    costs = -(-(high - low) // config.block_n)
-    parts = divide(costs, kv_heads, slots)
-    # The tiles of one run are divided alike, so that a request whose heads lie in two of them finds both.
-    at = 0
-    for rows in row_tiles:
-        parts[at : at + rows] = parts[at : at + rows].max()
-        at += rows
-    owner = np.repeat(np.arange(len(parts)), parts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
-    cut_low = low[owner] + costs[owner] * number // parts[owner] * config.block_n
-    cut_high = np.minimum(low[owner] + costs[owner] * (number + 1) // parts[owner] * config.block_n, high[owner])
-    # What is a request's own ends where its context does, also when that has grown.
-    grows = (owner >= at) & (number == parts[owner] - 1)
-    cut_high[grows] = np.iinfo(np.int32).max
 
-    # Parts are numbered so that the tiles of one run and one cut follow one another.
-    result = np.empty(len(owner), dtype=np.int64)
-    first_item = np.cumsum(parts) - parts
-    by_request: list[list[tuple[int, int]]] = [[] for _ in range(requests)]
-    next_part = item = 0
-    for run, rows, start in zip(shared, row_tiles, run_start, strict=True):
-        for cut in range(int(parts[item])):
-            for tile in range(rows):
-                result[first_item[item + tile] + cut] = next_part + tile
-            for request in run.members:
-                by_request[request].append((next_part, (int(position[request]) - start) * group))
-            next_part += rows
-        item += rows
-    for request in alone:
-        for cut in range(int(parts[item])):
-            result[first_item[item] + cut] = next_part
-            by_request[request].append((next_part, 0))
-            next_part += 1
-        item += 1
-    items = np.concatenate([fields[owner, :4], np.stack([cut_low, cut_high, result], axis=1)], axis=1)
-    length = np.minimum(cut_high, high[owner]) - cut_low
-    by_length = np.lexsort((cut_low, fields[owner, 2], -length))
-    lists, listed = schedule(length[by_length] / config.block_n, kv_heads, slots)
-    pieces = _int32([piece for several in by_request for piece in several]).reshape(-1, PIECE_FIELDS)
-    ends = np.cumsum([0, *(len(several) for several in by_request)])
+    # A unit is a run, or what a request has for itself; it is `rows` tiles of rows by `parts` cuts of its keys.
+    alone = np.flatnonzero(lengths > own)
+    low, high = np.concatenate([run_low, own[alone]]), np.concatenate([run_high, lengths[alone]])
+    rows = np.concatenate([-(-sizes * group // config.block_m), np.ones_like(alone)])
+    first = np.concatenate([start, position[alone]])
+    count = np.concatenate([sizes, np.ones_like(alone)])
+    base = np.concatenate([member[np.cumsum(sizes) - sizes], alone])
+    if not len(base):
+        none = np.zeros((0, ITEM_FIELDS), np.int32)
+        return SharedPlan(_int32(order), none, _int32([0]), none[:, 0], _int32([0] * (len(order) + 1)), none[:, :2], 0)
+    costs = -(-(high - low) // config.block_n)
+    teams = max(1, slots // kv_heads)
+    parts = _cuts(costs, rows, teams)
+    items_of = parts * rows
+    unit = np.repeat(np.arange(len(base)), items_of)
+    first_part = np.cumsum(items_of) - items_of
+    # The tiles of one cut follow one another, as a request's heads may lie in two of them.
+    cut, tile = np.divmod(np.arange(len(unit)) - first_part[unit], rows[unit])
+    cut_low = low[unit] + costs[unit] * cut // parts[unit] * config.block_n
+    cut_high = np.minimum(low[unit] + costs[unit] * (cut + 1) // parts[unit] * config.block_n, high[unit])
+    length = cut_high - cut_low
+    # What is a request's own ends where its context does, also when that has grown.
+    cut_high[(unit >= len(shared)) & (cut == parts[unit] - 1)] = np.iinfo(np.int32).max
+    fields = [first[unit], count[unit], base[unit], tile, cut_low, cut_high, np.arange(len(unit))]
+    longest_first = np.lexsort((cut_low, base[unit], -length))
+    lists, listed = _deal(len(unit), kv_heads, teams)
+
+    # Each membership, and each request's own, is a piece for every cut.
+    entry_unit = np.concatenate([of_run, len(shared) + np.arange(len(alone))])
+    entry_request = np.concatenate([member, alone])
+    entry_row = np.concatenate([(position[member] - start[of_run]) * group, np.zeros_like(alone)])
+    entry = np.repeat(np.arange(len(entry_unit)), parts[entry_unit])
+    cut = np.arange(len(entry)) - np.repeat(np.cumsum(parts[entry_unit]) - parts[entry_unit], parts[entry_unit])
+    piece = np.stack([first_part[entry_unit[entry]] + cut * rows[entry_unit[entry]], entry_row[entry]], axis=1)
+    ends = np.concatenate([[0], np.cumsum(np.bincount(entry_request[entry], minlength=len(lengths)))])
     return SharedPlan(
-        _int32(order), _int32(items[by_length]), _int32(lists), _int32(listed), _int32(ends), pieces, next_part
+        _int32(order),
+        _int32(np.stack(fields, axis=1)[longest_first]),
+        _int32(lists),
+        _int32(listed),
+        _int32(ends),
+        _int32(piece[np.argsort(entry_request[entry], kind="stable")]),
+        len(unit),
     )
+
+
+def _paths(
+    member: np.ndarray, of_run: np.ndarray, low: np.ndarray, high: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where what is each request's own begins, and the requests in the order of a walk through the forest."""
+    own = np.zeros(len(lengths), dtype=np.int64)
+    if not len(member):
+        return own, np.arange(len(lengths))
+    by_request = np.lexsort((low[of_run], member))
+    who, run = member[by_request], of_run[by_request]
+    begins = np.concatenate([[True], who[1:] != who[:-1]])
+    before = np.where(begins, 0, np.concatenate([[0], high[run][:-1]]))
+    inside = (who >= 0) & (who < len(lengths))
+    has = np.where(inside, lengths[np.where(inside, who, 0)], 0)
+    wrong = ~inside | (low[run] != before) | (high[run] <= low[run]) | (high[run] > has)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(
+            f"tokens {low[run[at]]} to {high[run[at]]} of request {who[at]}, of {len(lengths)}, cannot be a shared run:"
+            f" it has runs up to {before[at]} and {has[at]} tokens"
+        )
+    own[who] = high[run]  # the last one counts
+    index = np.arange(len(who))
+    depth = index - np.maximum.accumulate(np.where(begins, index, 0))
+    path = np.full((int(depth.max()) + 1, len(lengths)), -1, dtype=np.int64)
+    path[depth, who] = run
+    return own, np.lexsort(path[::-1])
+
+
+def _cuts(costs: np.ndarray, rows: np.ndarray, teams: int) -> np.ndarray:
+    """Into how many cuts each unit's keys are divided: parts as long as some share of what each team would do if all
+    did the same, whichever share ends first."""
+    even = float((costs * rows).sum()) / teams
+    best, best_time = np.ones_like(costs), float("inf")
+    for share in (1.0, 0.5, 0.34, 0.25):
+        parts = -(-costs // max(SMALLEST_PART, int(np.ceil(even * share))))
+        lengths = np.repeat(costs / parts + PART_COST, parts * rows)
+        lengths[::-1].sort()
+        time = float(np.bincount(_teams(len(lengths), teams), weights=lengths).max())
+        if time < best_time * 0.98:
+            best, best_time = parts, time
+    return best
+
+
+def _teams(count: int, teams: int) -> np.ndarray:
+    """Which team gets each of `count` items, the longest first: forth and back."""
+    rounds, at = np.divmod(np.arange(count), teams)
+    return np.where(rounds % 2, teams - 1 - at, at)
+
+
+def _deal(count: int, kv_heads: int, teams: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lists of programs, as of `plan.schedule`: a team has one a KV head, which all do the same items."""
+    team = _teams(count, teams)
+    by_team = np.argsort(team, kind="stable")
+    size = np.bincount(team, minlength=teams)
+    sizes, starts = np.repeat(size, kv_heads), np.repeat(np.cumsum(size) - size, kv_heads)
+    program = np.repeat(np.arange(teams * kv_heads), sizes)
+    lists = np.concatenate([[0], np.cumsum(sizes)])
+    inner = np.arange(len(program)) - lists[program]
+    return lists, by_team[starts[program] + inner] * kv_heads + program % kv_heads
 
 
 def _int32(values: Any) -> np.ndarray:
@@ -365,7 +412,7 @@ class SharedDecoder:
             )
         self.max_requests, self.kv_heads, self.group = max_requests, kv_heads, q_heads // kv_heads
         self.config = config or configs.shared_decode(head_dim, configs.capability(device))
-        self.slots = configs.multiprocessors(device) * self.config.occupancy
+        self.slots = max(kv_heads, configs.multiprocessors(device) * self.config.occupancy)
         # A plan divides into a few times what runs at once, beside one item a request and run.
         self.max_items = 4 * max_requests + 4 * self.slots // kv_heads
         self.max_pieces = 4 * self.max_items

@@ -183,7 +183,7 @@ def test_requests_leave_and_the_next_plan_forgets_them():
 @pytest.mark.parametrize(
     ("runs", "contexts", "message"),
     [
-        ([Shared([0], 0, 4)], [9, 9], "at least two requests"),
+        ([Shared([0], 0, 4)], [9, 9], "at least two wanted"),
         ([Shared([0, 1], 2, 4)], [9, 9], "it has runs up to 0"),
         ([Shared([0, 1], 0, 4)], [9, 3], "and 3 tokens"),
         ([Shared([0, 1], 0, 0)], [9, 9], "cannot be a shared run"),
