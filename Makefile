@@ -7,8 +7,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 
-# Tests that start servers of their own: they run beside the others, behind the core.
-SERVERS := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py)
+# Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
+SERVERS := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py)
 
 .PHONY: demo test test-e2e test-core test-servers test-gpu lint bench lock setup clean
 
@@ -18,10 +18,10 @@ demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub
 test: lint  ## everything that runs without a GPU
 	$(MAKE) -j2 --output-sync=target test-e2e test-servers
 
-test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend
+test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend, token for token
 	$(BIN)/python -m pytest tests/e2e -q $(addprefix --ignore=,$(SERVERS)) $(ARGS)
 
-test-servers: test-core  ## whole servers on the host backend
+test-servers: test-core  ## whole servers, and memory that comes and goes
 	$(BIN)/python -m pytest $(SERVERS) -q $(ARGS)
 
 test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on

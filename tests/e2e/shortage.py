@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from sglang_vtensor.manager import RETRY_SECONDS
 from sglang_vtensor.vmm import OutOfMemory, VMMError
 
 
@@ -18,6 +19,7 @@ def refuse_at_random(scheduler: Any, share: float, seed: int) -> None:
     for call in ("create", "map"):
         memory.vmm.__dict__.pop(call, None)
     if not share:
+        memory.retry_seconds = RETRY_SECONDS  # a worker that asks 500 times a second takes time from other tests
         return
     rng, bad = random.Random(seed), False
 
@@ -50,6 +52,7 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
     original = type(memory.vmm).create
     memory.vmm.__dict__.pop("create", None)
     if pages is None:
+        memory.retry_seconds = RETRY_SECONDS
         return
     memory.complete(memory.launch())  # the host computes in the call: no batch is in flight
     memory.trim()
