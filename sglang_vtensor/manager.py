@@ -11,6 +11,7 @@ before `complete` has been told of it: nothing here waits for a device.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -171,6 +172,8 @@ class KVMemory:
         if worker:
             self._thread = threading.Thread(target=self._work, name="vtensor-mapping", daemon=True)
             self._thread.start()
+            # It is a daemon: it would go on calling the driver while the process takes that down.
+            atexit.register(self._stop_worker)
 
     # Pages.
 
@@ -597,13 +600,17 @@ class KVMemory:
 
     def close(self) -> None:
         """Stop the worker, unmap and release everything. No batch may be in flight, and no view may be read after."""
+        self._stop_worker()
+        atexit.unregister(self._stop_worker)
+        with self._lock:
+            self.segments.close()
+            self.pages.close()
+
+    def _stop_worker(self) -> None:
         self._closing = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        with self._lock:
-            self.segments.close()
-            self.pages.close()
 
     def _timed(self) -> _Timed:
         return _Timed(self)

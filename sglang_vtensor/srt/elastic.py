@@ -8,6 +8,7 @@ admitted (`Runtime.missing_tokens`). Requests that run come to their end whateve
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ class Elastic:
         except NoNeighbours as error:
             logger.warning("memory is not shared with other servers of this device: %s", error)
             return None
+        atexit.register(neighbours.close)
         return neighbours
 
     # What is asked of it.
@@ -208,7 +210,3 @@ class Elastic:
             "neighbours": len(self.neighbours.others()) if self.neighbours else 0,
             "left_by_neighbours_bytes": 0 if self.pressure is None else (self.pressure + 1) * page,
         }
-
-    def close(self) -> None:
-        if self.neighbours is not None:
-            self.neighbours.close()

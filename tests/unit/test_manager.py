@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 
@@ -110,6 +112,30 @@ def test_the_worker_survives_a_full_device(caplog):
         memory.check_integrity()
     finally:
         memory.close()
+
+
+LEFT_RUNNING = """
+import atexit, logging, time
+
+atexit.register(time.sleep, 1.5)  # runs last: a worker that ran on would meet what the others have torn down
+logging.basicConfig()
+
+from tests.unit.test_manager import FaultyVirtualMemory, make
+
+class Slow(FaultyVirtualMemory):
+    def release(self, handle):
+        time.sleep(0.05)
+        super().release(handle)
+
+memory = make(Slow(), worker=True, idle_seconds=0)
+memory.free(memory.allocate(16))
+memory.complete(memory.launch())
+"""
+
+
+def test_the_worker_ends_before_the_process_takes_the_memory_down():
+    ended = subprocess.run([sys.executable, "-c", LEFT_RUNNING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_the_last_page_is_waited_for_in_the_workers_hands():
