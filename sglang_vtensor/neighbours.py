@@ -186,17 +186,20 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
     `free` is what the device has left for all of them.
 
     Who wants nothing gives what is idle first, each in proportion to what it has idle; then what is cached, likewise,
-    down to its minimum. Who wants something itself keeps an equal share of what all of them hold, and gives cached
-    memory beyond it.
+    down to its minimum. Who wants something itself may hold an equal share of what there is for all of them, and gives
+    cached memory beyond it. What is free, and more than the others want, is anybody's: two that want something must not
+    both leave it to the other.
     """
-    wanted = sum(other.wanted for other in others) - free
     if not any(other.wanted for other in others):
         return None
-    if wanted <= 0:
-        return mine.backed
+    left = free - sum(other.wanted for other in others)
     if mine.wanted:
         fair = (mine.backed + sum(other.backed for other in others) + free) // (1 + len(others))
-        return max(fair, mine.minimum, mine.backed - mine.idle - mine.cached)
+        spare = mine.backed + left if left > 0 else 0
+        return max(fair, spare, mine.minimum, mine.backed - mine.idle - mine.cached)
+    if left >= 0:
+        return mine.backed + left
+    wanted = -left
     givers = [mine, *(other for other in others if not other.wanted)]
     idle = [min(giver.idle, max(0, giver.backed - giver.minimum)) for giver in givers]
     cached = [

@@ -14,8 +14,9 @@ from tests.harness import ON_GPU, Do, Request, Scheduler
 
 #: So much of a real GPU's memory for each; the host takes `max_total_tokens`.
 SHARE = {"mem_fraction_static": 0.2} if ON_GPU else {}
-#: Each server was promised 64 pages; this is what there is for both.
-DEVICE = 70
+#: Each server was promised 64 pages; this is what there is for both. The driver that is injected looks and takes in two
+#: steps, so that two servers at once may get one page more.
+DEVICE, MORE = 70, 1
 
 
 @pytest.fixture
@@ -61,16 +62,17 @@ def test_peaks_that_take_turns(two, schedulers):
     reference = schedulers(**LIMITS)
     prompt = Prompts(1)
     for turn, (busy, idle) in enumerate([(one, other), (other, one), (one, other)]):
-        requests = [Request(f"t{turn}r{n}", prompt(90 * S), 20 * S) for n in range(7)]
+        # Three times as many as run at once, so that the peak lasts while the other is asked, and gives.
+        requests = [Request(f"t{turn}r{n}", prompt(90 * S), 20 * S) for n in range(21)]
         before = idle.stats()["pages_backed"]
-        with Looping(idle, seconds=4.0):
+        with Looping(idle, seconds=6.0):
             got = busy.run([requests])
         expected = reference.run([requests])
         for rid, theirs in expected.items():
             assert got[rid].finish == "FINISH_LENGTH"
             assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         now = {server: server.stats() for server in two}
-        assert sum(stats["pages_backed"] for stats in now.values()) <= DEVICE
+        assert sum(stats["pages_backed"] for stats in now.values()) <= DEVICE + MORE
         if turn == 1:
             assert before > 40, "it has cached its own peak, which nobody disturbed"
         if before > DEVICE - 40:  # the peak takes some fifty pages; it can end with fewer, slowly, but not without any
@@ -118,4 +120,4 @@ def test_both_at_once_share_evenly(two, schedulers):
             assert got[rid].finish == "FINISH_LENGTH"
             assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         two[n].check()
-    assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE
+    assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE + MORE

@@ -124,6 +124,13 @@ def test_what_is_cached_goes_down_to_the_minimum():
     assert allowed(Record(100, idle=10, cached=30, minimum=40), [hungry], 0) == 60, "what is live stays"
 
 
+def test_two_that_want_something_do_not_leave_it_to_each_other():
+    one, other = Record(5, wanted=8), Record(4, wanted=10)
+    assert allowed(one, [other], 61) >= 5 + 8
+    assert allowed(other, [one], 61) >= 4 + 10
+    assert allowed(one, [other], 9) == allowed(other, [one], 9) == 9, "an equal share, where it is not enough for both"
+
+
 amounts = st.integers(0, 1000)
 
 
@@ -148,9 +155,13 @@ def test_enough_is_given_and_never_what_is_live(all_of_them, free):
         assert holds >= live or mine.wanted, "what is live is not asked for"
         assert holds >= live
         assert holds >= min(mine.minimum, mine.backed)
+        left = free - sum(other.wanted for other in others)
+        if mine.wanted:
+            assert left <= 0 or holds >= mine.backed + left, "nobody else wants it"
+            assert holds >= (sum(record.backed for record in all_of_them) + free) // len(all_of_them)
         if not mine.wanted:
-            assert holds <= mine.backed
-            given_up += mine.backed - holds
+            assert holds <= mine.backed + max(0, left)
+            given_up += max(0, mine.backed - holds)
             kept = max(live, min(mine.minimum, mine.backed))
             possible += mine.backed - kept
             missing = sum(other.wanted for other in others) - free
