@@ -8,21 +8,23 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
-SERVERS := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py)
+BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py)
 
-.PHONY: demo test test-e2e test-core test-servers test-gpu lint bench lock setup clean
+.PHONY: demo test test-e2e test-core test-behind-core test-gpu lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
 
+# Many small tensors in several processes: threads within an operation would only wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: lint  ## everything that runs without a GPU
-	$(MAKE) -j2 --output-sync=target test-e2e test-servers
+	$(MAKE) -j2 --output-sync=target test-e2e test-behind-core
 
 test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend, token for token
-	$(BIN)/python -m pytest tests/e2e -q $(addprefix --ignore=,$(SERVERS)) $(ARGS)
+	$(BIN)/python -m pytest tests/e2e -q $(addprefix --ignore=,$(BEHIND_CORE)) $(ARGS)
 
-test-servers: test-core  ## whole servers, and memory that comes and goes
-	$(BIN)/python -m pytest $(SERVERS) -q $(ARGS)
+test-behind-core: test-core  ## whole servers, and memory that comes and goes
+	$(BIN)/python -m pytest $(BEHIND_CORE) -q $(ARGS)
 
 test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)

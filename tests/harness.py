@@ -25,7 +25,7 @@ if not ON_GPU:
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing SGLang beside a GPU initializes CUDA, which survives no fork.
 _context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")

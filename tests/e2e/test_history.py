@@ -23,13 +23,15 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_any_history_gets_the_same_tokens(schedulers, page_size):
+@pytest.mark.parametrize(("page_size", "examples"), [(1, 10), (16, 40)])
+def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
     limits = {"max_total_tokens": 640, "max_running_requests": 8, "chunked_prefill_size": 64}
     reference = schedulers(**limits)
     ours = schedulers(kv_backend="vtensor", page_size=page_size, **limits)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=slow)
     @given(seed=st.integers(0, 1 << 30), rounds=st.lists(STEPS, min_size=1, max_size=3))
     def run(seed, rounds):
         prompt = Prompts(seed)
