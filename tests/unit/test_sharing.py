@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from sglang_vtensor.sharing import DEPTH, Sharing
+
+TOKENS = 4
+
+
+class Tree:
+    """Paths as a prefix tree gives them: the same pages behind each other are always the same node's."""
+
+    def __init__(self):
+        self._pages = {}
+
+    def pages(self, path):
+        """Page numbers of a path of choices: one number for each distinct start of it."""
+        return [self._pages.setdefault(tuple(path[: n + 1]), len(self._pages) + 1) for n in range(len(path))]
+
+
+def expected(members):
+    """What each request begins with: `[(low, high, how many share it)]`, by looking at everybody."""
+    found = {}
+    for slot, pages in members.items():
+        sharers = [sum(other[: n + 1] == pages[: n + 1] for other in members.values()) for n in range(len(pages))]
+        runs, low = [], 0
+        for at in range(1, len(pages) + 1):
+            if at == len(pages) or sharers[at] != sharers[low]:
+                if sharers[low] > 1:
+                    runs.append((low * TOKENS, at * TOKENS, sharers[low]))
+                low = at
+        found[slot] = runs[:DEPTH]
+    return found
+
+
+def told(sharing, slot):
+    tables = sharing.tables
+    units = [int(unit) for unit in tables.chains[slot] if unit >= 0]
+    return [(int(tables.lows[u]), int(tables.highs[u]), int(tables.counts[u])) for u in units]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 11),  # a request slot: it joins, or leaves
+            st.lists(st.integers(0, 1), max_size=14),  # choices: two branches everywhere, so that much is shared
+            st.integers(1, 3),  # pages a choice
+        ),
+        max_size=40,
+    )
+)
+def test_any_history_is_told_as_it_is(steps):
+    tree, members = Tree(), {}
+    sharing = Sharing(slots=12, requests=12, page_tokens=TOKENS)
+    for slot, choices, repeat in steps:
+        if slot in members:
+            sharing.leave(slot)
+            del members[slot]
+        else:
+            members[slot] = tree.pages([c for choice in choices for c in [choice] * repeat])
+            sharing.join(slot, members[slot], first=slot * 100, mapped=len(members[slot]) * TOKENS)
+        sharing.check_integrity()
+        assert sharing.slots() == set(members)
+        for member, runs in expected(members).items():
+            assert told(sharing, member) == runs
+    sharing.clear()
+    sharing.check_integrity()
+    assert (sharing.shared_tokens, sharing.saved_tokens, len(sharing)) == (0, 0, 0)
+
+
+def test_who_shows_more_is_read():
+    sharing = Sharing(slots=8, requests=8, page_tokens=TOKENS)
+    sharing.join(3, [1, 2, 3], first=0, mapped=4)
+    sharing.join(5, [1, 2, 9], first=100, mapped=12)
+    tables = sharing.tables
+    (unit,) = (u for u in tables.chains[3] if u >= 0)
+    assert tables.sources[unit] == 5
+    sharing.join(1, [1, 2], first=200, mapped=8)
+    assert tables.sources[unit] == 5, "it shows all of the run already"
+    sharing.leave(5)
+    assert tables.sources[unit] == 1
+    assert (sharing.shared_tokens, sharing.saved_tokens) == (8, 8)
+
+
+def test_what_cannot_join():
+    sharing = Sharing(slots=8, requests=2, page_tokens=TOKENS)
+    sharing.join(0, [1])
+    with pytest.raises(ValueError, match=r"slot 0, of \{0\}: one that has not joined wanted, of 2"):
+        sharing.join(0, [1])
+    sharing.join(1, [1])
+    with pytest.raises(ValueError, match="slot 2"):
+        sharing.join(2, [1])
+
+
+def test_joining_and_leaving_touches_what_has_changed():
+    """Calls into the trie's own steps do not grow with the batch, where it is one prompt and what follows it."""
+
+    def steps(requests):
+        sharing = Sharing(slots=requests + 1, requests=requests + 1, page_tokens=TOKENS)
+        for slot in range(requests):
+            sharing.join(slot, [*range(1, 50), 100 + slot])
+        seen = []
+        sharing._chain = lambda slot, chain=sharing._chain: (seen.append(slot), chain(slot))
+        sharing.join(requests, [*range(1, 50), 7])
+        sharing.leave(requests)
+        return len(seen)
+
+    assert steps(4) == steps(400)
