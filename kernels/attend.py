@@ -57,6 +57,69 @@ def _scores(q, k, scale, cap, CAP: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _whole_tiles(
+    q,
+    k_head,
+    v_head,
+    k_tiles,
+    v_tiles,
+    first,
+    head,
+    low,
+    high,
+    highest,
+    total,
+    acc,
+    scale,
+    cap,
+    stride_k_token,
+    stride_v_token,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAP: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows."""
+    dims = tl.arange(0, DIM_PADDED)
+    for n in range(low, high, BLOCK_N):
+        if TMA:
+            start = (first + n).to(tl.int32)
+            k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
+        else:
+            at = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+            k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
+            k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
+        scores = _scores(q, k, scale, cap, CAP, WIDE)
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        highest = new_highest
+        if TMA:
+            v = v_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
+        else:
+            v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
+            v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
+        acc = _dot(weights.to(v.dtype), v, acc, WIDE)
+    return highest, total, acc
+
+
+@triton.jit
+def _put_together(highest, total, acc, lse, out):
+    """Add partial results, the first dimension of `lse` and `out`, to the maximum, the total and the result of rows."""
+    new_highest = tl.maximum(highest, tl.max(lse, 0))
+    finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    decay = tl.exp2(highest - finite)
+    weights = tl.exp2(lse - finite[None, :])
+    total = total * decay + tl.sum(weights, 0)
+    acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * out, 0)
+    return new_highest, total, acc
+
+
+@triton.jit
 def _attend(
     q_ptr,
     k_ptr,
@@ -133,27 +196,30 @@ def _attend(
     if not WINDOW:
         seen_by_all = tl.minimum(context - new + tile * BLOCK_M // GROUP + 1, high)
         middle = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
-        for n in range(low, middle, BLOCK_N):
-            if TMA:
-                start = (first + n).to(tl.int32)
-                k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
-            else:
-                at = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
-                k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
-                k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
-            scores = _scores(q, k, scale, cap, CAP, WIDE)
-            new_highest = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_highest[:, None])
-            decay = tl.exp2(highest - new_highest)
-            total = total * decay + tl.sum(weights, 1)
-            acc = acc * decay[:, None]
-            highest = new_highest
-            if TMA:
-                v = v_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
-            else:
-                v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
-                v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
-            acc = _dot(weights.to(v.dtype), v, acc, WIDE)
+        highest, total, acc = _whole_tiles(
+            q,
+            k_head,
+            v_head,
+            k_tiles,
+            v_tiles,
+            first,
+            head,
+            low,
+            middle,
+            highest,
+            total,
+            acc,
+            scale,
+            cap,
+            stride_k_token,
+            stride_v_token,
+            DIM,
+            DIM_PADDED,
+            BLOCK_N,
+            CAP,
+            TMA,
+            WIDE,
+        )
 
     # Tiles that some row sees only in part. What lies behind the context is neither loaded nor mapped.
     for n in tl.range(middle, high, BLOCK_N, num_stages=1):
@@ -262,13 +328,7 @@ def _merge(
         lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
         at = at_row[:, :, None] * DIM_PADDED + dims[None, None, :]
         out = tl.load(part_out_ptr + at, mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
-        new_highest = tl.maximum(highest, tl.max(lse, 0))
-        finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        decay = tl.exp2(highest - finite)
-        weights = tl.exp2(lse - finite[None, :])
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * out, 0)
-        highest = new_highest
+        highest, total, acc = _put_together(highest, total, acc, lse, out)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head
     tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

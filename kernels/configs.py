@@ -18,6 +18,9 @@ HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 SHORT_CONTEXT = 1500
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
+#: Of shared decode, estimates: what a query head's work with one key costs of what reading a key and a value takes,
+#: bytes that are read while its further kernels start, and what it must save of all that a batch reads.
+SHARED_COMPUTE, SHARED_OVERHEAD_BYTES, SHARED_MARGIN = 0.02, 16 << 20, 0.03
 
 
 @functools.cache
@@ -83,6 +86,17 @@ def decode(rows: int, head_dim: int, capability: int) -> Config:
     if capability == 0:
         return Config(block_m, 16, 4, 1)
     return Config(block_m, 32 if head_dim > 128 else 64, 4, 3, capability >= 90, 2)
+
+
+def shared_decode_pays(tokens: int, shared: int, saved: int, group: int, token_bytes: int) -> bool:
+    """Whether shared decode is faster for a batch of `tokens` tokens in all, of which `shared` are read by several
+    requests, and `saved` read again by others where each reads its own. A token takes `token_bytes` in a layer.
+
+    Counted in tokens read from memory. The queries of a shared run still meet each of its keys, and two more kernels
+    run.
+    """
+    computed = SHARED_COMPUTE * group * (shared + saved)
+    return saved > computed + SHARED_OVERHEAD_BYTES / token_bytes + SHARED_MARGIN * tokens
 
 
 def shared_decode(head_dim: int, capability: int) -> Config:

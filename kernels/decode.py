@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
-from sglang_vtensor.kernels.launch import check, launch, workspace
+from sglang_vtensor.kernels.launch import check, check_first, launch, workspace
 from sglang_vtensor.kernels.plan import Config
 
 
@@ -163,7 +163,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Attention of the planned step. Shapes and errors as of `prefix_prefill`; `q` has `requests * new` rows."""
         out = torch.empty_like(q) if out is None else out
-        check(q, k, v, first, out, lse, sinks, self.requests * self.new, self.requests)
+        check(q, k, v, out, lse, sinks, self.requests * self.new)
+        check_first(first, self.requests, q)
         if not self.requests:
             return out
         launch(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,12 +22,10 @@ def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    first: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
     rows: int,
-    requests: int,
 ) -> None:
     """Raise `ValueError` for what the kernels do not take, with the value seen and the value wanted."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
@@ -47,15 +48,32 @@ def check(
             raise ValueError(f"{name} has strides {tensor.stride()}: the last one must be 1")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or lse.stride(1) != 1):
+        raise ValueError(f"lse is {tuple(lse.shape)} {lse.dtype}: {tuple(q.shape[:2])} torch.float32 wanted")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
+
+
+def check_first(first: torch.Tensor, requests: int, q: torch.Tensor) -> None:
+    """Raise `ValueError` if these are not where the contexts of so many requests begin."""
     if first.shape != (requests,) or first.dtype != torch.int64 or first.device != q.device:
         raise ValueError(
             f"first is {tuple(first.shape)} {first.dtype} on {first.device}: ({requests},) torch.int64 on {q.device} "
             "wanted"
         )
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or lse.stride(1) != 1):
-        raise ValueError(f"lse is {tuple(lse.shape)} {lse.dtype}: {tuple(q.shape[:2])} torch.float32 wanted")
-    if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
-        raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
+
+
+def base_two(scale: float, soft_cap: float) -> float:
+    """The scale of scores in base 2, as `attend._scores` takes it."""
+    return scale if soft_cap > 0 else scale * math.log2(math.e)
+
+
+def tile_descriptors(k: torch.Tensor, v: torch.Tensor, config: Config) -> tuple[Any, ...]:
+    """What tiles of keys and values are loaded by; the tensors, which are not read so, where it is not by TMA."""
+    if not config.tma:
+        return k, v
+    box = [config.block_n, 1, triton.next_power_of_2(k.shape[2])]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (k, v))
 
 
 def workspace(parts: int, kv_heads: int, config: Config, dim: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -94,7 +112,7 @@ def launch(
     shape = {"KV_HEADS": kv_heads, "GROUP": q.shape[1] // kv_heads, "DIM": dim}
     extras = {"SINKS": sinks is not None, "LSE": lse is not None}
     cap = soft_cap > 0
-    scale = scale if cap else scale * 1.4426950408889634
+    scale = base_two(scale, soft_cap)
     padded = triton.next_power_of_2(dim)
     if config.hopper:
         assert lists is not None
@@ -119,15 +137,11 @@ def launch(
             **hopper.options(config),
         )
     else:
-        tiles = (k, v)  # not read without TMA
-        if config.tma:
-            box = [config.block_n, 1, padded]
-            tiles = tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (k, v))
         attend._attend[(work.shape[0] * kv_heads,)](
             q,
             k,
             v,
-            *tiles,
+            *tile_descriptors(k, v, config),
             *outputs,
             work,
             first,

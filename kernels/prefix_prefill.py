@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import check, launch, workspace
+from sglang_vtensor.kernels.launch import check, check_first, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 
@@ -78,7 +78,8 @@ def prefix_prefill(
     Returns `out`. Raises `ValueError`, before anything is launched, for what it does not take.
     """
     out = torch.empty_like(q) if out is None else out
-    check(q, k, v, first, out, lse, sinks, plan.rows, plan.requests)
+    check(q, k, v, out, lse, sinks, plan.rows)
+    check_first(first, plan.requests, q)
     if not plan.work.shape[0]:
         return out
     launch(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import pytest
@@ -8,83 +9,102 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels.plan import Config
-from sglang_vtensor.kernels.shared_decode import Shared, SharedDecoder
+from sglang_vtensor.kernels.shared_decode import SharedDecoder
+from sglang_vtensor.sharing import DEPTH, Sharing
 from tests.kernels.reference import DEVICE, Batch, assert_close
 
-SMALL = Config(16, 16, 4, 1)
+#: Tokens of a page.
+PAGE = 8
 
 
-def forest(rng, requests, longest, depth=3):
-    """Random nested runs over `requests` requests: the runs, and where what is a request's own begins."""
-    runs, own = [], [0] * requests
+@dataclass
+class Served:
+    """Requests as a server has them: tokens anywhere by slot, a prefix of each contiguous, the rest not mapped."""
 
-    def grow(members, low, level):
-        if len(members) < 2 or level == 0:
-            return
-        if rng.random() < 0.8:
-            high = low + rng.randint(1, longest)
-            runs.append(Shared(members, low, high))
-            for member in members:
-                own[member] = high
-            low = high
-        else:
-            return
-        rng.shuffle(members := list(members))
-        while members:
-            count = rng.randint(1, len(members))
-            grow(members[:count], low, level - 1)
-            members = members[count:]
+    batch: Batch
+    sharing: Sharing
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+    slots: torch.Tensor
 
-    members = list(range(requests))
-    rng.shuffle(members)
-    while members:
-        count = rng.randint(1, len(members))
-        grow(members[:count], 0, depth)
-        members = members[count:]
-    return runs, own
+    @classmethod
+    def of(cls, batch: Batch, paths: list[list[int]], mapped: list[int], seed: int = 0) -> Served:
+        """`paths`: the pages that each request shares or may share; equal ones are made to be the same memory.
+
+        By slot, every token of a page, or of a request behind its path, lies where nobody else's does. The contiguous
+        context of request `i` shows its first `mapped[i]` tokens; behind them stands NaN.
+        """
+        rng = random.Random(seed)
+        count = len(batch.contexts)
+        tokens = sum(batch.contexts)
+        order = rng.sample(range(1, tokens + 1), tokens)
+        by_page: dict[int, list[int]] = {}
+        slots = rng.sample(range(1, count + 4), count)
+        table = torch.zeros(count + 4, max([1, *batch.contexts]), dtype=torch.int32)
+        pool = torch.full((tokens + 1, 3, 2, *batch.k.shape[1:]), float("nan"), dtype=batch.k.dtype, device=DEVICE)
+        sharing = Sharing(slots=count + 4, requests=count + 1, page_tokens=PAGE)
+        for i, context in enumerate(batch.contexts):
+            first = int(batch.first[i])
+            where = []
+            for page in paths[i]:
+                where += by_page.setdefault(page, [order.pop() for _ in range(PAGE)])
+            where += [order.pop() for _ in range(context - len(where))]
+            at = torch.tensor(where, dtype=torch.int64, device=DEVICE)
+            table[slots[i], :context] = torch.tensor(where, dtype=torch.int32)
+            for x, y in ((batch.k, pool[:, 1, 0]), (batch.v, pool[:, 1, 1])):
+                new = y[at].isnan().all(-1).all(-1)
+                y[at[new]] = x[first : first + context][new]
+                x[first : first + context] = y[at]  # what others share is theirs too
+            if context:
+                sharing.join(slots[i], paths[i], first=first, mapped=mapped[i])
+        served = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
+        return cls(batch, sharing, pool[:, 1, 0], pool[:, 1, 1], table.to(DEVICE), served)
+
+    def hide(self, mapped: list[int]) -> None:
+        """Behind what contexts show there is nothing that could be read; the reference must have been made before."""
+        for first, context, shown in zip(self.batch.first.tolist(), self.batch.contexts, mapped, strict=True):
+            self.batch.k[first + shown : first + context] = float("nan")
+            self.batch.v[first + shown : first + context] = float("nan")
+
+    def run(self, decoder=None, *, config=None, **options):
+        """The kernel on poisoned outputs: values and log-sum-exp."""
+        batch = self.batch
+        if decoder is None:
+            decoder = self.decoder(config)
+        decoder.update(self.sharing.tables)
+        contexts = torch.tensor(batch.contexts, dtype=torch.int32, device=DEVICE)
+        decoder.plan(self.slots, contexts)
+        out = torch.full_like(batch.q, float("nan"))
+        lse = torch.full(batch.q.shape[:2], float("nan"), device=DEVICE)
+        arguments = (batch.q, batch.k, batch.v, self.k, self.v, self.table)
+        decoder(*arguments, scale=batch.scale, out=out, lse=lse, **options)
+        return out, lse
+
+    def decoder(self, config=None) -> SharedDecoder:
+        decoder = SharedDecoder(
+            max_requests=self.sharing.requests,
+            slots=len(self.sharing.tables.firsts),
+            q_heads=self.batch.q.shape[1],
+            kv_heads=self.batch.k.shape[1],
+            head_dim=self.batch.q.shape[2],
+            device=DEVICE,
+            config=config,
+        )
+        decoder.part_out.fill_(float("nan"))
+        decoder.part_lse.fill_(float("nan"))
+        return decoder
 
 
-def share(batch, runs):
-    """Make what runs say true: the members' keys and values there are those of the first one. What is read is the first
-    one's only: NaN stands with the others where there is a reference of its own."""
-    for run in sorted(runs, key=lambda run: run.low):
-        source = int(batch.first[run.members[0]])
-        for member in run.members[1:]:
-            target = int(batch.first[member])
-            for x in (batch.k, batch.v):
-                x[target + run.low : target + run.high] = x[source + run.low : source + run.high].clone()
-
-
-def run(batch, runs, *, soft_cap=0.0, sinks=None, config=None, planned=None):
-    """The kernel on poisoned outputs. `planned`: the contexts that the plan was made for, if they have grown since."""
-    requests, q_heads, dim = batch.q.shape
-    decoder = SharedDecoder(
-        max_requests=max(1, requests + 2),
-        q_heads=q_heads,
-        kv_heads=batch.k.shape[1],
-        head_dim=dim,
-        device=DEVICE,
-        config=config,
-    )
-    for buffer in decoder.partial:
-        buffer.fill_(float("nan"))
-    plan = decoder.plan(runs, planned or batch.contexts)
-    out = torch.full_like(batch.q, float("nan"))
-    lse = torch.full(batch.q.shape[:2], float("nan"), device=DEVICE)
-    contexts = torch.tensor(batch.contexts, dtype=torch.int32, device=DEVICE)
-    decoder(
-        batch.q,
-        batch.k,
-        batch.v,
-        batch.first,
-        contexts,
-        scale=batch.scale,
-        out=out,
-        lse=lse,
-        soft_cap=soft_cap,
-        sinks=sinks,
-    )
-    return out, lse, plan
+def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]:
+    """Random paths: each request goes on from somewhere on the path of one before it, or from the start."""
+    paths: list[list[int]] = []
+    pages = iter(range(1, 1 << 30))
+    for _ in range(requests):
+        stem = rng.choice([[], *paths])
+        stem = stem[: rng.randint(0, len(stem))] if rng.random() < 0.7 else stem
+        paths.append([*stem, *(next(pages) for _ in range(rng.randint(0, longest)))])
+    return paths
 
 
 @given(
@@ -95,117 +115,145 @@ def run(batch, runs, *, soft_cap=0.0, sinks=None, config=None, planned=None):
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
-    grown=st.integers(0, 20),
+    shown=st.sampled_from(["all", "path", "some", "none"]),
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_random_forests(seed, requests, heads, dim, dtype, soft_cap, sinks, grown):
+def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, shown):
     rng = random.Random(seed)
-    runs, own = forest(rng, requests, 60)
-    planned = [length + rng.choice([0, 1, 1, 15, 16, 17, 40]) for length in own]
-    planned = [max(1, length) for length in planned]
-    contexts = [length + rng.randint(0, grown) for length in planned]
+    paths = paths_of(rng, requests, 6)
+    contexts = [PAGE * len(path) + rng.choice([1, 1, 2, 15, 16, 17, 40]) for path in paths]
     batch = Batch.random([1] * requests, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed)
-    # A request that had nothing of its own when it was planned gets its first token with the next plan.
-    contexts = [a if a > b else b for a, b, c in zip(contexts, planned, own, strict=True)]
-    batch.contexts = [c if p > o else p for c, p, o in zip(contexts, planned, own, strict=True)]
-    share(batch, runs)
+    mapped = {
+        "all": [context // PAGE * PAGE for context in contexts],
+        "path": [PAGE * len(path) for path in paths],
+        "some": [PAGE * rng.randint(0, context // PAGE) for context in contexts],
+        "none": [0] * requests,
+    }[shown]
+    served = Served.of(batch, paths, mapped, seed)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
-    out, lse, _ = run(batch, runs, soft_cap=soft_cap, sinks=sink, planned=planned)
     expected, sums = batch.expected(soft_cap=soft_cap, sinks=sink)
+    served.hide(mapped)
+    out, lse = served.run(soft_cap=soft_cap, sinks=sink)
     assert_close(out, expected)
     assert_close(lse, sums)
 
 
 def test_a_shared_run_is_read_once():
-    """Only the first member's memory is read: with the others it is poisoned."""
-    batch = Batch.random([1] * 6, [200] * 6, q_heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=3)
-    runs = [Shared([2, 0, 1, 3, 4, 5], 0, 100), Shared([4, 1], 100, 180)]
-    share(batch, runs)
+    """Only one request's memory is read for a run: with the others it is poisoned, in both places."""
+    paths = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6], [1, 2, 3, 10, 11], [1, 2, 3]]
+    batch = Batch.random([1] * 4, [70, 60, 50, 90], q_heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=3)
+    served = Served.of(batch, paths, [48] * 4)
     expected, sums = batch.expected()
-    for shared in runs:
-        for member in shared.members[1:]:
-            at = int(batch.first[member])
-            batch.k[at + shared.low : at + shared.high] = float("nan")
-            batch.v[at + shared.low : at + shared.high] = float("nan")
-    out, lse, plan = run(batch, runs)
+    tables = served.sharing.tables
+    slots = served.slots.tolist()
+    for i, slot in enumerate(slots):
+        for unit in (unit for unit in tables.chains[slot] if unit >= 0 and tables.sources[unit] != slot):
+            first = int(batch.first[i])
+            for x in (batch.k, batch.v):
+                x[first + tables.lows[unit] : first + tables.highs[unit]] = float("nan")
+            served.table[slot, tables.lows[unit] : tables.highs[unit]] = 0
+    assert (tables.chains[slots] >= 0).sum() == 4 + 2
+    assert served.k[0].isnan().all()
+    out, lse = served.run()
     assert_close(out, expected)
     assert_close(lse, sums)
-    assert plan.parts > 8
 
 
 @pytest.mark.parametrize(
-    ("requests", "runs", "contexts"),
+    ("paths", "contexts"),
     [
-        (5, [], [40, 1, 16, 17, 33]),  # nothing shared
-        (1, [], [50]),
-        (6, [Shared(range(6), 0, 64)], [65] * 6),  # every request identical but for its last token
-        (6, [Shared(range(6), 0, 3)], [30] * 6),  # a run shorter than a tile
-        (4, [Shared([0, 1], 0, 33), Shared([2, 3], 0, 17)], [40, 0, 20, 25]),  # one is no request
+        ([[], [], [], [], []], [40, 1, 16, 17, 33]),  # nothing shared
+        ([[1, 2]], [50]),
+        ([[1, 2, 3, 4]] * 6, [33] * 6),  # every request identical but for its last token
+        ([[1]] * 6, [30] * 6),  # a run shorter than a tile
+        ([[1, 2, 3], [], [1, 2, 3], [4], [4]], [25, 0, 40, 9, 12]),  # one is no request
+        ([[*range(1, 2 + n)] for n in range(DEPTH + 4)], [8 * n + 9 for n in range(DEPTH + 4)]),  # deeper than is told
     ],
 )
-def test_what_batches_may_be(requests, runs, contexts):
-    if 0 in contexts:
-        gone = contexts.index(0)
-        runs = [run for run in runs if gone not in run.members]
-    batch = Batch.random([1] * requests, [max(1, n) for n in contexts], q_heads=4, kv_heads=2, dim=64, seed=requests)
-    share(batch, runs)
-    expected, _ = batch.expected()
-    batch.contexts = contexts
-    out, _, _ = run(batch, runs)
+def test_what_batches_may_be(paths, contexts):
+    batch = Batch.random([1] * len(paths), contexts, q_heads=4, kv_heads=2, dim=64, seed=len(paths))
+    served = Served.of(batch, paths, [PAGE * len(path) for path in paths])
     there = torch.tensor([n > 0 for n in contexts], device=DEVICE)
+    batch.q = torch.where(there[:, None, None], batch.q, float("nan"))
+    expected, _ = batch.expected()
+    out, _ = served.run()
     assert_close(out[there], expected[there])
     assert out[~there].isnan().all(), "the row of what is no request was written"
 
 
 def test_many_requests_on_one_leaf():
-    batch = Batch.random([1] * 300, [40] * 300, q_heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16, seed=5, layers=1)
-    runs = [Shared(range(300), 0, 32)]
-    share(batch, runs)
-    out, lse, _ = run(batch, runs)
+    batch = Batch.random([1] * 300, [40] * 300, q_heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16, seed=5)
+    served = Served.of(batch, [[1, 2, 3, 4]] * 300, [32] * 300)
     expected, sums = batch.expected()
+    out, lse = served.run()
     assert_close(out, expected)
     assert_close(lse, sums)
 
 
-def test_requests_leave_and_the_next_plan_forgets_them():
-    decoder = SharedDecoder(max_requests=8, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
-    for requests in (8, 3, 0, 5):
-        batch = Batch.random([1] * requests, [70] * requests, q_heads=4, kv_heads=2, dim=64, seed=requests)
-        runs = [Shared(range(requests), 0, 48)] if requests > 1 else []
-        share(batch, runs)
-        decoder.plan(runs, batch.contexts)
-        contexts = torch.tensor(batch.contexts, dtype=torch.int64, device=DEVICE)
-        out = decoder(batch.q, batch.k, batch.v, batch.first, contexts, scale=batch.scale)
-        if requests:
-            assert_close(out, batch.expected()[0])
+def test_requests_come_and_leave():
+    """One decoder, one server: what an earlier step had is not in the next."""
+    paths = paths_of(random.Random(11), 10, 5)
+    contexts = [PAGE * len(path) + 3 + n for n, path in enumerate(paths)]
+    batch = Batch.random([1] * 10, contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=2)
+    served = Served.of(batch, paths, [PAGE * len(path) for path in paths])
+    expected, _ = batch.expected()
+    decoder = served.decoder()
+    everybody, slots = served, served.slots.tolist()
+    for there in ([*range(10)], [4, 1, 7], [9], [], [7, 8, 1, 0, 2], [*range(9, -1, -1)]):
+        for i, slot in enumerate(slots):
+            if i not in there and slot in served.sharing:
+                served.sharing.leave(slot)
+            if i in there and slot not in served.sharing:
+                served.sharing.join(slot, paths[i], first=int(batch.first[i]), mapped=PAGE * len(paths[i]))
+        at = torch.tensor(there, dtype=torch.int64, device=DEVICE)
+        some = Batch(batch.q[at], batch.k, batch.v, batch.first[at], [1] * len(at), [contexts[i] for i in there], 0.125)
+        step = Served(some, served.sharing, served.k, served.v, served.table, everybody.slots[at])
+        out, _ = step.run(decoder)
+        assert_close(out, expected[at])
 
 
-@pytest.mark.parametrize(
-    ("runs", "contexts", "message"),
-    [
-        ([Shared([0], 0, 4)], [9, 9], "at least two wanted"),
-        ([Shared([0, 1], 2, 4)], [9, 9], "it has runs up to 0"),
-        ([Shared([0, 1], 0, 4)], [9, 3], "and 3 tokens"),
-        ([Shared([0, 1], 0, 0)], [9, 9], "cannot be a shared run"),
-        ([Shared([0, 2], 0, 4)], [9, 9], "request 2, of 2"),
-        ([Shared([0, 1], 0, 4), Shared([2, 3], 0, 4), Shared([1, 2], 4, 8)], [9] * 4, "are to be a forest"),
-        ([], [9] * 5, "up to 4 wanted"),
-    ],
-)
-def test_what_is_no_forest_is_refused(runs, contexts, message):
-    decoder = SharedDecoder(max_requests=4, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
-    with pytest.raises(ValueError, match=message):
-        decoder.plan(runs, contexts)
+@pytest.mark.parametrize("block_m", [16, 32])
+def test_heads_of_one_request_in_two_tiles(block_m):
+    """Groups of 7 heads do not fill tiles of 16 rows."""
+    batch = Batch.random([1] * 5, [60] * 5, q_heads=14, kv_heads=2, dim=64, dtype=torch.float16, seed=8)
+    served = Served.of(batch, [[1, 2, 3, 4, 5]] * 5, [40] * 5)
+    expected, sums = batch.expected()
+    out, lse = served.run(config=Config(block_m, 16, 4, 1))
+    assert_close(out, expected)
+    assert_close(lse, sums)
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    decoder = SharedDecoder(max_requests=4, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
-    decoder.plan([], [9, 9])
-    batch = Batch.random([1, 1], [9, 9], q_heads=4, kv_heads=2, dim=64)
-    lengths = torch.tensor([9, 9], device=DEVICE)
+def small(**changes):
+    geometry = {"max_requests": 4, "slots": 6, "q_heads": 4, "kv_heads": 2, "head_dim": 64, "device": DEVICE}
+    return SharedDecoder(**(geometry | changes))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="0 requests, 6 slots, 4 query heads over 2"):
+        small(max_requests=0)
+    with pytest.raises(ValueError, match="head_dim 72"):
+        small(head_dim=72)
+    decoder = small()
+    with pytest.raises(ValueError, match="tables for 6 slots and 4 requests wanted"):
+        decoder.update(Sharing(slots=7, requests=4, page_tokens=8).tables)
+    crowded = Sharing(slots=6, requests=4, page_tokens=8)
+    crowded.tables.counts[:] = 500
+    assert not decoder.fits(crowded.tables)
+    with pytest.raises(ValueError, match="with up to"):
+        decoder.update(crowded.tables)
+    two = torch.tensor([1, 2], device=DEVICE)
     with pytest.raises(ValueError, match=r"contexts are \(2,\) torch.float32"):
-        decoder(batch.q, batch.k, batch.v, batch.first, lengths.float(), scale=1.0)
+        decoder.plan(two, two.float())
+    with pytest.raises(ValueError, match=r"slots are \(5,\)"):
+        decoder.plan(torch.ones(5, dtype=torch.int32, device=DEVICE), two)
+    batch = Batch.random([1, 1], [9, 9], q_heads=4, kv_heads=2, dim=64)
+    decoder.plan(two, two)
+    table = torch.zeros(6, 9, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="q has 1 rows, the plan 2"):
-        decoder(batch.q[:1], batch.k, batch.v, batch.first, lengths, scale=1.0)
-    with pytest.raises(ValueError, match="0 requests, 4 query heads over 2"):
-        SharedDecoder(max_requests=0, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+        decoder(batch.q[:1], batch.k, batch.v, batch.k, batch.v, table, scale=1.0)
+    with pytest.raises(ValueError, match="k_by_slot is"):
+        decoder(batch.q, batch.k, batch.v, batch.k.contiguous(), batch.v, table, scale=1.0)
+    with pytest.raises(ValueError, match=r"table is \(6, 9\) torch.int64"):
+        decoder(batch.q, batch.k, batch.v, batch.k, batch.v, table.long(), scale=1.0)
+    with pytest.raises(ValueError, match="over k"):
+        decoder(batch.q[:, :2], batch.k, batch.v, batch.k, batch.v, table, scale=1.0)
