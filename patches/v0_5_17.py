@@ -11,6 +11,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
     tree        mem_cache.registry.default_radix_cache_factory
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
+    decode      HybridAttnBackend.__init__, DecodeCudaGraphRunner._capture_one_stream, ._make_graph_key
     epochs      Scheduler.run_batch, .on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
     elastic     Scheduler.__init__, .set_internal_state
@@ -183,7 +184,7 @@ def install(server_args: ServerArgs) -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_vtensor.srt import allocation
-    from sglang_vtensor.srt.options import ATTENTION_BACKEND
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options
 
     HookRegistry.register(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding, HookType.AROUND)
     HookRegistry.register(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests, HookType.AROUND)
@@ -203,6 +204,12 @@ def install(server_args: ServerArgs) -> None:
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
+    if server_args.device != "cpu" and Options.of(server_args).vtensor_shared_decode == "auto":
+        hybrid = "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend"
+        HookRegistry.register(f"{hybrid}.__init__", _init_hybrid, HookType.AROUND)
+        graphs = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+        HookRegistry.register(f"{graphs}._capture_one_stream", _capture_both, HookType.AROUND)
+        HookRegistry.register(f"{graphs}._make_graph_key", _label_graph_key, HookType.AROUND)
     if server_args.device == "cpu":
         HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
     HookRegistry.apply_hooks()
@@ -286,6 +293,51 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
     return backend != ATTENTION_BACKEND and original(backend)
+
+
+# Decode: batches that share are done by a backend around SGLang's own, and have graphs of their own.
+
+
+def _init_hybrid(
+    original: Callable[..., None], self: Any, model_runner: Any, prefill_backend: Any, decode_backend: Any
+) -> None:
+    from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+    from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+
+    if isinstance(prefill_backend, SegmentPrefillBackend):
+        decode_backend = SharedDecodeBackend.around(model_runner, decode_backend)
+    original(self, model_runner, prefill_backend, decode_backend)
+
+
+def _shared_decode(runner: Any) -> Any:
+    """The decode backend of a graph runner, if it is ours."""
+    from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+
+    backend = getattr(runner.attn_backend, "decode_backend", None)
+    return backend if isinstance(backend, SharedDecodeBackend) else None
+
+
+def _capture_both(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    backend = _shared_decode(self)
+    if backend is not None:
+        backend.capturing = True
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            backend.capturing = False
+
+
+def _label_graph_key(
+    original: Callable[..., Any], self: Any, size: int, stream_idx: int | None = None, variant_label: str | None = None
+) -> Any:
+    """The key says by which decode the batch at hand is done; its metadata was made before."""
+    from sglang_vtensor.srt.shared_decode import VARIANT
+
+    backend = _shared_decode(self)
+    if backend is not None and backend.shared:
+        variant_label = f"{variant_label}-{VARIANT}" if variant_label else VARIANT
+    return original(self, size, stream_idx, variant_label)
 
 
 # The device gives less than the pool's size promised: admission goes down, batches wait, requests are retracted.
@@ -374,6 +426,8 @@ def _run_batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, 
         else:
             with self.device_module.stream(_forward_stream(self)):
                 runtime.copy_partials()
+    if runtime.sharing is not None and batch.forward_mode.is_decode():
+        runtime.sharing.begin([req.req_pool_idx for req in batch.reqs], int(batch.seq_lens_cpu.sum()))
     result = original(self, batch, *args, **kwargs)
     if self.device == "cpu":
         runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done

@@ -592,7 +592,9 @@ class KVMemory:
 
     def check_integrity(self) -> None:
         """Every invariant that the two pools can check. Raises `AssertionError`."""
-        with self._lock:
+        with self._settled:
+            while self.segments.in_hand:  # the worker has counted what it is about to map
+                self._settled.wait()
             self.pages.check_integrity()
             self.segments.check_integrity()
             for segment in self.segments.segments:

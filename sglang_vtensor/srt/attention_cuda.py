@@ -245,16 +245,8 @@ class Fastest(SegmentPrefillBackend):
         self.chosen = self.ours if ours else self.fa3
         self.chosen.init_forward_metadata(forward_batch)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        layer: RadixAttention,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return self.chosen.attend(q, keys, values, layer, sinks, out)
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.chosen.forward_extend(*args, **kwargs)
 
 
 def _contexts(forward_batch: ForwardBatch) -> list[int]:

@@ -21,6 +21,7 @@ ATTENTION_BACKEND = "vtensor"
 HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
 PREFILL_KERNELS = ("auto", "triton", "fa3")
+SHARED_DECODE = ("auto", "off")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
@@ -42,15 +43,16 @@ class Options:
     vtensor_min: str = "0.05"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
+    vtensor_shared_decode: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.kv_backend not in KV_BACKENDS:
-            raise Refused(f"--kv-backend {self.kv_backend!r} is unknown: choose from {', '.join(KV_BACKENDS)}")
-        if self.vtensor_prefill_kernel not in PREFILL_KERNELS:
-            raise Refused(
-                f"--vtensor-prefill-kernel {self.vtensor_prefill_kernel!r} is unknown: choose from "
-                f"{', '.join(PREFILL_KERNELS)}"
-            )
+        for option, value, choices in (
+            ("--kv-backend", self.kv_backend, KV_BACKENDS),
+            ("--vtensor-prefill-kernel", self.vtensor_prefill_kernel, PREFILL_KERNELS),
+            ("--vtensor-shared-decode", self.vtensor_shared_decode, SHARED_DECODE),
+        ):
+            if value not in choices:
+                raise Refused(f"{option} {value!r} is unknown: choose from {', '.join(choices)}")
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
@@ -135,6 +137,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PREFILL_KERNELS,
         default=Options.vtensor_prefill_kernel,
         help="The kernel that reads segments in extend: FlashAttention-3 (Hopper), ours in Triton, or the faster one.",
+    )
+    group.add_argument(
+        "--vtensor-shared-decode",
+        choices=SHARED_DECODE,
+        default=Options.vtensor_shared_decode,
+        help="Decode steps whose requests share a prefix read it once, on an NVIDIA GPU, where that is faster.",
     )
 
 

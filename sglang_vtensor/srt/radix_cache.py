@@ -262,6 +262,8 @@ class VTensorRadixCache(RadixCache):
             record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
             record.stale = True
         record.protected = full
+        if self.runtime.sharing is not None:
+            self.runtime.sharing.changed(req.req_pool_idx)
         req.cache_protected_len = len(key)
         self.dec_lock_ref(req.last_node)
         self.inc_lock_ref(leaf)
@@ -394,14 +396,13 @@ class VTensorRadixCache(RadixCache):
     def shared_prefixes(self, count: int) -> list[dict[str, int]]:
         """The prefixes that branches share, by what that saves: `tokens` of each, how many `branches` go on from there,
         and the bytes that these would take if each had its own (`saved_bytes`)."""
-        tokens_bytes = self.runtime.memory.layout.page_bytes // self.page_size
         found = []
         stack = [(self.root_node, 0)]
         while stack:
             node, tokens = stack.pop()
             branches = len(node.children)
             if branches > 1 and tokens:
-                saved = (branches - 1) * tokens * tokens_bytes
+                saved = (branches - 1) * tokens * self.runtime.memory.layout.stride_bytes
                 found.append({"tokens": tokens, "branches": branches, "saved_bytes": saved})
             stack.extend((child, tokens + len(child.key)) for child in node.children.values() if child.children)
         return heapq.nlargest(count, found, key=lambda prefix: prefix["saved_bytes"])

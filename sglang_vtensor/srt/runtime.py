@@ -23,7 +23,12 @@ from sglang_vtensor.pages import Tail
 from sglang_vtensor.segments import Segment
 
 if TYPE_CHECKING:
+    from sglang_vtensor.srt.batch_sharing import BatchSharing
     from sglang_vtensor.srt.metrics import Metrics
+
+
+#: What is told of shared decode where there is none.
+NO_SHARING = dict.fromkeys(("decode_steps_shared", "decode_steps_plain", "shared_bytes_saved", "grouping_seconds"), 0)
 
 
 @dataclass(slots=True)
@@ -68,6 +73,8 @@ class Runtime:
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self.extend_reads_segments = False
         self.decode_reads_segments = False
+        #: Where decode may read what requests share once: from the segment of one of them.
+        self.sharing: BatchSharing | None = None
         #: Made with the first batch, where the server is asked for metrics.
         self.metrics: Metrics | None = None
         self.tree_stats: Callable[[], dict[str, int]] = dict
@@ -127,6 +134,10 @@ class Runtime:
     def end_request(self, slot: int, allocated_tokens: int) -> RequestPages:
         """Take the record of a request that is over. The page of a next token that is not to come is freed."""
         record = self.requests.pop(slot)
+        if self.sharing is not None:
+            self.sharing.left(slot)
+            if record.segment is not None:
+                record.segment.busy_until = self.memory.next_epoch  # a batch in flight may read it for others
         used = self.memory.layout.pages_for(allocated_tokens)
         self.memory.free(record.pages[used:])
         del record.pages[used:]
@@ -176,6 +187,8 @@ class Runtime:
         """Forget every request and free every page: the caches are flushed."""
         self.requests.clear()
         self.copies.clear()
+        if self.sharing is not None:
+            self.sharing.clear()
         self.memory.free_all()
 
     def stats(self) -> dict[str, Any]:
@@ -184,6 +197,7 @@ class Runtime:
         stats: dict[str, Any] = self.memory.stats().as_dict()
         stats.update(tree)
         stats.update(self.elastic_stats())
+        stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
         stats["requests"] = len(self.requests)
         stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]

@@ -1,0 +1,169 @@
+"""Shared decode on an NVIDIA GPU: around the decode backend that SGLang chose, which does the batches for which reading
+a shared prefix once does not pay.
+
+Both kinds of batch are captured in CUDA graphs: under SGLang's own keys, and under keys with a label of ours. What a
+graph reads of who shares what is on the device, and is told of before it is replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_vtensor.kernels.launch import DIMS
+from sglang_vtensor.kernels.shared_decode import SharedDecoder
+from sglang_vtensor.srt.batch_sharing import BatchSharing
+from sglang_vtensor.srt.runtime import Runtime
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+#: Larger batches are done by SGLang's own decode. Its graphs go up to so many requests, or fewer.
+MAX_REQUESTS = 512
+#: What graph keys of shared decode are told apart by.
+VARIANT = "vtensor_shared"
+
+
+class SharedDecodeBackend(AttentionBackend):
+    """The decode half of SGLang's hybrid attention backend, around the one that it chose."""
+
+    def __init__(self, runner: ModelRunner, inner: AttentionBackend) -> None:
+        super().__init__()
+        self.inner = inner
+        self.needs_cpu_seq_lens = inner.needs_cpu_seq_lens
+        self.pool = runner.token_to_kv_pool
+        self.table: torch.Tensor = runner.req_to_token_pool.req_to_token
+        self.runtime: Runtime = self.pool.runtime
+        memory = self.runtime.memory
+        layers = range(self.pool.layer_num)
+        self.segments = [tuple(x.flatten(0, 1) for x in memory.segment_views(layer)) for layer in layers]
+        self.by_slot = [memory.identity_views(layer) for layer in layers]
+        kv_heads, dim = self.segments[0][0].shape[1:]
+        q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        slots = len(self.runtime.segment_of)
+        self.decoder = SharedDecoder(
+            max_requests=min(slots, MAX_REQUESTS),
+            slots=slots,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            device=self.segments[0][0].device,
+        )
+        self.sharing = self.runtime.sharing = BatchSharing(
+            self.runtime,
+            requests=self.decoder.max_requests,
+            group=q_heads // kv_heads,
+            token_bytes=2 * kv_heads * dim * self.segments[0][0].element_size(),
+        )
+        #: Set while the graphs of shared batches are captured.
+        self.capturing = False
+        #: Whether the batch at hand is done here.
+        self.shared = False
+        self._told = -1  # the state of the sharing that the device has
+
+    @classmethod
+    def around(cls, runner: ModelRunner, inner: AttentionBackend) -> AttentionBackend:
+        """Around `inner`, or that itself, and a line in the log that says why."""
+        dim = runner.model_config.head_dim
+        if dim not in DIMS:
+            logger.warning(
+                "shared decode is off: it takes head dimensions %s, and this model's is %d; decode reads a shared "
+                "prefix once a request",
+                ", ".join(map(str, DIMS)),
+                dim,
+            )
+            return inner
+        return cls(runner, inner)
+
+    # Outside of the graph is what may differ from batch to batch; inside, the plan, which is made on the device.
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        self.shared = forward_batch.forward_mode.is_decode() and (
+            self.capturing if in_capture else self._tell(forward_batch.batch_size)
+        )
+        if not self.shared:
+            self.inner.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        if self.shared:
+            self.decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
+        else:
+            self.inner.init_forward_metadata_in_graph(forward_batch)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self.shared = forward_batch.forward_mode.is_decode() and self._tell(forward_batch.batch_size)
+        if self.shared:
+            self.decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
+        else:
+            self.inner.init_forward_metadata(forward_batch)
+
+    def _tell(self, requests: int) -> bool:
+        """Whether the batch is done here. If so, the device knows who shares what in it; told on the stream that it
+        runs on, behind the batch before."""
+        sharing = self.sharing.sharing
+        shared = self.sharing.pays and requests <= self.decoder.max_requests and self.decoder.fits(sharing.tables)
+        if shared and self._told != sharing.changes:
+            self.decoder.update(sharing.tables)
+            self._told = sharing.changes
+        self.sharing.count(shared)
+        return shared
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> torch.Tensor:
+        if not self.shared:
+            if sinks is not None:
+                extra["sinks"] = sinks
+            return self.inner.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **extra)
+        if save_kv_cache and k is not None:
+            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
+        index = layer.layer_id - self.pool.start_layer
+        result = self.decoder(
+            q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
+            *self.segments[index],
+            *self.by_slot[index],
+            self.table,
+            scale=layer.scaling,
+            soft_cap=layer.logit_cap,
+            sinks=sinks,
+        )
+        return result.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    # All else is the inner backend's.
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.inner.forward_extend(*args, **kwargs)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return self.inner.get_cuda_graph_seq_len_fill_value()
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        self.inner.on_after_cuda_graph_warmup()
+
+    def support_triton(self) -> bool:
+        return self.inner.support_triton()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)

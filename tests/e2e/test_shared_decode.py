@@ -1,0 +1,93 @@
+"""Decode that reads shared prefixes once: the same tokens, whatever comes, goes, is evicted or swapped meanwhile."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.shared_decode import read_shared_once
+from tests.harness import Abort, Request, Scheduler
+
+#: A batch may be larger than what is followed: then everything is read as without it.
+FOLLOWED = 12
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"disable_overlap_schedule": True, "page_size": 4}], ids=["overlap", "page4"]
+)
+def ours(models, request):
+    arguments = {"page_size": 16, "max_total_tokens": 1600, "max_running_requests": 16, "chunked_prefill_size": 128}
+    with Scheduler(models["gqa"], dtype="float32", kv_backend="vtensor", **(arguments | request.param)) as scheduler:
+        scheduler.call(read_shared_once, FOLLOWED)
+        yield scheduler
+
+
+@pytest.fixture
+def same(ours, schedulers):
+    """Run a script on ours and on the reference; the answers of requests that were not aborted must be the same."""
+    assert ours.flush()
+    reference = schedulers(max_total_tokens=1600, max_running_requests=16)
+
+    def run(script):
+        aborted = [step.rid for turn in script for step in turn if isinstance(step, Abort)]
+        expected, got = reference.run(script), ours.run(script)
+        ours.check()
+        for rid, theirs in expected.items():
+            if not any(rid.startswith(name) for name in aborted):
+                assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+        return got
+
+    return run
+
+
+def test_levels_of_prefixes(ours, same):
+    """A system prompt, documents behind it, questions behind those; some end long before the others."""
+    prompt = Prompts(1)
+    system = prompt(50)
+    documents = [system + prompt(40 + 9 * n) for n in range(3)]
+    before = ours.stats()
+    questions = [document + prompt(3 + 5 * n) for n in range(3) for document in documents]
+    same([[Request(f"first{n}", document, 4) for n, document in enumerate(documents)]])
+    got = same([[Request(f"q{n}", question, 6 + 7 * n) for n, question in enumerate(questions)]])
+    assert all(answer.cached >= 48 for answer in got.values())
+    after = ours.stats()
+    assert after["decode_steps_shared"] - before["decode_steps_shared"] > 30
+    assert after["shared_bytes_saved"] > before["shared_bytes_saved"]
+
+
+def test_the_same_prompt_many_times_at_once(same):
+    """Equal pages of one batch are found equal only when they are computed: all but one's are swapped for its."""
+    prompt = Prompts(2)(200)
+    same([[Request(f"same{n}", prompt, 20 + n) for n in range(9)]])
+    same([[Request(f"again{n}", prompt + Prompts(3)(n), 20 + n) for n in range(9)]])
+
+
+def test_more_than_are_followed(ours, same):
+    stem = Prompts(4)(64)
+    before = ours.stats()["decode_steps_plain"]
+    same([[Request(f"many{n}", stem + Prompts(n)(3), 4 + 2 * n) for n in range(16)]])
+    assert ours.stats()["decode_steps_plain"] > before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conversations_in_a_small_pool(ours, same, seed):
+    """Turns go on and branch, requests are aborted, leaves evicted, requests retracted and matched again."""
+    rng, prompt = random.Random(seed), Prompts(seed)
+    system = prompt(70)
+    chats = [system + prompt(rng.randrange(30)) for _ in range(5)]
+    for turn in range(4):
+        script: list = [[]]
+        asked = {}
+        for n in range(10):
+            stem = rng.choice(chats)[: rng.choice([40, 100, 300])]
+            rid = f"t{turn}n{n}"
+            asked[rid] = stem + prompt(rng.randrange(1, 50))
+            script[-1].append(Request(rid, asked[rid], rng.randrange(1, 60)))
+            if rng.random() < 0.15:
+                script[-1].append(Abort(rid))
+            script += [[] for _ in range(rng.randrange(4))]
+        got = same(script)
+        chats = [asked[rid] + got[rid].tokens for rid in rng.sample(sorted(set(got) & set(asked)), 5)]
+    assert ours.stats()["decode_steps_shared"] > 50
