@@ -1,0 +1,235 @@
+"""The decode backend that stands around SGLang's: real pool, real segments and tables; SGLang's half is a stand-in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_vtensor import patches
+from sglang_vtensor.srt import shared_decode
+from sglang_vtensor.srt.kv_pool import VTensorKVPool
+from sglang_vtensor.srt.options import Options
+from sglang_vtensor.srt.runtime import RequestPages
+from sglang_vtensor.srt.shared_decode import VARIANT, SharedDecodeBackend
+from tests.kernels.reference import DEVICE, assert_close
+
+Q_HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
+
+
+class Inner:
+    """SGLang's decode backend: says what it was asked."""
+
+    needs_cpu_seq_lens = False
+    some_state = "of the inner one"
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return name
+
+        return call
+
+
+class Server:
+    """A pool of memory with requests in it, and a backend."""
+
+    def __init__(self, layout, monkeypatch):
+        self.pool = VTensorKVPool(
+            64 * PAGE,
+            layout=layout,
+            options=Options(kv_backend="vtensor"),
+            device=DEVICE,
+            max_running=7,
+            max_tokens=20 * PAGE,
+            start_layer=0,
+            end_layer=layout.layers,
+        )
+        self.runtime = self.pool.runtime
+        self.table = torch.zeros(8, 20 * PAGE, dtype=torch.int32)
+        monkeypatch.setattr(shared_decode, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+        self.inner = Inner()
+        self.runner = SimpleNamespace(
+            token_to_kv_pool=self.pool,
+            req_to_token_pool=SimpleNamespace(req_to_token=self.table.to(DEVICE)),
+            model_config=SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM),
+        )
+        self.backend = SharedDecodeBackend.around(self.runner, self.inner)
+
+    def admit(self, slot, shared, own, context):
+        """A request: pages of the tree, as many of its own, and `context` tokens with the next one. What is mapped is
+        what it began with, all but its last page."""
+        memory = self.runtime.memory
+        record = RequestPages([*shared, *memory.allocate(own)], len(shared))
+        record.segment = memory.lease(None, record.pages[:-1])
+        self.runtime.requests[slot] = record
+        slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in record.pages])
+        self.runner.req_to_token_pool.req_to_token[slot, :context] = slots[:context].to(DEVICE, torch.int32)
+        return int(slots[context - 1])
+
+    def decode(self, slots, contexts, layer=1, **extra):
+        """A step, as the scheduler begins it and the model runs it. The result, and what it should be."""
+        seq_lens = torch.tensor(contexts, device=DEVICE)
+        batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(is_decode=lambda: True),
+            batch_size=len(slots),
+            req_pool_indices=torch.tensor(slots, device=DEVICE),
+            seq_lens=seq_lens,
+            out_cache_loc=self.runner.req_to_token_pool.req_to_token[slots, seq_lens - 1].long(),
+        )
+        self.runtime.sharing.begin(list(slots), sum(contexts))
+        attention = SimpleNamespace(
+            layer_id=layer,
+            tp_q_head_num=Q_HEADS,
+            head_dim=DIM,
+            v_head_dim=DIM,
+            scaling=DIM**-0.5,
+            logit_cap=0.0,
+            k_scale=None,
+            v_scale=None,
+        )
+        q, k, v = (
+            torch.randn(len(slots), heads * DIM, dtype=torch.bfloat16, device=DEVICE)
+            for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
+        )
+        self.backend.init_forward_metadata_out_graph(batch)
+        self.backend.init_forward_metadata_in_graph(batch)
+        out = self.backend.forward_decode(
+            q, k.view(-1, KV_HEADS, DIM), v.view(-1, KV_HEADS, DIM), attention, batch, **extra
+        )
+        keys, values = self.pool.k_buffer[layer], self.pool.v_buffer[layer]
+        expected = []
+        for row, slot, context in zip(q.view(-1, Q_HEADS, DIM).float(), slots, contexts, strict=True):
+            at = self.runner.req_to_token_pool.req_to_token[slot, :context].long()
+            k, v = (x[at].float().repeat_interleave(Q_HEADS // KV_HEADS, 1) for x in (keys, values))
+            weights = (torch.einsum("hd,nhd->hn", row, k) * attention.scaling).softmax(-1)
+            expected.append(torch.einsum("hn,nhd->hd", weights, v).flatten())
+        return out, torch.stack(expected)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    from sglang_vtensor.layout import KVLayout
+    from sglang_vtensor.vmm import page_units
+
+    granularity, _ = page_units(DEVICE)
+    layers = max(2, granularity // (2 * KV_HEADS * DIM * 2 * PAGE))
+    layout = KVLayout.choose(
+        layers=layers,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.bfloat16,
+        granularity=granularity,
+        tile_tokens=PAGE,
+        page_tokens=PAGE,
+    )
+    server = Server(layout, monkeypatch)
+    monkeypatch.setattr(server.runtime.sharing, "token_bytes", 1 << 40)  # whatever is shared pays
+    yield server
+    server.runtime.memory.close()
+
+
+def fill(server):
+    """Every page that was handed out gets keys and values."""
+    for record in server.runtime.requests.values():
+        for page in record.pages:
+            for buffer in (*server.pool.k_buffer, *server.pool.v_buffer):
+                buffer[page * PAGE : (page + 1) * PAGE].normal_()
+
+
+def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
+    stem = server.runtime.memory.allocate(5)
+    contexts = {1: 5 * PAGE + 20, 4: 5 * PAGE + 1, 2: 6 * PAGE, 6: PAGE + 3}
+    for slot, context in contexts.items():
+        server.admit(slot, stem if slot != 6 else [], -(-context // PAGE) - (5 if slot != 6 else 0), context)
+    fill(server)
+    for slots in ([1, 4, 2, 6], [4, 1], [4, 2, 6]):
+        out, expected = server.decode(slots, [contexts[slot] for slot in slots])
+        assert_close(out, expected)
+    assert server.inner.calls == []
+    out, _ = server.decode([4, 6], [contexts[4], contexts[6]], sinks=torch.zeros(Q_HEADS))
+    assert out == "forward_decode"
+    assert server.inner.calls == [
+        "init_forward_metadata_out_graph",
+        "init_forward_metadata_in_graph",
+        "forward_decode",
+    ]
+    stats = server.runtime.stats()
+    assert (stats["decode_steps_shared"], stats["decode_steps_plain"]) == (3, 1)
+    tokens = 2 * 5 * PAGE + 5 * PAGE + 5 * PAGE
+    assert stats["shared_bytes_saved"] == tokens * server.runtime.memory.layout.stride_bytes
+    assert server.backend.some_state == "of the inner one"
+
+
+def test_a_segment_that_shows_other_pages_is_not_read(server):
+    """The tree took equal pages of another request: the record has those, its segment still the freed ones."""
+    memory = server.runtime.memory
+    stem, twin = memory.allocate(3), memory.allocate(3)
+    server.admit(3, twin, 1, 3 * PAGE + 2)
+    server.admit(5, stem, 1, 3 * PAGE + 2)
+    fill(server)
+    out, expected = server.decode([3, 5], [3 * PAGE + 2] * 2)
+    record = server.runtime.requests[3]
+    old, record.pages[:3], record.stale = record.pages[:3], stem, True
+    server.runtime.sharing.changed(3)
+    table = server.runner.req_to_token_pool.req_to_token
+    table[3, : 3 * PAGE] = table[5, : 3 * PAGE]
+    for page in old:
+        for buffer in (*server.pool.k_buffer, *server.pool.v_buffer):
+            buffer[page * PAGE : (page + 1) * PAGE] = float("nan")
+    for slots in ([3, 5], [5, 3], [3]):
+        out, expected = server.decode(slots, [3 * PAGE + 2] * len(slots))
+        if len(slots) > 1:
+            assert_close(out, expected)
+    assert server.inner.calls.count("forward_decode") == 2, "before, and alone"
+
+
+def test_a_segment_of_a_request_that_ends_stays_while_a_batch_may_read_it(server):
+    memory = server.runtime.memory
+    stem = memory.allocate(4)
+    for slot in (1, 2):
+        server.admit(slot, stem, 1, 4 * PAGE + 2)
+    fill(server)
+    out, expected = server.decode([1, 2], [4 * PAGE + 2] * 2)
+    assert_close(out, expected)
+    memory.launch()
+    segment = server.runtime.requests[1].segment
+    record = server.runtime.end_request(1, 4 * PAGE + 2)
+    memory.release(record.segment)
+    memory.segments.reclaim()
+    assert segment.pages, "unmapped under a batch in flight"
+    memory.complete(memory.launch())
+    memory.segments.reclaim()
+    assert not segment.pages
+    assert 1 not in server.runtime.sharing.sharing
+
+
+def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
+    server.runner.model_config.head_dim = 72
+    assert SharedDecodeBackend.around(server.runner, server.inner) is server.inner
+    assert "shared decode is off: it takes head dimensions 64, 80, 96, 128, 256, and this model's is 72" in caplog.text
+
+
+def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
+    module = patches.load()
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(decode_backend=server.backend))
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=4)
+    keys = []
+
+    def make_key(self, size, stream_idx, variant_label):
+        return (size, stream_idx, variant_label)
+
+    def capture(self, stream_idx):
+        for label in (None, "lora"):
+            server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            keys.append(module._label_graph_key(make_key, self, 4, stream_idx, label))
+
+    module._capture_both(capture, runner, None)
+    assert keys == [(4, None, None), (4, None, "lora"), (4, None, VARIANT), (4, None, f"lora-{VARIANT}")]
+    assert not server.backend.capturing
+    other = SimpleNamespace(attn_backend=server.inner)
+    assert module._label_graph_key(make_key, other, 4) == (4, None, None)
