@@ -10,7 +10,6 @@ copy bandwidth, both measured in the same run.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import grouping, results
 from sglang_vtensor.kernels import configs
 
 console = Console(width=200)
@@ -511,6 +510,7 @@ def decode(geometries: Geometries = ALL) -> None:
     console.print(summary)
 
 
+PAGE = 16
 #: Batches that share: requests, tokens of all, requests a group, tokens of a group, tokens of a request.
 SHARED = {
     "shared_8k_x64": (64, 8192, 64, 0, 512),
@@ -524,7 +524,8 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
     """One of `SHARED`: a row. `copy` is the rate of a copy, in bytes a second."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    from sglang_vtensor.kernels.shared_decode import Shared, SharedDecoder, plan_shared
+    from sglang_vtensor.kernels.shared_decode import SharedDecoder
+    from sglang_vtensor.sharing import Sharing
 
     requests, of_all, group, of_group, own = SHARED[name]
     q_heads, kv_heads, dim, layers = GEOMETRIES[geometry]
@@ -543,23 +544,22 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
     table[:, :of_all] = torch.arange(of_all, device="cuda")
     table[:, of_all:shared] = (each // group * of_group + of_all)[:, None] + torch.arange(of_group, device="cuda")
     table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
-    # A segment shows a whole context. Here only the first member of a run has a copy of it, as only its is read; the
-    # others begin so that what they have for themselves is where it is.
-    runs = [Shared(range(requests), 0, of_all)] if of_all else []
-    runs += [Shared(range(n, n + group), of_all, shared) for n in range(0, requests, group)] if of_group else []
-    begin = private - shared
-    leaders = list(dict.fromkeys(run.members[0] for run in runs))
+    # A segment shows a whole context. Here only the first request of a run has a copy of it, as only its is read; those
+    # of the others begin so that what they have for themselves is where it is.
+    leaders = sorted({0, *range(0, requests, group)} if shared else set())
+    first = (private - shared).tolist()
     for number, leader in enumerate(leaders):
-        begin[leader] = tokens + number * context
+        first[leader] = tokens + number * context
     ours_pool = torch.cat([pool, *(pool[table[leader]] for leader in leaders)])
-    decoder = SharedDecoder(max_requests=256, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device="cuda")
-    decoder.plan(runs, [context] * requests)
-    division = {"group": decoder.group, "kv_heads": kv_heads, "config": decoder.config, "slots": decoder.slots}
-    host = []
-    for _ in range(5):
-        start = time.perf_counter()
-        plan_shared(runs, [context] * requests, **division)
-        host.append(time.perf_counter() - start)
+    sharing = Sharing(slots=requests, requests=256, page_tokens=PAGE)
+    for request in range(requests):
+        document = 10_000 * (1 + request // group)
+        path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
+        sharing.join(request, path, first=first[request], mapped=context)
+    decoder = SharedDecoder(
+        max_requests=256, slots=requests, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device="cuda"
+    )
+    decoder.update(sharing.tables)
     scale = dim**-0.5
     paged = [pool[:, layer, None].contiguous() for layer in range(rotation)]
     rows_of_q = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
@@ -579,14 +579,21 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
         )
 
     def ours_call(layer: int) -> torch.Tensor:
-        return decoder(q, ours_pool[:, layer, 0], ours_pool[:, layer, 1], begin, lengths, scale=scale)
+        k, v = ours_pool[:, layer, 0], ours_pool[:, layer, 1]
+        return decoder(q, k, v, k, v, pages, scale=scale)
 
+    def plan(_: int) -> torch.Tensor:
+        decoder.plan(each, lengths)
+        return q
+
+    plan(0)
     calls: dict[str, Call] = {"ours": ours_call, "fa3_page1": fa3_call}
     expected = fa3_call(0).float()
     error = float((ours_call(0).float() - expected).norm() / expected.norm())
     assert error < 2e-2, f"{name}: ours differs by {error:.3g}"
     measured = times({contestant: graph(call, rotation) for contestant, call in calls.items()}, rotation)
-    row: Row = {"case": name, "requests": requests, "context": context, "plan_us": round(1e6 * min(host), 1)}
+    planning = times({"plan": graph(plan, rotation)}, rotation)["plan"]
+    row: Row = {"case": name, "requests": requests, "context": context, "plan_us": round(planning, 2)}
     row["floor_us"] = round(tokens * token / copy * 1e6, 1)
     return row | {contestant: round(value, 2) for contestant, value in measured.items()}
 
@@ -600,7 +607,7 @@ def shared_decode(geometry: Annotated[str, typer.Option()] = "Llama-3-8B") -> No
         console.print(rows[-1])
         torch.cuda.empty_cache()
     summary = {row["case"]: row["fa3_page1"] / row["ours"] for row in rows}
-    summary["grouping_us_256"] = max(row["plan_us"] for row in rows if row["requests"] == 256)
+    summary["grouping_us_256"] = grouping.step_us(256)
     results.write("shared_decode", summary, rows)
     console.print(summary)
 

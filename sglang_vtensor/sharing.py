@@ -14,7 +14,7 @@ request; only where a run is divided, or grows together again, are its other req
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,14 +87,15 @@ class Sharing:
     def __len__(self) -> int:
         return len(self._end_of)
 
-    def slots(self) -> set[int]:
-        return set(self._end_of)
+    def slots(self) -> KeysView[int]:
+        """Who has joined."""
+        return self._end_of.keys()
 
     def join(self, slot: int, pages: Sequence[int], *, first: int = 0, mapped: int = 0) -> None:
         """A request joins. `pages` are those that others may have too, and are not changed any more: what is behind
         them is its own. Its contiguous context begins at token `first`, and shows `mapped` tokens."""
         if slot in self._end_of or len(self._end_of) == self.requests:
-            raise ValueError(f"slot {slot}, of {self.slots()}: one that has not joined wanted, of {self.requests}")
+            raise ValueError(f"slot {slot}, of {set(self.slots())}: one that has not joined wanted, of {self.requests}")
         tables = self.tables
         tables.firsts[slot], tables.mapped[slot] = first, mapped
         self.changes += 1

@@ -46,18 +46,18 @@ class BatchSharing:
     def _follow(self, slots: list[int]) -> None:
         sharing, runtime = self.sharing, self.runtime
         # First who leaves: pages that a request has no more may be another's already.
-        for slot in sharing.slots().difference(slots) | (self._changed & sharing.slots()):
+        now = set(slots)
+        for slot in (sharing.slots() - now) | (self._changed & sharing.slots()):
             sharing.leave(slot)
         tokens, longest = runtime.page_tokens, runtime.memory.segments.max_pages
-        for slot in slots:
-            if slot not in sharing:
-                record = runtime.requests[slot]
-                segment = record.segment
-                first = mapped = 0
-                if segment is not None and not record.stale:
-                    first = segment.index * longest * tokens
-                    mapped = min(len(segment.pages), len(record.pages)) * tokens
-                sharing.join(slot, record.pages[: record.protected], first=first, mapped=mapped)
+        for slot in now - sharing.slots():
+            record = runtime.requests[slot]
+            segment = record.segment
+            first = mapped = 0
+            if segment is not None and not record.stale:
+                first = segment.index * longest * tokens
+                mapped = min(len(segment.pages), len(record.pages)) * tokens
+            sharing.join(slot, record.pages[: record.protected], first=first, mapped=mapped)
         self._batch = list(slots)
         self._changed.clear()
 

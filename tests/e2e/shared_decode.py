@@ -15,6 +15,11 @@ from sglang_vtensor.sharing import Tables
 from sglang_vtensor.srt.batch_sharing import BatchSharing
 
 
+def whatever_is_shared_pays(scheduler: Any) -> None:
+    """On a GPU, from now on: of a small model it would not."""
+    scheduler.token_to_kv_pool_allocator.runtime.sharing.token_bytes = 1 << 40
+
+
 def read_shared_once(scheduler: Any, requests: int) -> None:
     """From now on. As on a GPU, decode maps nothing. Batches of more than `requests` are done as before."""
     backend = scheduler.tp_worker.model_runner.attn_backend

@@ -7,20 +7,28 @@ import random
 import pytest
 
 from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.e2e.shared_decode import read_shared_once
-from tests.harness import Abort, Request, Scheduler
+from tests.e2e.shared_decode import read_shared_once, whatever_is_shared_pays
+from tests.e2e.test_elastic import DTYPE, S
+from tests.harness import ON_GPU, Abort, Request, Scheduler
 
 #: A batch may be larger than what is followed: then everything is read as without it.
 FOLLOWED = 12
+LIMITS = {"max_total_tokens": 1600 * S, "max_running_requests": 16, "dtype": DTYPE}
+OURS = {"kv_backend": "vtensor", "page_size": 16 * S, "chunked_prefill_size": 128 * S}
+#: With SGLang's overlap of scheduling and computing, and without; on a GPU also without graphs.
+SERVERS = {"overlap": {}, "page4": {"disable_overlap_schedule": True, "page_size": 4}}
+if ON_GPU:
+    LIMITS |= {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16}
+    SERVERS = {"graphs": {}, "eager": {"disable_cuda_graph": True, "disable_overlap_schedule": True}}
 
 
-@pytest.fixture(
-    scope="module", params=[{}, {"disable_overlap_schedule": True, "page_size": 4}], ids=["overlap", "page4"]
-)
+@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS.keys())
 def ours(models, request):
-    arguments = {"page_size": 16, "max_total_tokens": 1600, "max_running_requests": 16, "chunked_prefill_size": 128}
-    with Scheduler(models["gqa"], dtype="float32", kv_backend="vtensor", **(arguments | request.param)) as scheduler:
-        scheduler.call(read_shared_once, FOLLOWED)
+    with Scheduler(models["gqa"], **(LIMITS | OURS | request.param)) as scheduler:
+        if ON_GPU:
+            scheduler.call(whatever_is_shared_pays)
+        else:
+            scheduler.call(read_shared_once, FOLLOWED)
         yield scheduler
 
 
@@ -28,7 +36,7 @@ def ours(models, request):
 def same(ours, schedulers):
     """Run a script on ours and on the reference; the answers of requests that were not aborted must be the same."""
     assert ours.flush()
-    reference = schedulers(max_total_tokens=1600, max_running_requests=16)
+    reference = schedulers(**LIMITS, **({"attention_backend": "fa3"} if ON_GPU else {}))
 
     def run(script):
         aborted = [step.rid for turn in script for step in turn if isinstance(step, Abort)]
@@ -36,7 +44,7 @@ def same(ours, schedulers):
         ours.check()
         for rid, theirs in expected.items():
             if not any(rid.startswith(name) for name in aborted):
-                assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+                assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         return got
 
     return run
@@ -45,13 +53,13 @@ def same(ours, schedulers):
 def test_levels_of_prefixes(ours, same):
     """A system prompt, documents behind it, questions behind those; some end long before the others."""
     prompt = Prompts(1)
-    system = prompt(50)
-    documents = [system + prompt(40 + 9 * n) for n in range(3)]
+    system = prompt(50 * S)
+    documents = [system + prompt((40 + 9 * n) * S) for n in range(3)]
     before = ours.stats()
     questions = [document + prompt(3 + 5 * n) for n in range(3) for document in documents]
     same([[Request(f"first{n}", document, 4) for n, document in enumerate(documents)]])
     got = same([[Request(f"q{n}", question, 6 + 7 * n) for n, question in enumerate(questions)]])
-    assert all(answer.cached >= 48 for answer in got.values())
+    assert all(answer.cached >= 48 * S for answer in got.values())
     after = ours.stats()
     assert after["decode_steps_shared"] - before["decode_steps_shared"] > 30
     assert after["shared_bytes_saved"] > before["shared_bytes_saved"]
@@ -59,13 +67,13 @@ def test_levels_of_prefixes(ours, same):
 
 def test_the_same_prompt_many_times_at_once(same):
     """Equal pages of one batch are found equal only when they are computed: all but one's are swapped for its."""
-    prompt = Prompts(2)(200)
+    prompt = Prompts(2)(200 * S)
     same([[Request(f"same{n}", prompt, 20 + n) for n in range(9)]])
     same([[Request(f"again{n}", prompt + Prompts(3)(n), 20 + n) for n in range(9)]])
 
 
 def test_more_than_are_followed(ours, same):
-    stem = Prompts(4)(64)
+    stem = Prompts(4)(64 * S)
     before = ours.stats()["decode_steps_plain"]
     same([[Request(f"many{n}", stem + Prompts(n)(3), 4 + 2 * n) for n in range(16)]])
     assert ours.stats()["decode_steps_plain"] > before
@@ -75,16 +83,16 @@ def test_more_than_are_followed(ours, same):
 def test_conversations_in_a_small_pool(ours, same, seed):
     """Turns go on and branch, requests are aborted, leaves evicted, requests retracted and matched again."""
     rng, prompt = random.Random(seed), Prompts(seed)
-    system = prompt(70)
-    chats = [system + prompt(rng.randrange(30)) for _ in range(5)]
+    system = prompt(70 * S)
+    chats = [system + prompt(S * rng.randrange(30)) for _ in range(5)]
     for turn in range(4):
         script: list = [[]]
         asked = {}
         for n in range(10):
-            stem = rng.choice(chats)[: rng.choice([40, 100, 300])]
+            stem = rng.choice(chats)[: S * rng.choice([40, 100, 300])]
             rid = f"t{turn}n{n}"
-            asked[rid] = stem + prompt(rng.randrange(1, 50))
-            script[-1].append(Request(rid, asked[rid], rng.randrange(1, 60)))
+            asked[rid] = stem + prompt(S * rng.randrange(1, 50))
+            script[-1].append(Request(rid, asked[rid], S * rng.randrange(1, 60)))
             if rng.random() < 0.15:
                 script[-1].append(Abort(rid))
             script += [[] for _ in range(rng.randrange(4))]
