@@ -13,11 +13,9 @@ Parts, each of which runs by itself and is merged into memory.json:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
-import random
 import statistics
 import tempfile
 import threading
@@ -154,10 +152,8 @@ class Bench:
         """A burst, on a cache as it is, or an empty one: its latencies and throughput."""
         if flush:
             client.flush()
-        client.answers = []
-        start = time.perf_counter()
-        asyncio.run(self.burst(count)(client, random.Random(seed)))
-        return latencies(client.answers, time.perf_counter() - start)
+        seconds = client.drive(self.burst(count), seed)
+        return latencies(client.answers, seconds)
 
     @property
     def many(self) -> int:

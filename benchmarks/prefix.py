@@ -37,9 +37,20 @@ CONTEXT = 65_536
 GPU_CONTESTANTS = CONTESTANTS | {
     f"{name}-nocache": [*args, "--disable-radix-cache"] for name, args in CONTESTANTS.items()
 }
+#: Ours, also where decode reads what requests share once for each of them.
+GPU_CONTESTANTS["vtensor-plain"] = [*CONTESTANTS["vtensor"], "--vtensor-shared-decode", "off"]
+GPU_CONTESTANTS["vtensor"] = [*CONTESTANTS["vtensor"], "--vtensor-shared-decode", "auto"]
 HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "torch_native": ["--attention-backend", "torch_native"]}
 #: What our server counted in a round.
-COUNTED = ("adoptions", "partial_copies", "tails_continued", "prefix_maps_on_continue")
+COUNTED = (
+    "adoptions",
+    "partial_copies",
+    "tails_continued",
+    "prefix_maps_on_continue",
+    "decode_steps_shared",
+    "decode_steps_plain",
+    "shared_bytes_saved",
+)
 
 
 @dataclass
@@ -79,14 +90,18 @@ class Client:
     def words(self, rng: random.Random, count: int) -> list[int]:
         return [rng.randrange(6, self.vocabulary) for _ in range(count)]
 
+    def drive(self, workload: Workload, seed: int) -> float:
+        """Do the workload. Returns seconds; `answers` are what came of it."""
+        self.answers = []
+        start = time.perf_counter()
+        asyncio.run(workload(self, random.Random(seed)))
+        return time.perf_counter() - start
+
     def run(self, workload: Workload, seed: int) -> dict[str, Any]:
         """One round, from an empty cache: a row of the results."""
         self.flush()
-        self.answers = []
         before = self.stats()
-        start = time.perf_counter()
-        asyncio.run(workload(self, random.Random(seed)))
-        seconds = time.perf_counter() - start
+        seconds = self.drive(workload, seed)
         after = self.stats()
         measured = row(self.answers, seconds) | {"mapping_share": 0.0}
         if after:

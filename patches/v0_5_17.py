@@ -184,7 +184,7 @@ def install(server_args: ServerArgs) -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_vtensor.srt import allocation
-    from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
     HookRegistry.register(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding, HookType.AROUND)
     HookRegistry.register(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests, HookType.AROUND)
@@ -204,7 +204,7 @@ def install(server_args: ServerArgs) -> None:
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
-    if server_args.device != "cpu" and Options.of(server_args).vtensor_shared_decode == "auto":
+    if _wants_shared_decode(server_args):
         hybrid = "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend"
         HookRegistry.register(f"{hybrid}.__init__", _init_hybrid, HookType.AROUND)
         graphs = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
@@ -296,6 +296,21 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
 
 
 # Decode: batches that share are done by a backend around SGLang's own, and have graphs of their own.
+
+
+def _wants_shared_decode(server_args: ServerArgs) -> bool:
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options
+
+    if Options.of(server_args).vtensor_shared_decode == "off":
+        return False
+    why = None
+    if server_args.device == "cpu":
+        why = "this server runs on host memory: it needs an NVIDIA GPU"
+    elif server_args.prefill_attention_backend != ATTENTION_BACKEND:
+        why = "an attention backend was named: leave it out"
+    if why is not None:
+        logger.warning("--vtensor-shared-decode auto has no effect, as %s. Each request reads its whole context.", why)
+    return why is None
 
 
 def _init_hybrid(

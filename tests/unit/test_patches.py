@@ -79,3 +79,32 @@ def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monk
         assert f"{most} requests run at a time instead of 4096" in caplog.text
     # What is left is enough for the memory itself.
     assert affordable_segments(layout, context + 4) > most
+
+
+@pytest.mark.parametrize(
+    ("server_args", "wanted", "why"),
+    [
+        ({}, False, ""),
+        ({"vtensor_shared_decode": "auto"}, True, ""),
+        (
+            {"vtensor_shared_decode": "auto", "device": "cpu"},
+            False,
+            "as this server runs on host memory",
+        ),
+        (
+            {"vtensor_shared_decode": "auto", "prefill_attention_backend": None},
+            False,
+            "attention backend was named",
+        ),
+    ],
+)
+def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog):
+    args = {"device": "cuda", "prefill_attention_backend": "vtensor"} | server_args
+    assert patches.load()._wants_shared_decode(SimpleNamespace(**args)) is wanted
+    assert why in caplog.text
+    assert bool(why) == bool(caplog.records)
+
+
+def test_a_shared_decode_that_there_is_not():
+    with pytest.raises(Refused, match="--vtensor-shared-decode 'on' is unknown: choose from auto, off"):
+        Options(vtensor_shared_decode="on")
