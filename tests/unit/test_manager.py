@@ -304,3 +304,99 @@ def test_what_is_idle_goes_back_when_somebody_else_needs_the_device(monkeypatch)
     while memory.housekeep():
         pass
     assert memory.stats().pages_backed == 8, "and comes back"
+
+
+def moving_limits(memory):
+    """What a server does while its limit goes down, to nothing, and up again; each step as often as it takes.
+
+    Two requests share pages and write to their own; one ends and is parked, evicted, and another takes its place.
+    """
+
+    def insist(step, *args, **kwargs):
+        for _ in range(3):
+            try:
+                result = step(*args, **kwargs)
+            except VMMError:
+                continue
+            if result is not None:
+                return result
+        raise AssertionError(f"{step.__name__} failed three times")
+
+    def tidy_up():
+        failures = 0
+        while True:
+            try:
+                if not memory.housekeep():
+                    return
+            except VMMError:
+                failures += 1
+                assert failures < 3
+
+    def write(pages, value):
+        for page in pages:
+            memory.identity_views(1)[0][page * 8 : page * 8 + 8] = value + page
+
+    def read(segment, pages, value):
+        shown = memory.segment_views(1)[0][segment.index]
+        for position, page in enumerate(pages):
+            assert (shown[position * 8 : position * 8 + 8] == value + page).all()
+
+    def done():
+        memory.complete(memory.launch())
+        tidy_up()
+        memory.check_integrity()
+
+    shared = insist(memory.allocate, 3)
+    write(shared, 0)
+    owns, segments = [], []
+    for _ in range(2):
+        owns.append(insist(memory.allocate, 3))
+        write(owns[-1], 0)
+        segments.append(insist(memory.lease, None, shared + owns[-1], shared=3))
+    done()
+    leaf = object()
+    memory.park(segments[0], shared + owns[0], leaf)
+    assert memory.allow(4) == 5
+    done()
+    memory.drop(segments[0])  # evicted
+    memory.free(owns[0])
+    done()
+    grown = insist(memory.allocate, 1, growing=True)
+    write(grown, 0)
+    owns[1] += grown
+    segments[1] = insist(memory.lease, segments[1], shared + owns[1])
+    read(segments[1], shared + owns[1], 0)
+    memory.allow(0)
+    done()
+    assert memory.allocate(1) is None
+    memory.release(segments[1])
+    memory.free(shared + owns[1])
+    done()
+    done()
+    assert memory.pages.backed == 1, "asleep, it holds the padding page"
+    memory.allow(16)
+    pages = insist(memory.allocate, 10)
+    write(pages, 100)
+    segment = insist(memory.lease, None, pages[:7])
+    read(segment, pages[:7], 100)
+    memory.release(segment)
+    memory.free(pages)
+    done()
+
+
+def test_a_failure_at_every_call_of_the_driver_while_the_limit_moves():
+    counted = FaultyVirtualMemory()
+    memory = make(counted, reserve_pages=2, idle_seconds=0)
+    moving_limits(memory)
+    memory.close()
+    for call in FaultyVirtualMemory.CALLS:
+        assert counted.seen[call] > 5
+        for at in range(1, counted.seen[call] + 1):
+            vmm = FaultyVirtualMemory()
+            memory = make(vmm, reserve_pages=2, idle_seconds=0)
+            memory.retry_seconds = 0.0
+            vmm.fail_calls, vmm.fail_at = (call,), at
+            moving_limits(memory)
+            vmm.fail_at = None
+            memory.close()
+            assert vmm.created_bytes == 0, (call, at)
