@@ -12,6 +12,7 @@ import errno
 import heapq
 import mmap
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class HostVirtualMemory(VirtualMemory):
         self.created_bytes = 0
         self._fd = os.memfd_create("vtensor", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
+        self._lock = threading.Lock()  # of what is below: calls come from the scheduling thread and from the worker
         self._file_bytes = 0
         self._sizes: dict[Handle, int] = {}
         self._holes: dict[int, list[int]] = {}  # page size -> heap of file offsets punched out before
@@ -61,22 +63,25 @@ class HostVirtualMemory(VirtualMemory):
 
     def create(self, nbytes: int) -> Handle:
         self.check_sizes("fallocate", nbytes=nbytes)
-        bound = self.capacity_bytes
-        if bound is not None and self.created_bytes + nbytes > bound - self.headroom_bytes:
-            raise OutOfMemory(
-                "fallocate",
-                f"{nbytes} bytes on top of {self.created_bytes} exceed the capacity of {bound} less the headroom of "
-                f"{self.headroom_bytes}",
-                "ENOSPC",
-            )
-        holes = self._holes.get(nbytes)
-        offset = heapq.heappop(holes) if holes else self._file_bytes
+        with self._lock:
+            bound = self.capacity_bytes
+            if bound is not None and self.created_bytes + nbytes > bound - self.headroom_bytes:
+                raise OutOfMemory(
+                    "fallocate",
+                    f"{nbytes} bytes on top of {self.created_bytes} exceed the capacity of {bound} less the headroom "
+                    f"of {self.headroom_bytes}",
+                    "ENOSPC",
+                )
+            holes = self._holes.setdefault(nbytes, [])
+            if not holes:
+                holes.append(self._file_bytes)
+                self._file_bytes += nbytes
+            offset = heapq.heappop(holes)
+            self.created_bytes += nbytes
         if _libc.fallocate(self._fd, 0, offset, nbytes) != 0:
-            if offset < self._file_bytes:
-                heapq.heappush(self._holes[nbytes], offset)
-            raise self._error("fallocate", f"{nbytes} bytes on top of {self.created_bytes}")
-        self._file_bytes = max(self._file_bytes, offset + nbytes)
-        self.created_bytes += nbytes
+            error = self._error("fallocate", f"{nbytes} bytes on top of {self.created_bytes - nbytes}")
+            self._take_back(offset, nbytes)
+            raise error
         handle = Handle(offset + 1)  # 0 is no handle
         self._sizes[handle] = nbytes
         return handle
@@ -86,9 +91,15 @@ class HostVirtualMemory(VirtualMemory):
         if not nbytes:
             raise VMMError("fallocate", f"handle {handle} is not one that create returned", "EINVAL")
         if _libc.fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, handle - 1, nbytes) != 0:
-            raise self._error("fallocate", f"punching out {nbytes} bytes")
-        self.created_bytes -= nbytes
-        heapq.heappush(self._holes.setdefault(nbytes, []), handle - 1)
+            error = self._error("fallocate", f"punching out {nbytes} bytes")
+            self._sizes[handle] = nbytes
+            raise error
+        self._take_back(handle - 1, nbytes)
+
+    def _take_back(self, offset: int, nbytes: int) -> None:
+        with self._lock:
+            self.created_bytes -= nbytes
+            heapq.heappush(self._holes[nbytes], offset)
 
     def map(self, address: int, nbytes: int, handle: Handle) -> None:
         self.check_sizes("mmap", address=address, nbytes=nbytes)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,34 @@ def test_the_headroom_is_never_taken():
         vmm.create(4096)
     vmm.release(pages[0])
     vmm.create(4096)
+
+
+def test_two_threads_never_get_the_same_page(vmm):
+    """The scheduling thread and the worker create and release at the same time."""
+    vmm.capacity_bytes = None
+    got: list[set[int]] = [set(), set()]
+    failures: list[Exception] = []
+    start = threading.Barrier(2)
+
+    def work(mine):
+        start.wait()
+        try:
+            for number in range(600):
+                mine.add(vmm.create(vmm.granularity))
+                if number % 3 == 2:
+                    vmm.release(mine.pop())
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in got]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not got[0] & got[1]
+    assert vmm.created_bytes == (len(got[0]) + len(got[1])) * vmm.granularity == 800 * vmm.granularity
+    for handle in got[0] | got[1]:
+        vmm.release(handle)
+    assert vmm.created_bytes == 0
+    assert os.fstat(vmm._fd).st_blocks == 0
