@@ -175,7 +175,7 @@ class Sharing:
         if unit < 0:
             unit = run.unit = heapq.heappop(self._units)
             tables.lows[unit], tables.highs[unit] = run.low * self.page_tokens, run.high * self.page_tokens
-            tables.sources[unit] = next(_members(run))
+            tables.sources[unit] = self._source(run)
             self.shared_tokens += tokens
         self.saved_tokens += (run.count - max(1, int(tables.counts[unit]))) * tokens
         tables.counts[unit] = run.count
