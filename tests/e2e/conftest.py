@@ -19,17 +19,25 @@ def models(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+#: So many schedulers are kept, the last used; each takes some 400 MB. A test has no more than four at a time.
+KEPT = 12
+
+
 @pytest.fixture(scope="session")
 def schedulers(models):
-    """`schedulers(model, **server_args)`: the one with these arguments, started on the first call, flushed on each."""
+    """`schedulers(model, **server_args)`: the one with these arguments, flushed; started anew if it is not kept."""
     started: dict[tuple, Scheduler] = {}
 
     def get(model: str = "gqa", **server_args) -> Scheduler:
         key = (model, *sorted(server_args.items()))
-        if key not in started:
-            started[key] = Scheduler(models[model], **({"dtype": "float32"} | server_args))
-        assert started[key].flush()
-        return started[key]
+        scheduler = started.pop(key, None)
+        if scheduler is None:
+            while len(started) >= KEPT:
+                started.pop(next(iter(started))).close()
+            scheduler = Scheduler(models[model], **({"dtype": "float32"} | server_args))
+        started[key] = scheduler
+        assert scheduler.flush()
+        return scheduler
 
     yield get
     for scheduler in started.values():
