@@ -35,10 +35,13 @@ def host() -> str:
         ]
         ratio = record["summary"][f"{part}_vs_torch_native"]
         lines.append(f"| {what} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
-    lines += ["", "| a turn in tree and pools, microseconds | SGLang | vtensor |", "|---|---|---|"]
+    lines += ["", "| on the scheduling thread, microseconds | SGLang | vtensor |", "|---|---|---|"]
     for name, count in (("100", "100"), ("10k", "10,000")):
         times = [record["summary"][f"{prefix}turn_us_at_{name}"] for prefix in ("sglang_", "")]
-        lines.append(f"| {count} conversations cached | {times[0]:.0f} | {times[1]:.0f} |")
+        lines.append(f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f} |")
+    if "grouping_us_256" in record["summary"]:
+        took = record["summary"]["grouping_us_256"]
+        lines.append(f"| who shares what, a decode step of 256 requests, two of them new | | {took:.0f} |")
     return "\n".join([*lines, "", source(record)])
 
 
