@@ -101,10 +101,10 @@ def _time(costs: np.ndarray, parts: np.ndarray, programs_each: int, slots: int) 
     lengths = np.repeat(costs / parts + np.where(parts > 1, PART_COST, PROGRAM_COST), parts * programs_each)
     lengths[::-1].sort()
     merging = MERGE_COST if parts.max() > 1 else 0.0
-    return float(assign(lengths, slots)[1].max()) + merging
+    return float(_assign(lengths, slots)[1].max()) + merging
 
 
-def assign(lengths: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def _assign(lengths: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
     """Which slot takes each program, and what each slot then has to do. Of as many programs as there are slots the
     longest goes to the slot that has least to do, and so on with the next ones: programs that stand near each other
     run at about the same time."""
@@ -117,14 +117,6 @@ def assign(lengths: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
         owner[start + longest] = free
         load[free] += some[longest]
     return owner, load
-
-
-def schedule(tiles: np.ndarray, programs_each: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of work for up to `slots` programs, from items of so many tiles of keys, each `programs_each` times: where
-    each program's list begins (and the last one ends), and the lists, an item times `programs_each` plus which."""
-    owner, load = assign(np.repeat(tiles + PROGRAM_COST, programs_each), slots)
-    lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
-    return lists, np.argsort(owner, kind="stable")
 
 
 def plan_prefill(
@@ -202,7 +194,10 @@ def plan_prefill(
     merges = np.stack([starts[:-1][request], new_tokens[request], tile, first_part, parts], axis=1)[divided]
     arrays = [work, merges]
     if config.hopper:
-        arrays += schedule((work[:, 6] - work[:, 5]) / block_n, kv_heads, slots)
+        keys = work[:, 6] - work[:, 5]
+        owner, load = _assign(np.repeat(keys / block_n + PROGRAM_COST, kv_heads), slots)
+        lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
+        arrays += [lists, np.argsort(owner, kind="stable")]
     on_device = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]).astype(np.int32))
     if torch.device(device).type == "cuda":
         on_device = on_device.pin_memory().to(device, non_blocking=True)

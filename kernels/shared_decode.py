@@ -309,7 +309,6 @@ def _together(
     own_rows,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -330,13 +329,13 @@ def _together(
     units = tl.sum((tl.load(chain + tl.arange(0, DEPTH)) >= 0).to(tl.int32))
     share = tl.load(line_ptr + 1)
     run_tiles = tl.load(line_ptr + 2)
-    in_group = tl.arange(0, GROUP_PADDED)
+    in_group = tl.arange(0, OWN)
     dims = tl.arange(0, DIM_PADDED)
     q_head = head * GROUP + in_group
     valid = in_group < GROUP
-    highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    acc = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+    highest = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    acc = tl.zeros([OWN, DIM_PADDED], tl.float32)
     if SINKS:
         highest = tl.load(sink_ptr + q_head, mask=valid, other=float("-inf")).to(tl.float32) * _LOG2E
         total += 1.0
@@ -605,7 +604,6 @@ class SharedDecoder:
             out.stride(1),
             0 if lse is None else lse.stride(0),
             self.own_rows,
-            GROUP_PADDED=self.own,
             ROWS=self.rows,
             DEPTH=DEPTH,
             PIECES=PIECES,

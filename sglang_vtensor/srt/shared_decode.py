@@ -46,29 +46,29 @@ class SharedDecodeBackend(AttentionBackend):
         memory = self.runtime.memory
         layers = range(self.pool.layer_num)
         self.segments = [tuple(x.flatten(0, 1) for x in memory.segment_views(layer)) for layer in layers]
-        self.by_slot = [memory.identity_views(layer) for layer in layers]
-        kv_heads, dim = self.segments[0][0].shape[1:]
+        self.by_slot = list(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         slots = len(self.runtime.segment_of)
         self.decoder = SharedDecoder(
             max_requests=min(slots, MAX_REQUESTS),
             slots=slots,
             q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=dim,
-            device=self.segments[0][0].device,
+            kv_heads=memory.layout.kv_heads,
+            head_dim=memory.layout.head_dim,
+            device=memory.vmm.device,
         )
         self.sharing = self.runtime.sharing = BatchSharing(
             self.runtime,
             requests=self.decoder.max_requests,
-            group=q_heads // kv_heads,
-            token_bytes=2 * kv_heads * dim * self.segments[0][0].element_size(),
+            group=self.decoder.group,
+            token_bytes=memory.layout.kv_bytes // memory.layout.layers,
         )
         #: Set while the graphs of shared batches are captured.
         self.capturing = False
         #: Whether the batch at hand is done here.
         self.shared = False
-        self._told = -1  # the state of the sharing that the device has
+        self._told = -1  # the state of the sharing that was looked at last: the device has it, if it fits
+        self._fits = False
 
     @classmethod
     def around(cls, runner: ModelRunner, inner: AttentionBackend) -> AttentionBackend:
@@ -102,7 +102,7 @@ class SharedDecodeBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self.shared = forward_batch.forward_mode.is_decode() and self._tell(forward_batch.batch_size)
         if self.shared:
-            self.decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self.init_forward_metadata_in_graph(forward_batch)
         else:
             self.inner.init_forward_metadata(forward_batch)
 
@@ -110,10 +110,13 @@ class SharedDecodeBackend(AttentionBackend):
         """Whether the batch is done here. If so, the device knows who shares what in it; told on the stream that it
         runs on, behind the batch before."""
         sharing = self.sharing.sharing
-        shared = self.sharing.pays and requests <= self.decoder.max_requests and self.decoder.fits(sharing.tables)
+        shared = self.sharing.pays and requests <= self.decoder.max_requests
         if shared and self._told != sharing.changes:
-            self.decoder.update(sharing.tables)
             self._told = sharing.changes
+            self._fits = self.decoder.fits(sharing.tables)
+            if self._fits:
+                self.decoder.update(sharing.tables)
+        shared = shared and self._fits
         self.sharing.count(shared)
         return shared
 

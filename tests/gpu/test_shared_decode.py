@@ -18,6 +18,7 @@ from tests.e2e.test_shared_decode import (  # noqa: F401
     test_the_same_prompt_many_times_at_once,
 )
 from tests.harness import Request
+from tests.kernels.reference import one_by_slot
 
 
 def test_ten_thousand_steps_of_one_graph():
@@ -74,10 +75,7 @@ def test_ten_thousand_steps_of_one_graph():
         graph.replay()
         if number % 400 == 0:
             for row, context in enumerate(contexts.tolist()):
-                at = table[row + 1, :context].long()
-                keys, values = (x[at].float().repeat_interleave(4, 1) for x in (k, v))
-                weights = (torch.einsum("hd,nhd->hn", q[row].float(), keys) * dim**-0.5).softmax(-1)
-                expected = torch.einsum("hn,nhd->hd", weights, values)
+                expected = one_by_slot(q[row], k, v, table[row + 1, :context])
                 error = (out[row].float() - expected).norm() / expected.norm()
                 assert error < 1e-2, (number, row, context, float(error))
         contexts += 1

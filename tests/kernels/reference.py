@@ -77,6 +77,14 @@ class Batch:
         return torch.cat(outs), torch.cat(lses)
 
 
+def one_by_slot(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """One request's new token, `(q_heads, head_dim)`, in float32; its keys and values lie in `slots` of a pool."""
+    group = q.shape[0] // keys.shape[1]
+    k, v = (x[slots.long()].float().repeat_interleave(group, 1) for x in (keys, values))
+    weights = (torch.einsum("hd,nhd->hn", q.float(), k) * q.shape[1] ** -0.5).softmax(-1)
+    return torch.einsum("hn,nhd->hd", weights, v)
+
+
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Within what rounding weights and results to a half-precision type explains, and finite where that is."""
     finite = expected.isfinite()

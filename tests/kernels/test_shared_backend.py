@@ -14,7 +14,7 @@ from sglang_vtensor.srt.kv_pool import VTensorKVPool
 from sglang_vtensor.srt.options import Options
 from sglang_vtensor.srt.runtime import RequestPages
 from sglang_vtensor.srt.shared_decode import VARIANT, SharedDecodeBackend
-from tests.kernels.reference import DEVICE, assert_close
+from tests.kernels.reference import DEVICE, assert_close, one_by_slot
 
 Q_HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
 
@@ -104,11 +104,9 @@ class Server:
         )
         keys, values = self.pool.k_buffer[layer], self.pool.v_buffer[layer]
         expected = []
-        for row, slot, context in zip(q.view(-1, Q_HEADS, DIM).float(), slots, contexts, strict=True):
-            at = self.runner.req_to_token_pool.req_to_token[slot, :context].long()
-            k, v = (x[at].float().repeat_interleave(Q_HEADS // KV_HEADS, 1) for x in (keys, values))
-            weights = (torch.einsum("hd,nhd->hn", row, k) * attention.scaling).softmax(-1)
-            expected.append(torch.einsum("hn,nhd->hd", weights, v).flatten())
+        for row, slot, context in zip(q.view(-1, Q_HEADS, DIM), slots, contexts, strict=True):
+            at = self.runner.req_to_token_pool.req_to_token[slot, :context]
+            expected.append(one_by_slot(row, keys, values, at).flatten())
         return out, torch.stack(expected)
 
 
