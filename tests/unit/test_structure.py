@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = [*(ROOT / "sglang_vtensor/vmm").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-CORE += [ROOT / "sglang_vtensor" / f"{name}.py" for name in ("layout", "pages", "segments", "manager")]
+MODULES = ("layout", "pages", "segments", "manager", "sharing", "neighbours")
+CORE += [ROOT / "sglang_vtensor" / f"{name}.py" for name in MODULES]
 
 
 def imported(path):
