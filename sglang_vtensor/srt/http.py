@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, auth_level
-from starlette.requests import Request  # noqa: TC002: FastAPI reads the annotations
+from starlette.requests import Request  # not for types alone: FastAPI reads the annotations
 from starlette.responses import JSONResponse
 
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
