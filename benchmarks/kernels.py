@@ -21,6 +21,9 @@ from rich.console import Console
 
 from benchmarks import grouping, results
 from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.shared_decode import SharedDecoder
+from sglang_vtensor.sharing import Sharing
 
 console = Console(width=200)
 FLASHINFER = find_spec("flashinfer") is not None
@@ -511,6 +514,8 @@ def decode(geometries: Geometries = ALL) -> None:
 
 
 PAGE = 16
+#: Layers that a graph of these cases goes through at least, as a model has many: starting it belongs to no call.
+SHARED_LAYERS = 8
 #: Batches that share: requests, tokens of all, requests a group, tokens of a group, tokens of a request.
 SHARED = {
     "shared_8k_x64": (64, 8192, 64, 0, 512),
@@ -520,81 +525,106 @@ SHARED = {
 }
 
 
+class SharedCase:
+    """One of `SHARED`, of one geometry: who shares what, and random K and V in our pool."""
+
+    def __init__(self, name: str, geometry: str) -> None:
+        self.requests, of_all, group, of_group, own = SHARED[name]
+        self.q_heads, self.kv_heads, self.dim, _ = GEOMETRIES[geometry]
+        shared, groups = of_all + of_group, self.requests // group
+        self.context = shared + own
+        # What all share, what each group shares, and what each request has: one behind the other, each token once.
+        self.tokens = of_all + groups * of_group + self.requests * own
+        self.token_bytes = 2 * self.kv_heads * self.dim * 2
+        self.rotation = max(SHARED_LAYERS, -(-ROTATION_BYTES // (self.tokens * self.token_bytes)))
+        shape = (self.tokens, self.rotation, 2, self.kv_heads, self.dim)
+        self.pool = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+        self.q = torch.randn(self.requests, self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
+        self.scale = self.dim**-0.5
+        self.lengths = torch.full((self.requests,), self.context, dtype=torch.int32, device="cuda")
+        self.each = torch.arange(self.requests, device="cuda")
+        private = self.each * own + of_all + groups * of_group
+        table = torch.empty(self.requests, self.context, dtype=torch.int32, device="cuda")
+        table[:, :of_all] = torch.arange(of_all, device="cuda")
+        its_group = (self.each // group * of_group + of_all)[:, None]
+        table[:, of_all:shared] = its_group + torch.arange(of_group, device="cuda")
+        table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
+        self.table = table
+        # A segment shows a whole context. Here only the first request of a run has a copy of it, as only its is read;
+        # those of the others begin so that what they have for themselves is where it is.
+        leaders = sorted({0, *range(0, self.requests, group)} if shared else set())
+        first = (private - shared).tolist()
+        for number, leader in enumerate(leaders):
+            first[leader] = self.tokens + number * self.context
+        self.ours_pool = torch.cat([self.pool, *(self.pool[table[leader].long()] for leader in leaders)])
+        self.sharing = Sharing(slots=self.requests, requests=256, page_tokens=PAGE)
+        for request in range(self.requests):
+            document = 10_000 * (1 + request // group)
+            path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
+            self.sharing.join(request, path, first=first[request], mapped=self.context)
+
+    def decoder(self, config: Config | None = None) -> SharedDecoder:
+        """Ours, with the step planned."""
+        decoder = SharedDecoder(
+            max_requests=256,
+            slots=self.requests,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            device="cuda",
+            config=config,
+        )
+        decoder.update(self.sharing.tables)
+        decoder.plan(self.each, self.lengths)
+        return decoder
+
+    def ours(self, decoder: SharedDecoder) -> Call:
+        def call(layer: int) -> torch.Tensor:
+            k, v = self.ours_pool[:, layer, 0], self.ours_pool[:, layer, 1]
+            return decoder(self.q, k, v, k, v, self.table, scale=self.scale)
+
+        return call
+
+    def fa3(self) -> Call:
+        """FlashAttention-3 as SGLang calls it, at page 1."""
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+        paged = [self.pool[:, layer, None].contiguous() for layer in range(self.rotation)]
+        rows_of_q = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda")
+
+        def call(layer: int) -> torch.Tensor:
+            return flash_attn_with_kvcache(
+                q=self.q,
+                k_cache=paged[layer][:, :, 0],
+                v_cache=paged[layer][:, :, 1],
+                page_table=self.table,
+                cache_seqlens=self.lengths,
+                cu_seqlens_q=rows_of_q,
+                max_seqlen_q=1,
+                softmax_scale=self.scale,
+                causal=True,
+            )
+
+        return call
+
+
 def measure_shared(name: str, geometry: str, copy: float) -> Row:
     """One of `SHARED`: a row. `copy` is the rate of a copy, in bytes a second."""
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-    from sglang_vtensor.kernels.shared_decode import SharedDecoder
-    from sglang_vtensor.sharing import Sharing
-
-    requests, of_all, group, of_group, own = SHARED[name]
-    q_heads, kv_heads, dim, layers = GEOMETRIES[geometry]
-    shared, groups = of_all + of_group, requests // group
-    context = shared + own
-    # What all share, what each group shares, and what each request has: one behind the other, each token once.
-    tokens = of_all + groups * of_group + requests * own
-    token = 2 * kv_heads * dim * 2
-    rotation = min(layers, max(2, -(-ROTATION_BYTES // (tokens * token))))
-    pool = torch.empty(tokens, rotation, 2, kv_heads, dim, device="cuda", dtype=torch.bfloat16).normal_()
-    q = torch.randn(requests, q_heads, dim, device="cuda", dtype=torch.bfloat16)
-    lengths = torch.full((requests,), context, dtype=torch.int32, device="cuda")
-    each = torch.arange(requests, device="cuda")
-    private = each * own + of_all + groups * of_group
-    table = torch.empty(requests, context, dtype=torch.int64, device="cuda")
-    table[:, :of_all] = torch.arange(of_all, device="cuda")
-    table[:, of_all:shared] = (each // group * of_group + of_all)[:, None] + torch.arange(of_group, device="cuda")
-    table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
-    # A segment shows a whole context. Here only the first request of a run has a copy of it, as only its is read; those
-    # of the others begin so that what they have for themselves is where it is.
-    leaders = sorted({0, *range(0, requests, group)} if shared else set())
-    first = (private - shared).tolist()
-    for number, leader in enumerate(leaders):
-        first[leader] = tokens + number * context
-    ours_pool = torch.cat([pool, *(pool[table[leader]] for leader in leaders)])
-    sharing = Sharing(slots=requests, requests=256, page_tokens=PAGE)
-    for request in range(requests):
-        document = 10_000 * (1 + request // group)
-        path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
-        sharing.join(request, path, first=first[request], mapped=context)
-    decoder = SharedDecoder(
-        max_requests=256, slots=requests, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, device="cuda"
-    )
-    decoder.update(sharing.tables)
-    scale = dim**-0.5
-    paged = [pool[:, layer, None].contiguous() for layer in range(rotation)]
-    rows_of_q = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
-    pages = table.to(torch.int32)
-
-    def fa3_call(layer: int) -> torch.Tensor:
-        return flash_attn_with_kvcache(
-            q=q,
-            k_cache=paged[layer][:, :, 0],
-            v_cache=paged[layer][:, :, 1],
-            page_table=pages,
-            cache_seqlens=lengths,
-            cu_seqlens_q=rows_of_q,
-            max_seqlen_q=1,
-            softmax_scale=scale,
-            causal=True,
-        )
-
-    def ours_call(layer: int) -> torch.Tensor:
-        k, v = ours_pool[:, layer, 0], ours_pool[:, layer, 1]
-        return decoder(q, k, v, k, v, pages, scale=scale)
+    case = SharedCase(name, geometry)
+    decoder = case.decoder()
 
     def plan(_: int) -> torch.Tensor:
-        decoder.plan(each, lengths)
-        return q
+        decoder.plan(case.each, case.lengths)
+        return case.q
 
-    plan(0)
-    calls: dict[str, Call] = {"ours": ours_call, "fa3_page1": fa3_call}
-    expected = fa3_call(0).float()
-    error = float((ours_call(0).float() - expected).norm() / expected.norm())
+    calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_page1": case.fa3()}
+    expected = calls["fa3_page1"](0).float()
+    error = float((calls["ours"](0).float() - expected).norm() / expected.norm())
     assert error < 2e-2, f"{name}: ours differs by {error:.3g}"
-    measured = times({contestant: graph(call, rotation) for contestant, call in calls.items()}, rotation)
-    planning = times({"plan": graph(plan, rotation)}, rotation)["plan"]
-    row: Row = {"case": name, "requests": requests, "context": context, "plan_us": round(planning, 2)}
-    row["floor_us"] = round(tokens * token / copy * 1e6, 1)
+    measured = times({contestant: graph(call, case.rotation) for contestant, call in calls.items()}, case.rotation)
+    planning = times({"plan": graph(plan, case.rotation)}, case.rotation)["plan"]
+    row: Row = {"case": name, "requests": case.requests, "context": case.context, "plan_us": round(planning, 2)}
+    row["floor_us"] = round(case.tokens * case.token_bytes / copy * 1e6, 1)
     return row | {contestant: round(value, 2) for contestant, value in measured.items()}
 
 

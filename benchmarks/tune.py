@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune prefill|decode`: configurations of our kernels beside each other, class by class.
+"""`python -m benchmarks.tune prefill|decode|shared-decode`: configurations of our kernels beside each other.
 
 Prints, for each class of shapes, the candidates by their geometric mean against the best of each shape: what
 `kernels/configs.py` says is read off here.
@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.kernels import DECODE, GEOMETRIES, PREFILL, Case, console, graph, ours, times
+from benchmarks.kernels import DECODE, GEOMETRIES, PREFILL, SHARED, Case, SharedCase, console, graph, ours, times
 from sglang_vtensor.kernels.plan import Config
 
 PREFILL_CANDIDATES = [
@@ -39,13 +39,39 @@ DECODE_CANDIDATES = [
     for n, warps, stages, tma, occupancy in product((64, 128), (2, 4), (2, 3, 4), (True, False), (2, 4))
     if (n, stages, occupancy) not in ((128, 4, 2), (128, 4, 4), (128, 3, 4), (128, 3, 2))
 ]
+SHARED_CANDIDATES = [
+    Config(m, n, warps, stages, True, occupancy)
+    for m, n, warps, stages, occupancy in [
+        (64, 64, 4, 3, 2),
+        (128, 64, 8, 3, 1),
+        (128, 64, 8, 5, 1),
+        (128, 128, 8, 2, 1),
+        (128, 128, 8, 3, 1),
+    ]
+]
+
+
+def shared(geometry: str) -> None:
+    """Candidates for shared decode, case by case."""
+    for name in SHARED:
+        case = SharedCase(name, geometry)
+        calls = {repr(config): case.ours(case.decoder(config)) for config in SHARED_CANDIDATES}
+        measured = times({config: graph(call, case.rotation) for config, call in calls.items()}, case.rotation)
+        console.print(f"{geometry} {name}")
+        for config, value in sorted(measured.items(), key=lambda item: item[1]):
+            console.print(f"    {value:.1f} us {config}")
+        torch.cuda.empty_cache()
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="prefill or decode")],
+    what: Annotated[str, typer.Argument(help="prefill, decode or shared-decode")],
     geometries: Annotated[str, typer.Option()] = "Llama-3-8B",
 ) -> None:
     """Measure and print."""
+    if what == "shared-decode":
+        for geometry in geometries.split(","):
+            shared(geometry)
+        return
     decode = what == "decode"
     shapes = [[(n - 1, 1) for n in contexts] for contexts in DECODE] if decode else PREFILL
     candidates = DECODE_CANDIDATES if decode else PREFILL_CANDIDATES

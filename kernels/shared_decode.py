@@ -4,14 +4,15 @@ is read once for all of them.
     sharing = Sharing(slots=1024, requests=256, page_tokens=16)      who shares what (`sglang_vtensor.sharing`)
     decoder = SharedDecoder(max_requests=256, slots=1024, q_heads=32, kv_heads=8, head_dim=128, device="cuda")
     decoder.update(sharing.tables)                                   when it has changed
-    decoder.plan(slots, contexts)                                    once a step: two small kernels
+    decoder.plan(slots, contexts)                                    once a step: three small kernels
     decoder(q, k, v, k_by_slot, v_by_slot, table, scale=scale)       once a layer
 
 A unit is a run of tokens and the requests that read it: a shared run, or what a request has for itself. Its queries,
-of all its requests with all their grouped heads, are packed into tiles of BLOCK_M rows, and each tile goes along all
-keys of the unit. Laid end to end, the tiles are one line of work, which is cut into equal shares, one for each team of
-programs (one program a KV head): nothing is waited for, however unequal the units are. Where a tile is cut, each share
-leaves a partial result with its log-sum-exp. A merge puts together what is on the path of each request.
+of all its requests with all their grouped heads, are packed into tiles of BLOCK_M rows, as many whole requests as there
+is room for, and each tile goes along all keys of the unit. Laid end to end, the tiles are one line of work, which is
+cut into equal shares, one for each team of programs (one program a KV head): nothing is waited for, however unequal the
+units are. Where a tile is cut, each share leaves a partial result with its log-sum-exp. A merge puts together what is
+on the path of each request, whose places are found once a step.
 
     line of work   | run: tile 0    | run: tile 1    | own 0  | own 1    | own 2 |
     shares         |---- team 0 ----|- - team 1 - - -|- - team 2 - -|- - team 3 - - |
@@ -31,21 +32,21 @@ import triton
 import triton.language as tl
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.attend import _LN2, _LOG2E, _dot, _put_together, _scores, _whole_tiles
+from sglang_vtensor.kernels.attend import _LN2, _LOG2E, _dot, _scores, _whole_tiles
 from sglang_vtensor.kernels.launch import DIMS, base_two, check, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.sharing import DEPTH, Tables
 
 #: What a tile of rows costs beside its keys, and the shortest share, in tiles of keys: estimates.
 COST, SHORTEST = 2, 4
-#: Pieces that a merge loads at a time.
-PIECES = 8
 #: What `_divide` says of a unit. Where it begins on the line; its tiles of keys; tiles of rows of the units before it;
 #: its first and one past its last token; where its requests begin in `members`, and how many there are; the request
 #: slot that is read.
 UNIT_FIELDS = 8
-#: Rows whose order one program of `_arrange` finds.
-ARRANGED = 32
+#: Rows whose order one program of `_arrange` finds; requests whose partial results one of `_locate` finds.
+ARRANGED, LOCATED = 32, 8
+#: The levels of a request, its own run, and room to a power of two.
+LEVELS = triton.next_power_of_2(DEPTH + 1)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -97,8 +98,7 @@ def _divide(
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TEAMS: tl.constexpr,
     COST: tl.constexpr,
@@ -125,7 +125,7 @@ def _divide(
     source = tl.where(own, slot.to(tl.int32), tl.load(sources_ptr + lane, mask=run, other=0))
     tiles = tl.where(count > 0, (tl.maximum(high - low, 0) + BLOCK_N - 1) // BLOCK_N, 0)
     there = (tiles > 0) & (run | own)
-    tile_rows = tl.where(there, (count * GROUP + BLOCK_M - 1) // BLOCK_M, 0)
+    tile_rows = tl.where(there, (count + EACH - 1) // EACH, 0)
     cost = tile_rows * (tiles + COST)
     end = tl.cumsum(cost, 0)
     line = tl.sum(cost)
@@ -147,6 +147,169 @@ def _divide(
         tl.store(line_ptr, line)
         tl.store(line_ptr + 1, share)
         tl.store(line_ptr + 2, tl.sum(tl.where(run, tile_rows, 0)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _locate(
+    slots_ptr,
+    contexts_ptr,
+    chains_ptr,
+    ranks_ptr,
+    units_ptr,
+    numbers_ptr,
+    line_ptr,
+    parts_ptr,
+    places_ptr,
+    own_rows,
+    rows,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    OWN: tl.constexpr,
+    COST: tl.constexpr,
+    MOST: tl.constexpr,
+    LOCATED: tl.constexpr,
+):
+    """The partial results of each request, for its first KV head: how many there are, and the first row of each."""
+    EACH: tl.constexpr = BLOCK_M // GROUP
+    row = (tl.program_id(0) * LOCATED + tl.arange(0, LOCATED))[:, None]
+    level = tl.arange(0, LEVELS)[None, :]
+    work = (row < rows) & (tl.load(contexts_ptr + row, mask=row < rows, other=0) > 0)
+    slot = tl.load(slots_ptr + row, mask=work, other=0).to(tl.int64)
+    lane = tl.load(chains_ptr + slot * DEPTH + level, mask=work & (level < DEPTH), other=-1)
+    rank = tl.load(ranks_ptr + level * ROWS + row, mask=lane >= 0, other=0)
+    lane = tl.where(work & (level == DEPTH), ROWS + row, lane)
+    # Its own is nothing where a context ends with a shared run.
+    number = tl.load(numbers_ptr + lane, mask=lane >= 0, other=-1)
+    unit = units_ptr + number * 8
+    begin = tl.load(unit, mask=number >= 0, other=0)
+    tiles = tl.load(unit + 1, mask=number >= 0, other=0)
+    tile = rank // EACH
+    part = tl.load(unit + 2, mask=number >= 0, other=0) + tile
+    share = tl.load(line_ptr + 1)
+    keys = begin + tile * (tiles + COST) + COST
+    team = keys // share
+    part += team
+    count = tl.where(number >= 0, (keys + tiles - 1) // share - team + 1, 0)
+    before = tl.cumsum(count, 1) - count
+    tl.store(parts_ptr + row, tl.sum(count, 1)[:, None], mask=row < rows)
+    in_run = part * (KV_HEADS * BLOCK_M) + rank % EACH * GROUP
+    in_own = own_rows + (part - tl.load(line_ptr + 2)) * (KV_HEADS * OWN)
+    place = tl.where(level < DEPTH, in_run, in_own)
+    step = tl.where(level < DEPTH, KV_HEADS * BLOCK_M, KV_HEADS * OWN)
+    for i in range(0, tl.max(tl.max(count, 1), 0)):
+        tl.store(places_ptr + row * MOST + before + i, place + i * step, mask=i < count)
+
+
+@triton.jit
+def _piece(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_tiles,
+    v_tiles,
+    k_slots_ptr,
+    v_slots_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    firsts_ptr,
+    mapped_ptr,
+    table_ptr,
+    members_ptr,
+    head,
+    rank,
+    count,
+    source,
+    key_low,
+    key_high,
+    at_row,
+    scale,
+    cap,
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_table,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAP: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A tile of rows, of requests from `rank` on, against keys that it reads of one of them: the partial result."""
+    dims = tl.arange(0, DIM_PADDED)
+    in_tile = tl.arange(0, BLOCK_M)
+    valid = in_tile // GROUP < count
+    member = tl.load(members_ptr + rank + in_tile // GROUP, mask=valid, other=0).to(tl.int64)
+    q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
+    q_mask = valid[:, None]
+    if DIM != DIM_PADDED:
+        q_mask = q_mask & (dims < DIM)[None, :]
+    q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
+
+    first = tl.load(firsts_ptr + source).to(tl.int64)
+    shown = tl.minimum(tl.load(mapped_ptr + source), key_high)
+    whole = key_low + tl.maximum(shown - key_low, 0) // BLOCK_N * BLOCK_N
+    highest, total, acc = _whole_tiles(
+        q,
+        k_ptr + first * stride_k_token + head * stride_k_head,
+        v_ptr + first * stride_v_token + head * stride_v_head,
+        k_tiles,
+        v_tiles,
+        first,
+        head,
+        key_low,
+        whole,
+        highest,
+        total,
+        acc,
+        scale,
+        cap,
+        stride_k_token,
+        stride_v_token,
+        DIM,
+        DIM_PADDED,
+        BLOCK_N,
+        CAP,
+        TMA,
+        WIDE,
+    )
+    # What the context does not show, and the last tile of a unit, by slot.
+    slots = table_ptr + source * stride_table
+    for n in range(whole, key_high, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        seen = keys < key_high
+        mask = seen[:, None]
+        if DIM != DIM_PADDED:
+            mask = mask & (dims < DIM)[None, :]
+        slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
+        k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
+        v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
+        k = tl.load(k_at[:, None] + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_at[:, None] + dims[None, :], mask=mask, other=0.0)
+        scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        total = total * decay + tl.sum(weights, 1)
+        acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
+        highest = new_highest
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at_row += in_tile
+    tl.store(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
+    tl.store(part_lse_ptr + at_row, highest + tl.log2(total), mask=valid)
 
 
 @triton.jit
@@ -182,6 +345,7 @@ def _pieces(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OWN: tl.constexpr,
     COST: tl.constexpr,
@@ -189,7 +353,11 @@ def _pieces(
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A team's share of the line, for one KV head: tile after tile, against the keys of it that are in the share."""
+    """A team's share of the line, for one KV head: tile after tile, against the keys of it that are in the share.
+
+    Units of up to FEW rows, which read more than they compute, have tiles of that size.
+    """
+    EACH: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0) % KV_HEADS
     team = tl.program_id(0) // KV_HEADS
     share = tl.load(line_ptr + 1)
@@ -197,7 +365,6 @@ def _pieces(
     at = team * share
     end = tl.minimum(at + share, tl.load(line_ptr))
     number = tl.load(teams_ptr + team)
-    dims = tl.arange(0, DIM_PADDED)
     while at < end:
         unit = units_ptr + number * 8
         begin = tl.load(unit)
@@ -214,79 +381,123 @@ def _pieces(
         key_high = tl.minimum(low + tl.maximum(stop - COST, 0) * BLOCK_N, high)
         tile_before = tl.load(unit + 2) + tile
         at += stop - inside
-        if at >= begin + (count * GROUP + BLOCK_M - 1) // BLOCK_M * length:
+        if at >= begin + (count + EACH - 1) // EACH * length:
             number += 1
         if key_low < key_high:
-            in_tile = tl.arange(0, BLOCK_M)
-            rows = tile * BLOCK_M + in_tile
-            valid = rows // GROUP < count
-            member = tl.load(members_ptr + start + rows // GROUP, mask=valid, other=0).to(tl.int64)
-            q_rows = q_ptr + member * stride_q_token + (head * GROUP + rows % GROUP) * stride_q_head
-            q_mask = valid[:, None]
-            if DIM != DIM_PADDED:
-                q_mask = q_mask & (dims < DIM)[None, :]
-            q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
-            highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
-
-            first = tl.load(firsts_ptr + source).to(tl.int64)
-            shown = tl.minimum(tl.load(mapped_ptr + source), key_high)
-            whole = key_low + tl.maximum(shown - key_low, 0) // BLOCK_N * BLOCK_N
-            highest, total, acc = _whole_tiles(
-                q,
-                k_ptr + first * stride_k_token + head * stride_k_head,
-                v_ptr + first * stride_v_token + head * stride_v_head,
-                k_tiles,
-                v_tiles,
-                first,
-                head,
-                key_low,
-                whole,
-                highest,
-                total,
-                acc,
-                scale,
-                cap,
-                stride_k_token,
-                stride_v_token,
-                DIM,
-                DIM_PADDED,
-                BLOCK_N,
-                CAP,
-                TMA,
-                WIDE,
-            )
-            # What the context does not show, and the last tile of a unit, by slot.
-            slots = table_ptr + source * stride_table
-            for n in range(whole, key_high, BLOCK_N):
-                keys = n + tl.arange(0, BLOCK_N)
-                seen = keys < key_high
-                mask = seen[:, None]
-                if DIM != DIM_PADDED:
-                    mask = mask & (dims < DIM)[None, :]
-                slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
-                k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
-                v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
-                k = tl.load(k_at[:, None] + dims[None, :], mask=mask, other=0.0)
-                v = tl.load(v_at[:, None] + dims[None, :], mask=mask, other=0.0)
-                scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
-                new_highest = tl.maximum(highest, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_highest[:, None])
-                decay = tl.exp2(highest - new_highest)
-                total = total * decay + tl.sum(weights, 1)
-                acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
-                highest = new_highest
-
             # On the line a team and a tile of rows both only go forward, so their sum is a place of its own. What is a
             # request's own has few rows, and places of that size, behind those of the runs.
             part = (tile_before + team).to(tl.int64)
             in_run = (part * KV_HEADS + head) * BLOCK_M
             in_own = own_rows + ((part - run_tiles) * KV_HEADS + head) * OWN
-            at_row = tl.where(tile_before < run_tiles, in_run, in_own) + in_tile
-            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-            tl.store(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
-            tl.store(part_lse_ptr + at_row, highest + tl.log2(total), mask=valid)
+            at_row = tl.where(tile_before < run_tiles, in_run, in_own)
+            if FEW < BLOCK_M and count * GROUP <= FEW:
+                _piece(
+                    q_ptr,
+                    k_ptr,
+                    v_ptr,
+                    k_tiles,
+                    v_tiles,
+                    k_slots_ptr,
+                    v_slots_ptr,
+                    part_out_ptr,
+                    part_lse_ptr,
+                    firsts_ptr,
+                    mapped_ptr,
+                    table_ptr,
+                    members_ptr,
+                    head,
+                    start,
+                    count,
+                    source,
+                    key_low,
+                    key_high,
+                    at_row,
+                    scale,
+                    cap,
+                    stride_q_token,
+                    stride_q_head,
+                    stride_k_token,
+                    stride_k_head,
+                    stride_v_token,
+                    stride_v_head,
+                    stride_table,
+                    GROUP,
+                    DIM,
+                    DIM_PADDED,
+                    FEW,
+                    BLOCK_N,
+                    CAP,
+                    TMA,
+                    WIDE,
+                )
+            else:
+                _piece(
+                    q_ptr,
+                    k_ptr,
+                    v_ptr,
+                    k_tiles,
+                    v_tiles,
+                    k_slots_ptr,
+                    v_slots_ptr,
+                    part_out_ptr,
+                    part_lse_ptr,
+                    firsts_ptr,
+                    mapped_ptr,
+                    table_ptr,
+                    members_ptr,
+                    head,
+                    start + tile * EACH,
+                    tl.minimum(count - tile * EACH, EACH),
+                    source,
+                    key_low,
+                    key_high,
+                    at_row,
+                    scale,
+                    cap,
+                    stride_q_token,
+                    stride_q_head,
+                    stride_k_token,
+                    stride_k_head,
+                    stride_v_token,
+                    stride_v_head,
+                    stride_table,
+                    GROUP,
+                    DIM,
+                    DIM_PADDED,
+                    BLOCK_M,
+                    BLOCK_N,
+                    CAP,
+                    TMA,
+                    WIDE,
+                )
+
+
+@triton.jit
+def _partial(
+    part_out_ptr,
+    part_lse_ptr,
+    places_ptr,
+    i,
+    parts,
+    head,
+    own_rows,
+    in_group,
+    dims,
+    valid,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    """Partial result `i` of a request for a KV head, with its log-sum-exp; -inf for what is none."""
+    there = valid & (i < parts)
+    place = tl.load(places_ptr + i, mask=i < parts, other=0)
+    at_row = (place + head * tl.where(place < own_rows, BLOCK_M, OWN)).to(tl.int64) + in_group
+    mask = there[:, None]
+    if DIM != DIM_PADDED:
+        mask = mask & (dims < DIM)[None, :]
+    lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
+    return lse, tl.load(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -296,13 +507,8 @@ def _together(
     part_out_ptr,
     part_lse_ptr,
     sink_ptr,
-    slots_ptr,
-    contexts_ptr,
-    chains_ptr,
-    ranks_ptr,
-    units_ptr,
-    numbers_ptr,
-    line_ptr,
+    parts_ptr,
+    places_ptr,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
@@ -313,22 +519,18 @@ def _together(
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OWN: tl.constexpr,
-    COST: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PIECES: tl.constexpr,
+    MOST: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
 ):
-    """The partial results of one request, for the query heads of one KV head."""
+    """The partial results of one request, for the query heads of one KV head: four at a time, no row waiting for
+    another."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    if tl.load(contexts_ptr + row) < 1:
+    parts = tl.load(parts_ptr + row)
+    if parts == 0:
         return
-    chain = chains_ptr + tl.load(slots_ptr + row).to(tl.int64) * DEPTH
-    units = tl.sum((tl.load(chain + tl.arange(0, DEPTH)) >= 0).to(tl.int32))
-    share = tl.load(line_ptr + 1)
-    run_tiles = tl.load(line_ptr + 2)
+    places_ptr += row * MOST
     in_group = tl.arange(0, OWN)
     dims = tl.arange(0, DIM_PADDED)
     q_head = head * GROUP + in_group
@@ -339,32 +541,82 @@ def _together(
     if SINKS:
         highest = tl.load(sink_ptr + q_head, mask=valid, other=float("-inf")).to(tl.float32) * _LOG2E
         total += 1.0
-    several = tl.arange(0, PIECES)
-    for level in range(0, units + 1):
-        run = level < units
-        lane = tl.load(chain + level, mask=run, other=0)
-        rank = tl.load(ranks_ptr + level * ROWS + row, mask=run, other=0)
-        number = tl.load(numbers_ptr + tl.where(run, lane, ROWS + row))
-        # Its own is nothing where a context ends with a shared run.
-        unit = units_ptr + tl.maximum(number, 0) * 8
-        tiles = tl.where(number >= 0, tl.load(unit + 1), 0)
-        # The heads may lie in two tiles of rows, and each of these in several shares.
-        rows = rank * GROUP + in_group
-        tile = rows // BLOCK_M
-        keys = tl.load(unit) + tile * (tiles + COST) + COST
-        team = keys // share
-        shares = tl.where(valid & (tiles > 0), (keys + tiles - 1) // share - team + 1, 0)
-        place = tl.load(unit + 2) + tile + team
-        for i in range(0, tl.max(shares, 0), PIECES):
-            there = (i + several)[:, None] < shares[None, :]
-            part = (place[None, :] + (i + several)[:, None]).to(tl.int64)
-            in_run = (part * KV_HEADS + head) * BLOCK_M + (rows % BLOCK_M)[None, :]
-            in_own = own_rows + ((part - run_tiles) * KV_HEADS + head) * OWN + rows[None, :]
-            at_row = tl.where(run, in_run, in_own)
-            lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
-            at = at_row[:, :, None] * DIM_PADDED + dims[None, None, :]
-            out = tl.load(part_out_ptr + at, mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
-            highest, total, acc = _put_together(highest, total, acc, lse, out)
+    for i in range(0, parts, 4):
+        lse_0, out_0 = _partial(
+            part_out_ptr,
+            part_lse_ptr,
+            places_ptr,
+            i,
+            parts,
+            head,
+            own_rows,
+            in_group,
+            dims,
+            valid,
+            DIM,
+            DIM_PADDED,
+            BLOCK_M,
+            OWN,
+        )
+        lse_1, out_1 = _partial(
+            part_out_ptr,
+            part_lse_ptr,
+            places_ptr,
+            i + 1,
+            parts,
+            head,
+            own_rows,
+            in_group,
+            dims,
+            valid,
+            DIM,
+            DIM_PADDED,
+            BLOCK_M,
+            OWN,
+        )
+        lse_2, out_2 = _partial(
+            part_out_ptr,
+            part_lse_ptr,
+            places_ptr,
+            i + 2,
+            parts,
+            head,
+            own_rows,
+            in_group,
+            dims,
+            valid,
+            DIM,
+            DIM_PADDED,
+            BLOCK_M,
+            OWN,
+        )
+        lse_3, out_3 = _partial(
+            part_out_ptr,
+            part_lse_ptr,
+            places_ptr,
+            i + 3,
+            parts,
+            head,
+            own_rows,
+            in_group,
+            dims,
+            valid,
+            DIM,
+            DIM_PADDED,
+            BLOCK_M,
+            OWN,
+        )
+        new_highest = tl.maximum(highest, tl.maximum(tl.maximum(lse_0, lse_1), tl.maximum(lse_2, lse_3)))
+        finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        decay = tl.exp2(highest - finite)
+        weight_0 = tl.exp2(lse_0 - finite)
+        weight_1 = tl.exp2(lse_1 - finite)
+        weight_2 = tl.exp2(lse_2 - finite)
+        weight_3 = tl.exp2(lse_3 - finite)
+        total = total * decay + (weight_0 + weight_1) + (weight_2 + weight_3)
+        acc = acc * decay[:, None] + (out_0 * weight_0[:, None] + out_1 * weight_1[:, None])
+        acc += out_2 * weight_2[:, None] + out_3 * weight_3[:, None]
+        highest = new_highest
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = out_ptr + row.to(tl.int64) * stride_out_token + q_head * stride_out_head
     mask = valid[:, None] & (dims < DIM)[None, :]
@@ -405,11 +657,14 @@ class SharedDecoder:
         self.config = config or configs.shared_decode(head_dim, configs.capability(device))
         if self.group > self.config.block_m:
             raise ValueError(f"{self.group} query heads a KV head: up to {self.config.block_m} wanted")
+        #: Whole requests that a tile of rows takes.
+        self.each = self.config.block_m // self.group
         self.teams = max(1, configs.multiprocessors(device) * self.config.occupancy // kv_heads)
         #: Tiles of rows that shared runs may take: twice what all requests fill, and some that are not full.
-        self.max_tiles = 2 * -(-max_requests * self.group // self.config.block_m) + max(16, max_requests // 4)
+        self.max_tiles = 2 * -(-max_requests // self.each) + max(16, max_requests // 4)
         self.rows = triton.next_power_of_2(max_requests)
         self.own = triton.next_power_of_2(self.group)
+        self.few = min(self.config.block_m, max(16, self.own))
         self.padded = triton.next_power_of_2(head_dim)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -422,6 +677,10 @@ class SharedDecoder:
         self.starts = buffer(max_requests)
         self.units = buffer(2 * self.rows, UNIT_FIELDS)
         self.numbers = buffer(2 * self.rows)
+        # Every level of a request has one partial result, and one more for each share that ends within it.
+        self.most = self.teams + DEPTH + 1
+        self.parts = buffer(self.rows)
+        self.places = buffer(self.rows, self.most)
         self.first_units = buffer(self.teams)
         self.line = buffer(3)
         self.own_rows = (self.max_tiles + self.teams) * kv_heads * self.config.block_m
@@ -432,7 +691,7 @@ class SharedDecoder:
 
     def fits(self, tables: Tables) -> bool:
         """Whether the shared runs take no more tiles of rows than there is room for."""
-        return int((-(-tables.counts * self.group // self.config.block_m)).sum()) <= self.max_tiles
+        return int((-(-tables.counts // self.each)).sum()) <= self.max_tiles
 
     def update(self, tables: Tables) -> None:
         """From now on, who shares what is as in these tables, on the host. One copy, on the current stream. Raises
@@ -441,8 +700,8 @@ class SharedDecoder:
         if array.shape != self.tables.array.shape or not self.fits(tables):
             raise ValueError(
                 f"tables of {array.shape[0]} numbers, {tables.counts.tolist()} requests a run: tables for {self.slots} "
-                f"slots and {self.max_requests} requests wanted, with up to {self.max_tiles} tiles of "
-                f"{self.config.block_m} rows"
+                f"slots and {self.max_requests} requests wanted, with up to {self.max_tiles} tiles of {self.each} "
+                "requests"
             )
         if self.members.is_cuda:
             array = array.pin_memory()  # the tables may change while the copy is under way
@@ -495,13 +754,36 @@ class SharedDecoder:
             UNITS=self.max_requests,
             ROWS=self.rows,
             DEPTH=DEPTH,
-            GROUP=self.group,
-            BLOCK_M=self.config.block_m,
+            EACH=self.each,
             BLOCK_N=self.config.block_n,
             TEAMS=self.teams,
             COST=COST,
             SHORTEST=SHORTEST,
             num_warps=4 if self.rows <= 256 else 8,
+        )
+        _locate[(triton.cdiv(requests, LOCATED),)](
+            slots,
+            contexts,
+            tables.chains,
+            self.ranks,
+            self.units,
+            self.numbers,
+            self.line,
+            self.parts,
+            self.places,
+            self.own_rows,
+            requests,
+            ROWS=self.rows,
+            DEPTH=DEPTH,
+            LEVELS=LEVELS,
+            KV_HEADS=self.kv_heads,
+            GROUP=self.group,
+            BLOCK_M=self.config.block_m,
+            OWN=self.own,
+            COST=COST,
+            MOST=self.most,
+            LOCATED=LOCATED,
+            num_warps=4,
         )
 
     def __call__(
@@ -526,7 +808,7 @@ class SharedDecoder:
         as of `prefix_prefill`.
         """
         out = torch.empty_like(q) if out is None else out
-        slots, contexts = self.step
+        slots, _ = self.step
         check(q, k, v, out, lse, sinks, slots.shape[0])
         if q.shape[1:] != (self.q_heads, self.head_dim) or k.shape[1] != self.kv_heads:
             raise ValueError(
@@ -551,8 +833,9 @@ class SharedDecoder:
             "DIM_PADDED": self.padded,
             "BLOCK_M": config.block_m,
             "OWN": self.own,
-            "COST": COST,
         }
+        # Where several programs share a multiprocessor, they share its 65,536 registers.
+        registers = (1 << 16) // (32 * config.num_warps * config.occupancy)
         _pieces[(self.teams * self.kv_heads,)](
             q,
             k,
@@ -579,12 +862,15 @@ class SharedDecoder:
             v.stride(1),
             table.stride(0),
             self.own_rows,
+            FEW=self.few,
             BLOCK_N=config.block_n,
+            COST=COST,
             CAP=soft_cap > 0,
             TMA=config.tma,
             WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=registers if registers < 255 else None,
             **shape,
         )
         _together[(slots.shape[0], self.kv_heads)](
@@ -593,20 +879,13 @@ class SharedDecoder:
             self.part_out,
             self.part_lse,
             self.part_lse if sinks is None else sinks,
-            slots,
-            contexts,
-            tables.chains,
-            self.ranks,
-            self.units,
-            self.numbers,
-            self.line,
+            self.parts,
+            self.places,
             out.stride(0),
             out.stride(1),
             0 if lse is None else lse.stride(0),
             self.own_rows,
-            ROWS=self.rows,
-            DEPTH=DEPTH,
-            PIECES=PIECES,
+            MOST=self.most,
             SINKS=sinks is not None,
             LSE=lse is not None,
             num_warps=4,
