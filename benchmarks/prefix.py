@@ -37,9 +37,8 @@ CONTEXT = 65_536
 GPU_CONTESTANTS = CONTESTANTS | {
     f"{name}-nocache": [*args, "--disable-radix-cache"] for name, args in CONTESTANTS.items()
 }
-#: Ours, also where decode reads what requests share once for each of them.
+#: Ours, where decode reads what requests share once for each of them.
 GPU_CONTESTANTS["vtensor-plain"] = [*CONTESTANTS["vtensor"], "--vtensor-shared-decode", "off"]
-GPU_CONTESTANTS["vtensor"] = [*CONTESTANTS["vtensor"], "--vtensor-shared-decode", "auto"]
 HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "torch_native": ["--attention-backend", "torch_native"]}
 #: What our server counted in a round.
 COUNTED = (

@@ -18,9 +18,10 @@ HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 SHORT_CONTEXT = 1500
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
-#: Of shared decode, estimates: what a query head's work with one key costs of what reading a key and a value takes,
-#: bytes that are read while its further kernels start, and what it must save of all that a batch reads.
-SHARED_COMPUTE, SHARED_OVERHEAD_BYTES, SHARED_MARGIN = 0.02, 16 << 20, 0.03
+#: Of shared decode, as shares of what reading a key and a value from memory takes, measured on an H200: reading them
+#: again where all its requests do, as they come from the cache in part; a query head's work with one key; and what it
+#: loses with all that a batch reads. And bytes that are read while its further kernels start.
+SHARED_AGAIN, SHARED_COMPUTE, SHARED_MARGIN, SHARED_OVERHEAD_BYTES = 0.6, 0.01, 0.03, 16 << 20
 
 
 @functools.cache
@@ -92,11 +93,12 @@ def shared_decode_pays(tokens: int, shared: int, saved: int, group: int, token_b
     """Whether shared decode is faster for a batch of `tokens` tokens in all, of which `shared` are read by several
     requests, and `saved` read again by others where each reads its own. A token takes `token_bytes` in a layer.
 
-    Counted in tokens read from memory. The queries of a shared run still meet each of its keys, and two more kernels
-    run.
+    Counted in tokens read from memory. Each on its own, requests that share a run read it at about the same time, so
+    that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
-    computed = SHARED_COMPUTE * group * (shared + saved)
-    return saved > computed + SHARED_OVERHEAD_BYTES / token_bytes + SHARED_MARGIN * tokens
+    read = shared + saved
+    once = shared + SHARED_COMPUTE * group * read + SHARED_OVERHEAD_BYTES / token_bytes + SHARED_MARGIN * tokens
+    return SHARED_AGAIN * read > once
 
 
 def shared_decode(head_dim: int, capability: int) -> Config:

@@ -9,15 +9,18 @@ is read once for all of them.
 
 A unit is a run of tokens and the requests that read it: a shared run, or what a request has for itself. Its queries,
 of all its requests with all their grouped heads, are packed into tiles of BLOCK_M rows, as many whole requests as there
-is room for, and each tile goes along all keys of the unit. Laid end to end, the tiles are one line of work, which is
-cut into equal shares, one for each team of programs (one program a KV head): nothing is waited for, however unequal the
-units are. Where a tile is cut, each share leaves a partial result with its log-sum-exp. A merge puts together what is
-on the path of each request, whose places are found once a step.
+is room for, and each tile goes along all keys of the unit. The work is divided equally among teams of programs (one
+program a KV head), so nothing is waited for, however unequal the units are:
 
-    line of work   | run: tile 0    | run: tile 1    | own 0  | own 1    | own 2 |
-    shares         |---- team 0 ----|- - team 1 - - -|- - team 2 - -|- - team 3 - - |
+    time    | run: tile 0 | run: tile 1 | own 2 |       The tiles of a run go along its keys side by side, at the same
+     |      | - - - - - - | - - - - - - | own 3 |       time, so that the keys come from memory once. Everything else
+     v      | own 0  own 1| own 1  own 2|       |       is one line, which fills what is left of each team's share.
+              team 0        team 1        team 2
 
-A tile costs COST tiles of keys beside its keys: they stand before its keys on the line, and nothing is done there.
+Where a tile is cut, each share leaves a partial result with its log-sum-exp. A merge puts together what is on the path
+of each request, whose places are found once a step.
+
+A tile costs COST tiles of keys beside its keys: they stand before its keys, and nothing is done there.
 
 Keys are read from the contiguous context of one of the unit's requests as far as that shows them, and behind it by
 slot, from a table of slots as SGLang keeps it: what was born in decode need not be mapped for this.
@@ -37,12 +40,15 @@ from sglang_vtensor.kernels.launch import DIMS, base_two, check, tile_descriptor
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.sharing import DEPTH, Tables
 
-#: What a tile of rows costs beside its keys, and the shortest share, in tiles of keys: estimates.
-COST, SHORTEST = 2, 4
-#: What `_divide` says of a unit. Where it begins on the line; its tiles of keys; tiles of rows of the units before it;
-#: its first and one past its last token; where its requests begin in `members`, and how many there are; the request
-#: slot that is read.
+#: What a tile of rows costs beside its keys, and the shortest share, in tiles of keys: measured, and an estimate.
+COST, SHORTEST = 1, 4
+#: What `_divide` says of a unit. Where it begins on the line, or -1 less its first team if its tiles are side by side;
+#: its tiles of keys; tiles of rows of the units before it on the line; its first and one past its last token; where its
+#: requests begin in `members`, and how many there are; the request slot that is read.
 UNIT_FIELDS = 8
+#: And of a team: its part of the line, from and to, and the unit there; the unit of which it has a tile beside others,
+#: or -1, which tile, and its part of that, from and to; and its number among the teams that have a part of the line.
+TEAM_FIELDS = 8
 #: Rows whose order one program of `_arrange` finds; requests whose partial results one of `_locate` finds.
 ARRANGED, LOCATED = 32, 8
 #: The levels of a request, its own run, and room to a power of two.
@@ -104,8 +110,8 @@ def _divide(
     COST: tl.constexpr,
     SHORTEST: tl.constexpr,
 ):
-    """The line of work and each team's place on it. Every program knows all units, and writes one team's; the first one
-    also writes the units that there are, shared runs first, without gaps.
+    """What each team does. Every program knows all units, and writes one team's work; the first one also writes the
+    units that there are, without gaps: those on the line, shared runs first, and then those of tiles side by side.
 
     Lanes are unit numbers below ROWS, and rows from there on.
     """
@@ -126,27 +132,61 @@ def _divide(
     tiles = tl.where(count > 0, (tl.maximum(high - low, 0) + BLOCK_N - 1) // BLOCK_N, 0)
     there = (tiles > 0) & (run | own)
     tile_rows = tl.where(there, (count + EACH - 1) // EACH, 0)
-    cost = tile_rows * (tiles + COST)
-    end = tl.cumsum(cost, 0)
-    line = tl.sum(cost)
-    share = tl.maximum((line + TEAMS - 1) // TEAMS, SHORTEST)
+    length = tiles + COST
+    share = tl.maximum((tl.sum(tile_rows * length) + TEAMS - 1) // TEAMS, SHORTEST)
     team = tl.program_id(0)
-    tl.store(teams_ptr + team, tl.sum((there & (end <= team * share)).to(tl.int32)))
+
+    # Side by side: a share of each tile to a team of its own, from the first team on, while there are teams.
+    shares = (length + share - 1) // share
+    columns = tl.where(tile_rows > 1, tile_rows * shares, 0)
+    column = tl.cumsum(columns, 0)
+    beside = (columns > 0) & (column <= TEAMS)
+    columns = tl.where(beside, columns, 0)
+    column -= columns
+    full = tile_rows * (shares - 1)
+    rest = length - (shares - 1) * share
+    before = tl.minimum(tl.maximum(team - column, 0), columns)
+    used = tl.sum(tl.minimum(before, full) * share + tl.maximum(before - full, 0) * rest)
+    mine = (team >= column) & (team < column + columns)
+    inside = (team - column) // tl.maximum(tile_rows, 1) * share
+    stop = tl.minimum(inside + share, length)
+    used_here = tl.sum(tl.where(mine, stop - inside, 0))
+    without = tl.sum(tl.minimum(before, tl.where(rest == share, columns, full)))
+
+    # The line: what is left of each team's share, one team's behind the other's.
+    narrow = there & (beside == 0)
+    cost = tl.where(narrow, tile_rows * length, 0)
+    end = tl.cumsum(cost, 0)
+    narrows = tl.cumsum(narrow.to(tl.int32), 0)
+    in_line = tl.sum(narrow.to(tl.int32))
+    number = tl.where(narrow, narrows, in_line + tl.cumsum(beside.to(tl.int32), 0)) - 1
+    at = team * share - used
+    work = teams_ptr + team * 8
+    tl.store(work, at)
+    tl.store(work + 1, tl.minimum(at + share - used_here, tl.sum(cost)))
+    tl.store(work + 2, tl.sum((narrow & (end <= at)).to(tl.int32)))
+    tl.store(work + 3, tl.sum(tl.where(mine, number + 1, 0)) - 1)
+    tl.store(work + 4, tl.sum(tl.where(mine, (team - column) % tl.maximum(tile_rows, 1), 0)))
+    tl.store(work + 5, tl.sum(tl.where(mine, inside, 0)))
+    tl.store(work + 6, tl.sum(tl.where(mine, stop, 0)))
+    tl.store(work + 7, team - without)
     if team == 0:
-        number = tl.cumsum(there.to(tl.int32), 0) - 1
-        at = units_ptr + number * 8
-        tl.store(at, end - cost, mask=there)
-        tl.store(at + 1, tiles, mask=there)
-        tl.store(at + 2, tl.cumsum(tile_rows, 0) - tile_rows, mask=there)
-        tl.store(at + 3, low, mask=there)
-        tl.store(at + 4, high, mask=there)
-        tl.store(at + 5, start, mask=there)
-        tl.store(at + 6, count, mask=there)
-        tl.store(at + 7, source, mask=there)
+        lined = tl.where(narrow, tile_rows, 0)
+        unit = units_ptr + number * 8
+        tl.store(unit, tl.where(beside, -1 - column, end - cost), mask=there)
+        tl.store(unit + 1, tiles, mask=there)
+        tl.store(unit + 2, tl.cumsum(lined, 0) - lined, mask=there)
+        tl.store(unit + 3, low, mask=there)
+        tl.store(unit + 4, high, mask=there)
+        tl.store(unit + 5, start, mask=there)
+        tl.store(unit + 6, count, mask=there)
+        tl.store(unit + 7, source, mask=there)
         tl.store(numbers_ptr + lane, tl.where(there, number, -1))
-        tl.store(line_ptr, line)
-        tl.store(line_ptr + 1, share)
-        tl.store(line_ptr + 2, tl.sum(tl.where(run, tile_rows, 0)))
+        tl.store(line_ptr, share)
+        tl.store(line_ptr + 1, tl.sum(tl.where(run, lined, 0)))
+        tl.store(line_ptr + 2, tl.sum(columns))
+        all_used = tl.where(beside, full * share + tile_rows * rest, 0)
+        tl.store(line_ptr + 3, tl.sum(columns) * share - tl.sum(all_used))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -157,6 +197,7 @@ def _locate(
     ranks_ptr,
     units_ptr,
     numbers_ptr,
+    teams_ptr,
     line_ptr,
     parts_ptr,
     places_ptr,
@@ -169,6 +210,7 @@ def _locate(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OWN: tl.constexpr,
+    TEAMS: tl.constexpr,
     COST: tl.constexpr,
     MOST: tl.constexpr,
     LOCATED: tl.constexpr,
@@ -188,18 +230,31 @@ def _locate(
     begin = tl.load(unit, mask=number >= 0, other=0)
     tiles = tl.load(unit + 1, mask=number >= 0, other=0)
     tile = rank // EACH
-    part = tl.load(unit + 2, mask=number >= 0, other=0) + tile
-    share = tl.load(line_ptr + 1)
-    keys = begin + tile * (tiles + COST) + COST
-    team = keys // share
-    part += team
-    count = tl.where(number >= 0, (keys + tiles - 1) // share - team + 1, 0)
+    tile_rows = (tl.load(unit + 6, mask=number >= 0, other=0) + EACH - 1) // EACH
+    share = tl.load(line_ptr)
+    columns = tl.load(line_ptr + 2)
+    # On the line: from the team that has the first key to the one that has the last. Only teams that have tiles side by
+    # side have less of the line than a whole share, or nothing, and are then not counted.
+    first = begin + tile * (tiles + COST) + COST
+    last = first + tiles - 1
+    beyond = tl.load(line_ptr + 3)
+    team = tl.maximum(first - beyond, 0) // share
+    last_team = tl.maximum(last - beyond, 0) // share
+    for i in range(0, columns):
+        end = tl.load(teams_ptr + i * 8 + 1)
+        counts = end > tl.load(teams_ptr + i * 8)
+        team += (counts & (end <= first)).to(tl.int32)
+        last_team += (counts & (end <= last)).to(tl.int32)
+    on_line = begin >= 0
+    part = tl.load(unit + 2, mask=number >= 0, other=0) + tile + team
+    count = tl.where(on_line, last_team - team + 1, (tiles + COST + share - 1) // share)
+    count = tl.where(number >= 0, count, 0)
     before = tl.cumsum(count, 1) - count
     tl.store(parts_ptr + row, tl.sum(count, 1)[:, None], mask=row < rows)
-    in_run = part * (KV_HEADS * BLOCK_M) + rank % EACH * GROUP
-    in_own = own_rows + (part - tl.load(line_ptr + 2)) * (KV_HEADS * OWN)
+    in_run = tl.where(on_line, TEAMS + part, -1 - begin + tile) * (KV_HEADS * BLOCK_M) + rank % EACH * GROUP
+    in_own = own_rows + (part - tl.load(line_ptr + 1)) * (KV_HEADS * OWN)
     place = tl.where(level < DEPTH, in_run, in_own)
-    step = tl.where(level < DEPTH, KV_HEADS * BLOCK_M, KV_HEADS * OWN)
+    step = tl.where(level < DEPTH, tl.where(on_line, 1, tile_rows) * (KV_HEADS * BLOCK_M), KV_HEADS * OWN)
     for i in range(0, tl.max(tl.max(count, 1), 0)):
         tl.store(places_ptr + row * MOST + before + i, place + i * step, mask=i < count)
 
@@ -345,28 +400,29 @@ def _pieces(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OWN: tl.constexpr,
+    TEAMS: tl.constexpr,
     COST: tl.constexpr,
     CAP: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A team's share of the line, for one KV head: tile after tile, against the keys of it that are in the share.
-
-    Units of up to FEW rows, which read more than they compute, have tiles of that size.
-    """
+    """A team's work, for one KV head: what it has of a tile beside others, and its part of the line, tile after tile,
+    against the keys of it that are in the share."""
     EACH: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0) % KV_HEADS
     team = tl.program_id(0) // KV_HEADS
-    share = tl.load(line_ptr + 1)
-    run_tiles = tl.load(line_ptr + 2)
-    at = team * share
-    end = tl.minimum(at + share, tl.load(line_ptr))
-    number = tl.load(teams_ptr + team)
-    while at < end:
-        unit = units_ptr + number * 8
+    run_tiles = tl.load(line_ptr + 1)
+    work = teams_ptr + team * 8
+    at = tl.load(work)
+    end = tl.load(work + 1)
+    number = tl.load(work + 2)
+    beside = tl.load(work + 3)
+    in_turn = tl.load(work + 7)
+    while (beside >= 0) | (at < end):
+        on_line = beside < 0
+        unit = units_ptr + tl.where(on_line, number, beside) * 8
         begin = tl.load(unit)
         length = tl.load(unit + 1) + COST
         low = tl.load(unit + 3)
@@ -374,102 +430,64 @@ def _pieces(
         start = tl.load(unit + 5)
         count = tl.load(unit + 6)
         source = tl.load(unit + 7).to(tl.int64)
-        tile = (at - begin) // length
-        inside = at - begin - tile * length
-        stop = tl.minimum(inside + end - at, length)
+        tile = tl.where(on_line, (at - begin) // length, tl.load(work + 4))
+        inside = tl.where(on_line, at - begin - tile * length, tl.load(work + 5))
+        stop = tl.where(on_line, tl.minimum(inside + end - at, length), tl.load(work + 6))
         key_low = low + tl.maximum(inside - COST, 0) * BLOCK_N
         key_high = tl.minimum(low + tl.maximum(stop - COST, 0) * BLOCK_N, high)
         tile_before = tl.load(unit + 2) + tile
-        at += stop - inside
-        if at >= begin + (count + EACH - 1) // EACH * length:
-            number += 1
+        # On the line a team and a tile of rows both only go forward, so their sum is a place of its own. What is a
+        # request's own has few rows, and places of that size, behind those of the runs. Beside others there is one.
+        place = tl.where(on_line, TEAMS + tile_before + in_turn, team).to(tl.int64)
+        in_own = (tile_before + in_turn - run_tiles).to(tl.int64)
+        in_run = (place * KV_HEADS + head) * BLOCK_M
+        in_own = own_rows + (in_own * KV_HEADS + head) * OWN
+        at_row = tl.where(on_line & (tile_before >= run_tiles), in_own, in_run)
+        beside = -1
+        if on_line:
+            at += stop - inside
+            if at >= begin + (count + EACH - 1) // EACH * length:
+                number += 1
         if key_low < key_high:
-            # On the line a team and a tile of rows both only go forward, so their sum is a place of its own. What is a
-            # request's own has few rows, and places of that size, behind those of the runs.
-            part = (tile_before + team).to(tl.int64)
-            in_run = (part * KV_HEADS + head) * BLOCK_M
-            in_own = own_rows + ((part - run_tiles) * KV_HEADS + head) * OWN
-            at_row = tl.where(tile_before < run_tiles, in_run, in_own)
-            if FEW < BLOCK_M and count * GROUP <= FEW:
-                _piece(
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    k_tiles,
-                    v_tiles,
-                    k_slots_ptr,
-                    v_slots_ptr,
-                    part_out_ptr,
-                    part_lse_ptr,
-                    firsts_ptr,
-                    mapped_ptr,
-                    table_ptr,
-                    members_ptr,
-                    head,
-                    start,
-                    count,
-                    source,
-                    key_low,
-                    key_high,
-                    at_row,
-                    scale,
-                    cap,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_k_token,
-                    stride_k_head,
-                    stride_v_token,
-                    stride_v_head,
-                    stride_table,
-                    GROUP,
-                    DIM,
-                    DIM_PADDED,
-                    FEW,
-                    BLOCK_N,
-                    CAP,
-                    TMA,
-                    WIDE,
-                )
-            else:
-                _piece(
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    k_tiles,
-                    v_tiles,
-                    k_slots_ptr,
-                    v_slots_ptr,
-                    part_out_ptr,
-                    part_lse_ptr,
-                    firsts_ptr,
-                    mapped_ptr,
-                    table_ptr,
-                    members_ptr,
-                    head,
-                    start + tile * EACH,
-                    tl.minimum(count - tile * EACH, EACH),
-                    source,
-                    key_low,
-                    key_high,
-                    at_row,
-                    scale,
-                    cap,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_k_token,
-                    stride_k_head,
-                    stride_v_token,
-                    stride_v_head,
-                    stride_table,
-                    GROUP,
-                    DIM,
-                    DIM_PADDED,
-                    BLOCK_M,
-                    BLOCK_N,
-                    CAP,
-                    TMA,
-                    WIDE,
-                )
+            _piece(
+                q_ptr,
+                k_ptr,
+                v_ptr,
+                k_tiles,
+                v_tiles,
+                k_slots_ptr,
+                v_slots_ptr,
+                part_out_ptr,
+                part_lse_ptr,
+                firsts_ptr,
+                mapped_ptr,
+                table_ptr,
+                members_ptr,
+                head,
+                start + tile * EACH,
+                tl.minimum(count - tile * EACH, EACH),
+                source,
+                key_low,
+                key_high,
+                at_row,
+                scale,
+                cap,
+                stride_q_token,
+                stride_q_head,
+                stride_k_token,
+                stride_k_head,
+                stride_v_token,
+                stride_v_head,
+                stride_table,
+                GROUP,
+                DIM,
+                DIM_PADDED,
+                BLOCK_M,
+                BLOCK_N,
+                CAP,
+                TMA,
+                WIDE,
+            )
 
 
 @triton.jit
@@ -664,7 +682,6 @@ class SharedDecoder:
         self.max_tiles = 2 * -(-max_requests // self.each) + max(16, max_requests // 4)
         self.rows = triton.next_power_of_2(max_requests)
         self.own = triton.next_power_of_2(self.group)
-        self.few = min(self.config.block_m, max(16, self.own))
         self.padded = triton.next_power_of_2(head_dim)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -677,13 +694,13 @@ class SharedDecoder:
         self.starts = buffer(max_requests)
         self.units = buffer(2 * self.rows, UNIT_FIELDS)
         self.numbers = buffer(2 * self.rows)
-        # Every level of a request has one partial result, and one more for each share that ends within it.
-        self.most = self.teams + DEPTH + 1
+        # A request has one partial result of each level and each share that ends within one, or of each team.
+        self.most = 2 * self.teams + DEPTH + 1
         self.parts = buffer(self.rows)
         self.places = buffer(self.rows, self.most)
-        self.first_units = buffer(self.teams)
-        self.line = buffer(3)
-        self.own_rows = (self.max_tiles + self.teams) * kv_heads * self.config.block_m
+        self.work = buffer(self.teams, TEAM_FIELDS)
+        self.line = buffer(4)
+        self.own_rows = (self.max_tiles + 2 * self.teams) * kv_heads * self.config.block_m
         parts = self.own_rows + (self.rows + self.teams) * kv_heads * self.own
         self.part_out = buffer(parts * self.padded, dtype=torch.float32)
         self.part_lse = buffer(parts, dtype=torch.float32)
@@ -748,7 +765,7 @@ class SharedDecoder:
             self.starts,
             self.units,
             self.numbers,
-            self.first_units,
+            self.work,
             self.line,
             requests,
             UNITS=self.max_requests,
@@ -768,6 +785,7 @@ class SharedDecoder:
             self.ranks,
             self.units,
             self.numbers,
+            self.work,
             self.line,
             self.parts,
             self.places,
@@ -780,6 +798,7 @@ class SharedDecoder:
             GROUP=self.group,
             BLOCK_M=self.config.block_m,
             OWN=self.own,
+            TEAMS=self.teams,
             COST=COST,
             MOST=self.most,
             LOCATED=LOCATED,
@@ -850,7 +869,7 @@ class SharedDecoder:
             table,
             self.members,
             self.units,
-            self.first_units,
+            self.work,
             self.line,
             base_two(scale, soft_cap),
             soft_cap,
@@ -862,8 +881,8 @@ class SharedDecoder:
             v.stride(1),
             table.stride(0),
             self.own_rows,
-            FEW=self.few,
             BLOCK_N=config.block_n,
+            TEAMS=self.teams,
             COST=COST,
             CAP=soft_cap > 0,
             TMA=config.tma,

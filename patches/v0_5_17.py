@@ -301,16 +301,16 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
 def _wants_shared_decode(server_args: ServerArgs) -> bool:
     from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options
 
-    if Options.of(server_args).vtensor_shared_decode == "off":
+    # On the host, which is not for speed, nothing is lost.
+    if Options.of(server_args).vtensor_shared_decode == "off" or server_args.device == "cpu":
         return False
-    why = None
-    if server_args.device == "cpu":
-        why = "this server runs on host memory: it needs an NVIDIA GPU"
-    elif server_args.prefill_attention_backend != ATTENTION_BACKEND:
-        why = "an attention backend was named: leave it out"
-    if why is not None:
-        logger.warning("--vtensor-shared-decode auto has no effect, as %s. Each request reads its whole context.", why)
-    return why is None
+    if server_args.prefill_attention_backend != ATTENTION_BACKEND:
+        logger.warning(
+            "Shared decode is off, as an attention backend was named: each request reads its whole context. Leave the "
+            "attention backend out, or give --vtensor-shared-decode off."
+        )
+        return False
+    return True
 
 
 def _init_hybrid(

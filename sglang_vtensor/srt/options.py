@@ -43,7 +43,7 @@ class Options:
     vtensor_min: str = "0.05"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
-    vtensor_shared_decode: str = "off"
+    vtensor_shared_decode: str = "auto"
 
     def __post_init__(self) -> None:
         for option, value, choices in (
@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtensor-shared-decode",
         choices=SHARED_DECODE,
         default=Options.vtensor_shared_decode,
-        help="auto: decode steps whose requests share a prefix read it once, on an NVIDIA GPU, where that is faster.",
+        help="auto: decode steps whose requests share a prefix read it once where that is faster, on an NVIDIA GPU.",
     )
 
 

@@ -19,7 +19,6 @@ OURS = {"kv_backend": "vtensor", "page_size": 16 * S, "chunked_prefill_size": 12
 SERVERS = {"overlap": {}, "page4": {"disable_overlap_schedule": True, "page_size": 4}}
 if ON_GPU:
     LIMITS |= {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16}
-    OURS |= {"vtensor_shared_decode": "auto"}
     SERVERS = {"graphs": {}, "eager": {"disable_cuda_graph": True, "disable_overlap_schedule": True}}
 
 

@@ -87,7 +87,7 @@ def test_log_probabilities_over_long_answers(schedulers, record_property):
     """A question each on one document, and long answers: within the noise of bfloat16 of SGLang without the plugin."""
     common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16}
     reference = schedulers(attention_backend="fa3", **common)
-    scheduler = schedulers(kv_backend="vtensor", vtensor_shared_decode="auto", **common)
+    scheduler = schedulers(kv_backend="vtensor", **common)
     scheduler.call(whatever_is_shared_pays)
     prompt = Prompts(7)
     document = prompt(2000)

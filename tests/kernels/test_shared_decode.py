@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels.plan import Config
-from sglang_vtensor.kernels.shared_decode import SharedDecoder
+from sglang_vtensor.kernels.shared_decode import COST, SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
 from tests.kernels.reference import DEVICE, Batch, assert_close
 
@@ -116,9 +116,10 @@ def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
     shown=st.sampled_from(["all", "path", "some", "none"]),
+    programs=st.sampled_from([1, 3, 8]),
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, shown):
+def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, shown, programs):
     rng = random.Random(seed)
     paths = paths_of(rng, requests, 6)
     contexts = [PAGE * len(path) + rng.choice([1, 1, 2, 15, 16, 17, 40]) for path in paths]
@@ -133,7 +134,9 @@ def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, shown)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
     expected, sums = batch.expected(soft_cap=soft_cap, sinks=sink)
     served.hide(mapped)
-    out, lse = served.run(soft_cap=soft_cap, sinks=sink)
+    # On the host also with more programs, so that there are teams for tiles side by side.
+    config = Config(16, 16, 4, 1, False, programs) if DEVICE == "cpu" else None
+    out, lse = served.run(soft_cap=soft_cap, sinks=sink, config=config)
     assert_close(out, expected)
     assert_close(lse, sums)
 
@@ -213,14 +216,48 @@ def test_requests_come_and_leave():
 
 
 @pytest.mark.parametrize("block_m", [16, 32])
-def test_heads_of_one_request_in_two_tiles(block_m):
-    """Groups of 7 heads do not fill tiles of 16 rows."""
+def test_heads_that_do_not_fill_a_tile(block_m):
+    """Of groups of 7 heads, two fit into 16 rows, and two rows are nobody's."""
     batch = Batch.random([1] * 5, [60] * 5, q_heads=14, kv_heads=2, dim=64, dtype=torch.float16, seed=8)
     served = Served.of(batch, [[1, 2, 3, 4, 5]] * 5, [40] * 5)
     expected, sums = batch.expected()
     out, lse = served.run(config=Config(block_m, 16, 4, 1))
     assert_close(out, expected)
     assert_close(lse, sums)
+
+
+@pytest.mark.parametrize("occupancy", [2, 4, 8, 16])
+def test_tiles_of_a_run_side_by_side(occupancy):
+    """Three tiles of a run and two of another, divided alike; what is left of their teams' shares is filled."""
+    long, short = [*range(1, 61)], [*range(101, 131)]
+    paths = [long] * 10 + [short] * 7 + [[]] * 3
+    contexts = [8 * len(path) + 5 * n + 1 for n, path in enumerate(paths)]
+    batch = Batch.random([1] * 20, contexts, q_heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16, seed=4)
+    served = Served.of(batch, paths, [8 * len(path) for path in paths])
+    expected, sums = batch.expected()
+    decoder = served.decoder(Config(16, 16, 4, 1, False, occupancy))
+    out, lse = served.run(decoder)
+    assert_close(out, expected)
+    assert_close(lse, sums)
+    low, high, _, unit, tile, begin, end, _ = decoder.work.T.tolist()
+    units = decoder.units.tolist()
+    share = int(decoder.line[0])
+    beside = [team for team in range(decoder.teams) if unit[team] >= 0]
+    # Teams of one part of a run are neighbours, and work on the same keys.
+    for team in beside:
+        first = team - tile[team]
+        rows = -(-units[unit[team]][6] // decoder.each)
+        assert rows > 1
+        assert tile[first : first + rows] == [*range(rows)]
+        for column in (unit, begin, end):
+            assert len(set(column[first : first + rows])) == 1
+    # What they do is all that there is, and nobody does more than a share.
+    done = [end[team] - begin[team] + max(high[team] - low[team], 0) for team in range(decoder.teams)]
+    assert max(done) <= share
+    assert sum(done) == sum(
+        -(-count // decoder.each) * (keys + COST) for _, keys, _, _, _, _, count, _ in units if keys
+    )
+    assert len(beside) == len({(unit[team], tile[team], begin[team]) for team in beside}) >= (5 if occupancy > 2 else 0)
 
 
 def small(**changes):

@@ -84,18 +84,10 @@ def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monk
 @pytest.mark.parametrize(
     ("server_args", "wanted", "why"),
     [
-        ({}, False, ""),
-        ({"vtensor_shared_decode": "auto"}, True, ""),
-        (
-            {"vtensor_shared_decode": "auto", "device": "cpu"},
-            False,
-            "as this server runs on host memory",
-        ),
-        (
-            {"vtensor_shared_decode": "auto", "prefill_attention_backend": None},
-            False,
-            "attention backend was named",
-        ),
+        ({}, True, ""),
+        ({"vtensor_shared_decode": "off"}, False, ""),
+        ({"device": "cpu"}, False, ""),
+        ({"prefill_attention_backend": None}, False, "attention backend was named"),
     ],
 )
 def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog):
