@@ -274,7 +274,7 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
         made = {
             "chat": conversations(64, 4, 2048, 0, 512, 128),
             "agent": conversations(8, 6, 0, 32_768, 2048, 32),
-            "documents": documents(8, 16_384, 32, 64, 64, 32),
+            "documents": documents(8, 16_384, 32, 64, 64, 256),
             "tree": tree(8, 8, 512, 64),
             "random": independent(192, 1024, 512, 64),
         }
