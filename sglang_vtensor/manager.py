@@ -33,6 +33,9 @@ RETRY_SECONDS = 1.0
 LOOK_SECONDS = 1.0
 #: That the driver refuses is said again only after this long: beside another process it may refuse many times a second.
 WARN_SECONDS = 60.0
+#: How long a thread with nothing to do leaves the interpreter to the worker at a time: what a request that arrives just
+#: then waits.
+GIVE_WAY_SECONDS = 0.001
 #: Addresses that all segments together may take; reserving 64 TiB was seen to succeed, a process has 128.
 SEGMENT_ADDRESS_BYTES = 32 << 40
 #: Kernels count the tokens of all segments in 32 bits.
@@ -167,6 +170,8 @@ class KVMemory:
         self._look_at = 0.0
         self._device_low = False
         self._wake = threading.Event()
+        self._working = False
+        self._due_at = float("inf")  # the worker waits until then, or until it is woken
         self._closing = False
         self._thread: threading.Thread | None = None
         if worker:
@@ -516,9 +521,21 @@ class KVMemory:
             keep = min(self.reserve_pages, max(0, self.allowance - self.pages.owned))
             return self.pages.trim(keep, self.segments.completed)
 
+    def give_way(self) -> None:
+        """Let the worker go on if it may have something to do, for a caller that has nothing to do itself.
+
+        The worker wants the interpreter after each call of the driver. A thread that never waits, and gives it up for
+        moments only, as one that polls a socket does, takes it back before the other one has woken up.
+        """
+        if self._thread is None:
+            return
+        if self._working or self._wake.is_set() or time.monotonic() >= self._due_at:
+            time.sleep(GIVE_WAY_SECONDS)
+
     def _work(self) -> None:
         self.vmm.attach_thread()
         while not self._closing:
+            self._working = True
             start = time.perf_counter()
             try:
                 if self.housekeep():
@@ -527,6 +544,8 @@ class KVMemory:
             except VMMError:
                 # A driver that cannot unmap is broken; say so each time, and keep serving from what is mapped.
                 logger.exception("the mapping worker failed; it tries again in %g s", self.retry_seconds)
+            self._due_at = time.monotonic() + self.retry_seconds
+            self._working = False
             self._wake.wait(self.retry_seconds)
             self._wake.clear()
 

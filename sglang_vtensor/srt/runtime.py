@@ -182,6 +182,7 @@ class Runtime:
         self.poll()
         if not self._flying:
             self.memory.complete(self.memory.launch())
+        self.memory.give_way()
 
     def clear(self) -> None:
         """Forget every request and free every page: the caches are flushed."""

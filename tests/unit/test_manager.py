@@ -2,9 +2,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import zmq
 
 from sglang_vtensor import manager
 from sglang_vtensor.layout import KVLayout
@@ -223,6 +225,51 @@ def test_the_worker_unmaps_behind_the_scheduler():
         assert memory.stats().unmaps == 4
     finally:
         memory.close()
+
+
+def test_a_thread_that_polls_gives_way_to_the_worker():
+    """What an idle server's event loop does: it asks a socket, and others get the interpreter for moments only."""
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind("inproc://polled")
+    memory = make(capacity_pages=400, max_tokens=160, worker=True, idle_seconds=0.0)
+    try:
+        pages = [memory.allocate(20) for _ in range(20)]
+        for part in pages:
+            memory.release(memory.lease(None, part))
+            memory.free(part)
+            memory.complete(memory.launch())
+        for _ in range(1500):
+            with pytest.raises(zmq.Again):
+                socket.recv(zmq.NOBLOCK)
+            sum(n for n in range(10_000))
+            memory.complete(memory.launch())
+            memory.give_way()
+            if memory.pages.backed == 1:
+                break
+        assert memory.pages.backed == 1, "only the padding page"
+        memory.check_integrity()
+    finally:
+        memory.close()
+        socket.close()
+
+
+def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
+    memory = make(worker=True)
+    try:
+        wait_for(lambda: not memory._working)
+        slept = []
+        monkeypatch.setattr(manager, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=slept.append))
+        memory.give_way()
+        assert not slept
+        memory._due_at = 0.0
+        memory.give_way()
+        assert slept == [manager.GIVE_WAY_SECONDS]
+    finally:
+        monkeypatch.undo()
+        memory.close()
+    without = make()
+    without._due_at = 0.0
+    without.give_way()
 
 
 def test_free_all_forgets_everything():
