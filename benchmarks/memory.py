@@ -197,7 +197,7 @@ class Bench:
                 if back is None and peak - held >= 0.95 * (peak - idle):
                     back = time.perf_counter() - start
                 time.sleep(0.05)
-            share = (peak - held) / (peak - idle)
+            share = (peak - held) / (peak - idle) if peak > idle else 0.0
             self.note("returned", "vtensor", idle=idle, peak=peak, left=held, share=share, seconds=back)
 
     def backed(self, rounds: int = 3) -> None:

@@ -40,6 +40,8 @@ GPU_CONTESTANTS = CONTESTANTS | {
 #: Ours, where decode reads what requests share once for each of them.
 GPU_CONTESTANTS["vtensor-plain"] = [*CONTESTANTS["vtensor"], "--vtensor-shared-decode", "off"]
 HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "torch_native": ["--attention-backend", "torch_native"]}
+#: After a flush, so that a round does not begin with what it left to do.
+SETTLE_SECONDS = 1.0
 #: What our server counted in a round.
 COUNTED = (
     "adoptions",
@@ -99,6 +101,7 @@ class Client:
     def run(self, workload: Workload, seed: int) -> dict[str, Any]:
         """One round, from an empty cache: a row of the results."""
         self.flush()
+        time.sleep(SETTLE_SECONDS)
         before = self.stats()
         seconds = self.drive(workload, seed)
         after = self.stats()

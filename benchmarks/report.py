@@ -19,6 +19,12 @@ from benchmarks import plots, results
 
 #: Contestants of the kernel benchmarks, in the order of the columns.
 OTHERS = ("triton", "flashinfer_paged", "flashinfer_ragged", "fa3_page1", "fa3_page64", "fa3_page128", "fa3_segments")
+SHARED = {
+    "shared_8k_x64": "64 requests, 8,192 tokens for all, 512 each",
+    "groups_16k_x256": "256 requests in 8 groups, 16,384 tokens a group, 256 each",
+    "two_level": "64 requests, 2,048 tokens for all, 4,096 for each 8, 512 each",
+    "no_sharing": "64 requests, 4,096 tokens each, nothing shared",
+}
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -122,6 +128,25 @@ def _kernels(name: str, rate: str, unit: str) -> str:
     return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
 
 
+def shared_decode() -> str:
+    """Decode of batches that share, beside FlashAttention-3, which reads everything once for each request."""
+    record = results.read("shared_decode")
+    if record is None:
+        return "Not measured yet."
+    lines = [
+        "| decode, Llama-3-8B | floor, all read once | shared decode | FlashAttention-3, pages of 1 | x |",
+        "|---" * 5 + "|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {SHARED[row['case']]} | {row['floor_us']:.0f} us | {row['ours']:.0f} us | {row['fa3_page1']:.0f} us | "
+            f"**{record['summary'][row['case']]:.2f}** |"
+        )
+    planned = [row["plan_us"] for row in record["rows"]]
+    end = f"Once a step, for all layers, the work is divided: {min(planned):.0f} to {max(planned):.0f} us."
+    return "\n".join([*lines, "", end, source(record)])
+
+
 def prefix() -> str:
     """The prefix-caching suite."""
     record = results.read("prefix")
@@ -196,6 +221,7 @@ TABLES = {
     "prefix": prefix,
     "prefill": prefill,
     "decode": decode,
+    "shared_decode": shared_decode,
     "memory": memory,
 }
 

@@ -258,7 +258,8 @@ def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
     try:
         wait_for(lambda: not memory._working)
         slept = []
-        monkeypatch.setattr(manager, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=slept.append))
+        clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=slept.append)
+        monkeypatch.setattr(manager, "time", clock)
         memory.give_way()
         assert not slept
         memory._due_at = 0.0
