@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from sglang_vtensor.kernels.configs import shared_decode_pays
 from sglang_vtensor.sharing import DEPTH, Sharing
 
 TOKENS = 4
@@ -109,3 +110,22 @@ def test_joining_and_leaving_touches_what_has_changed():
         return len(seen)
 
     assert steps(4) == steps(400)
+
+
+@pytest.mark.parametrize(
+    ("requests", "of_all", "own", "pays"),
+    [
+        (64, 8192, 512, True),  # measured: 5.5 times as fast
+        (64, 2048, 2000, True),
+        (4, 16384, 100, True),
+        (64, 0, 4096, False),  # measured: nothing to win
+        (1, 0, 4096, False),
+        (64, 128, 2000, False),  # the shared start is little of what is read
+        (8, 512, 100, False),  # all of it is read in the time that two kernels take to start
+        (2, 16384, 100, False),  # the cache serves the second reader
+    ],
+)
+def test_what_pays(requests, of_all, own, pays):
+    """With 4 query heads a KV head and 4 KiB a token, as Llama-3-8B has in a layer."""
+    tokens, saved = requests * (of_all + own), max(0, requests - 1) * of_all
+    assert shared_decode_pays(tokens, of_all, saved, group=4, token_bytes=4096) is pays
