@@ -18,6 +18,10 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.gpu)
 
 
+#: What needs a second GPU is not there without one.
+collect_ignore = ["test_tensor_parallel.py"] if torch.cuda.device_count() < 2 else []
+
+
 def pytest_sessionstart(session):
     if not torch.cuda.is_available():
         pytest.exit("tests/gpu needs an NVIDIA GPU: run `make test` for what runs without one", returncode=2)
