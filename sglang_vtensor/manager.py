@@ -105,7 +105,8 @@ class KVMemory:
 
     `capacity_pages` is what requests and nodes may own together (the padding page comes on top); `max_tokens` the
     longest context; `num_segments` as many as requests may run, plus `max_parked`. `reserve_pages` are kept backed and
-    free for what comes next, and free pages beyond them go back to the driver after `idle_seconds`.
+    free for what comes next, less what requests have left in the pages they are filling; free pages beyond them go back
+    to the driver after `idle_seconds`.
     With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
     """
 
@@ -238,7 +239,7 @@ class KVMemory:
             self._used_at = time.monotonic()
         if pages is not None:
             self.pages_allocated += count
-            if self.pages.ready < self.reserve_pages:
+            if self.pages.ready < self._kept_ready:
                 self._wake.set()
         return pages
 
@@ -474,11 +475,17 @@ class KVMemory:
                 self.segments.finish_tidy(segment, page, done=done)
                 self._settled.notify()
 
+    @property
+    def _kept_ready(self) -> int:
+        """Free pages that are to be ready. The page that a request is filling is half empty, on average: that is ready
+        too."""
+        return max(0, self.reserve_pages - self.segments.leased // 2)
+
     def _page_to_back(self) -> int | None:
         if self._device_low:
             return None
         available, there = max(0, self.allowance - self.pages.owned), self.pages.ready
-        wanted = min(self.reserve_pages, available)
+        wanted = min(self._kept_ready, available)
         if self.short:  # one page more than there is tells whether the driver gives again
             there = self.pages.free_backed
             wanted = min(max(wanted, there + 1), available)
@@ -512,13 +519,13 @@ class KVMemory:
             return self.pages.begin_trim(0, self.segments.completed)
         if time.monotonic() - self._used_at < self.idle_seconds:
             return None
-        return self.pages.begin_trim(self.reserve_pages, self.segments.completed)
+        return self.pages.begin_trim(self._kept_ready, self.segments.completed)
 
     def trim(self) -> int:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""
         with self._lock:
             self.segments.reclaim()
-            keep = min(self.reserve_pages, max(0, self.allowance - self.pages.owned))
+            keep = min(self._kept_ready, max(0, self.allowance - self.pages.owned))
             return self.pages.trim(keep, self.segments.completed)
 
     def give_way(self) -> None:

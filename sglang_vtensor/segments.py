@@ -95,6 +95,11 @@ class SegmentPool:
         #: Segments in the hands of whoever calls the driver for them without the lock.
         self.in_hand = 0
 
+    @property
+    def leased(self) -> int:
+        """Segments that requests hold."""
+        return self._leased
+
     # Life of a segment.
 
     def take(self) -> Segment:

@@ -104,6 +104,23 @@ def test_the_worker_keeps_pages_ready_and_gives_idle_ones_back():
     assert memory.vmm.created_bytes == 0
 
 
+def test_what_requests_have_left_in_their_pages_is_part_of_the_reserve():
+    memory = make(reserve_pages=3, max_running=8, idle_seconds=0.0)
+    while memory.housekeep():
+        pass
+    assert memory.pages.ready == 3
+    held = [memory.lease(None, memory.allocate(1)) for _ in range(4)]
+    while memory.housekeep():
+        pass
+    assert memory.pages.ready == 1, "four pages that are half empty are two"
+    for segment in held:
+        memory.release(segment)
+    memory.complete(memory.launch())
+    while memory.housekeep():
+        pass
+    assert memory.pages.ready == 3
+
+
 def test_the_worker_survives_a_full_device(caplog):
     vmm = FaultyVirtualMemory(capacity_bytes=4 * LAYOUT.page_bytes)
     memory = make(vmm, worker=True, reserve_pages=8)
