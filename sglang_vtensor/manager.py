@@ -220,6 +220,10 @@ class KVMemory:
             self._wake.set()
         return max(0, -self.room())
 
+    def owes(self) -> int:
+        """Free pages beyond the allowance, which the worker is to give back."""
+        return min(self._over(), self.pages.free_backed)
+
     def _over(self) -> int:
         """Backed pages beyond the allowance."""
         return max(0, self.pages.backed - 1 - self.allowance)
@@ -529,7 +533,7 @@ class KVMemory:
             return self.pages.trim(keep, self.segments.completed)
 
     def give_way(self) -> None:
-        """Let the worker go on if it may have something to do, for a caller that has nothing to do itself.
+        """Let the worker go on if it may have something to do, for a caller that has nothing more urgent.
 
         The worker wants the interpreter after each call of the driver. A thread that never waits, and gives it up for
         moments only, as one that polls a socket does, takes it back before the other one has woken up.

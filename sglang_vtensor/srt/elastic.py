@@ -129,6 +129,8 @@ class Elastic:
             self._look_at = now + LOOK_EVERY_SECONDS
             self._look_around(waiting, now)
         self._evict_excess()
+        if self.runtime.memory.owes():
+            self.runtime.memory.give_way()
         if self.cache_idle_seconds is not None and now >= self._expire_at:
             self._expire_at = now + min(EXPIRE_EVERY_SECONDS, self.cache_idle_seconds / 2)
             self.tree.expire(now - self.cache_idle_seconds)

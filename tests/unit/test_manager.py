@@ -323,9 +323,12 @@ def test_the_allowance_gives_back_what_is_free_and_lets_what_runs_grow():
     while memory.housekeep():
         pass
     assert memory.stats().pages_backed == 11  # 6 owned, 4 in reserve, and the padding page
+    assert memory.owes() == 0
     assert memory.allow(5) == 1
+    assert memory.owes() == 4, "what is free; one that is owned is too many besides"
     while memory.housekeep():
         pass
+    assert memory.owes() == 0
     assert memory.stats().pages_backed == 7
     assert memory.allocate(1) is None
     assert memory.missing_pages() == 11
