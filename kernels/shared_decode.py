@@ -148,13 +148,14 @@ def _divide(
     before = tl.minimum(tl.maximum(team - column, 0), columns)
     used = tl.sum(tl.minimum(before, full) * share + tl.maximum(before - full, 0) * rest)
     mine = (team >= column) & (team < column + columns)
-    inside = (team - column) // tl.maximum(tile_rows, 1) * share
+    width = tl.maximum(tile_rows, 1)
+    inside = (team - column) // width * share
     stop = tl.minimum(inside + share, length)
     used_here = tl.sum(tl.where(mine, stop - inside, 0))
     without = tl.sum(tl.minimum(before, tl.where(rest == share, columns, full)))
 
     # The line: what is left of each team's share, one team's behind the other's.
-    narrow = there & (beside == 0)
+    narrow = there & (columns == 0)
     cost = tl.where(narrow, tile_rows * length, 0)
     end = tl.cumsum(cost, 0)
     narrows = tl.cumsum(narrow.to(tl.int32), 0)
@@ -166,7 +167,7 @@ def _divide(
     tl.store(work + 1, tl.minimum(at + share - used_here, tl.sum(cost)))
     tl.store(work + 2, tl.sum((narrow & (end <= at)).to(tl.int32)))
     tl.store(work + 3, tl.sum(tl.where(mine, number + 1, 0)) - 1)
-    tl.store(work + 4, tl.sum(tl.where(mine, (team - column) % tl.maximum(tile_rows, 1), 0)))
+    tl.store(work + 4, tl.sum(tl.where(mine, (team - column) % width, 0)))
     tl.store(work + 5, tl.sum(tl.where(mine, inside, 0)))
     tl.store(work + 6, tl.sum(tl.where(mine, stop, 0)))
     tl.store(work + 7, team - without)
@@ -260,114 +261,6 @@ def _locate(
 
 
 @triton.jit
-def _piece(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_tiles,
-    v_tiles,
-    k_slots_ptr,
-    v_slots_ptr,
-    part_out_ptr,
-    part_lse_ptr,
-    firsts_ptr,
-    mapped_ptr,
-    table_ptr,
-    members_ptr,
-    head,
-    rank,
-    count,
-    source,
-    key_low,
-    key_high,
-    at_row,
-    scale,
-    cap,
-    stride_q_token,
-    stride_q_head,
-    stride_k_token,
-    stride_k_head,
-    stride_v_token,
-    stride_v_head,
-    stride_table,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAP: tl.constexpr,
-    TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A tile of rows, of requests from `rank` on, against keys that it reads of one of them: the partial result."""
-    dims = tl.arange(0, DIM_PADDED)
-    in_tile = tl.arange(0, BLOCK_M)
-    valid = in_tile // GROUP < count
-    member = tl.load(members_ptr + rank + in_tile // GROUP, mask=valid, other=0).to(tl.int64)
-    q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
-    q_mask = valid[:, None]
-    if DIM != DIM_PADDED:
-        q_mask = q_mask & (dims < DIM)[None, :]
-    q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
-
-    first = tl.load(firsts_ptr + source).to(tl.int64)
-    shown = tl.minimum(tl.load(mapped_ptr + source), key_high)
-    whole = key_low + tl.maximum(shown - key_low, 0) // BLOCK_N * BLOCK_N
-    highest, total, acc = _whole_tiles(
-        q,
-        k_ptr + first * stride_k_token + head * stride_k_head,
-        v_ptr + first * stride_v_token + head * stride_v_head,
-        k_tiles,
-        v_tiles,
-        first,
-        head,
-        key_low,
-        whole,
-        highest,
-        total,
-        acc,
-        scale,
-        cap,
-        stride_k_token,
-        stride_v_token,
-        DIM,
-        DIM_PADDED,
-        BLOCK_N,
-        CAP,
-        TMA,
-        WIDE,
-    )
-    # What the context does not show, and the last tile of a unit, by slot.
-    slots = table_ptr + source * stride_table
-    for n in range(whole, key_high, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        seen = keys < key_high
-        mask = seen[:, None]
-        if DIM != DIM_PADDED:
-            mask = mask & (dims < DIM)[None, :]
-        slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
-        k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
-        v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
-        k = tl.load(k_at[:, None] + dims[None, :], mask=mask, other=0.0)
-        v = tl.load(v_at[:, None] + dims[None, :], mask=mask, other=0.0)
-        scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        decay = tl.exp2(highest - new_highest)
-        total = total * decay + tl.sum(weights, 1)
-        acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
-        highest = new_highest
-
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at_row += in_tile
-    tl.store(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
-    tl.store(part_lse_ptr + at_row, highest + tl.log2(total), mask=valid)
-
-
-@triton.jit
 def _pieces(
     q_ptr,
     k_ptr,
@@ -420,6 +313,7 @@ def _pieces(
     number = tl.load(work + 2)
     beside = tl.load(work + 3)
     in_turn = tl.load(work + 7)
+    dims = tl.arange(0, DIM_PADDED)
     while (beside >= 0) | (at < end):
         on_line = beside < 0
         unit = units_ptr + tl.where(on_line, number, beside) * 8
@@ -449,45 +343,71 @@ def _pieces(
             if at >= begin + (count + EACH - 1) // EACH * length:
                 number += 1
         if key_low < key_high:
-            _piece(
-                q_ptr,
-                k_ptr,
-                v_ptr,
+            in_tile = tl.arange(0, BLOCK_M)
+            rank = tile * EACH + in_tile // GROUP
+            valid = (in_tile < EACH * GROUP) & (rank < count)
+            member = tl.load(members_ptr + start + rank, mask=valid, other=0).to(tl.int64)
+            q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
+            q_mask = valid[:, None]
+            if DIM != DIM_PADDED:
+                q_mask = q_mask & (dims < DIM)[None, :]
+            q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
+            highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
+
+            first = tl.load(firsts_ptr + source).to(tl.int64)
+            shown = tl.minimum(tl.load(mapped_ptr + source), key_high)
+            whole = key_low + tl.maximum(shown - key_low, 0) // BLOCK_N * BLOCK_N
+            highest, total, acc = _whole_tiles(
+                q,
+                k_ptr + first * stride_k_token + head * stride_k_head,
+                v_ptr + first * stride_v_token + head * stride_v_head,
                 k_tiles,
                 v_tiles,
-                k_slots_ptr,
-                v_slots_ptr,
-                part_out_ptr,
-                part_lse_ptr,
-                firsts_ptr,
-                mapped_ptr,
-                table_ptr,
-                members_ptr,
+                first,
                 head,
-                start + tile * EACH,
-                tl.minimum(count - tile * EACH, EACH),
-                source,
                 key_low,
-                key_high,
-                at_row,
+                whole,
+                highest,
+                total,
+                acc,
                 scale,
                 cap,
-                stride_q_token,
-                stride_q_head,
                 stride_k_token,
-                stride_k_head,
                 stride_v_token,
-                stride_v_head,
-                stride_table,
-                GROUP,
                 DIM,
                 DIM_PADDED,
-                BLOCK_M,
                 BLOCK_N,
                 CAP,
                 TMA,
                 WIDE,
             )
+            # What the context does not show, and the last tile of a unit, by slot.
+            slots = table_ptr + source * stride_table
+            for n in range(whole, key_high, BLOCK_N):
+                keys = n + tl.arange(0, BLOCK_N)
+                seen = keys < key_high
+                mask = seen[:, None]
+                if DIM != DIM_PADDED:
+                    mask = mask & (dims < DIM)[None, :]
+                slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
+                k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
+                v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
+                k = tl.load(k_at[:, None] + dims[None, :], mask=mask, other=0.0)
+                v = tl.load(v_at[:, None] + dims[None, :], mask=mask, other=0.0)
+                scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
+                new_highest = tl.maximum(highest, tl.max(scores, 1))
+                weights = tl.exp2(scores - new_highest[:, None])
+                decay = tl.exp2(highest - new_highest)
+                total = total * decay + tl.sum(weights, 1)
+                acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
+                highest = new_highest
+
+            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            rows = at_row + in_tile
+            tl.store(part_out_ptr + rows[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
+            tl.store(part_lse_ptr + rows, highest + tl.log2(total), mask=valid)
 
 
 @triton.jit
@@ -497,20 +417,19 @@ def _partial(
     places_ptr,
     i,
     parts,
-    head,
+    in_run,
+    in_own,
     own_rows,
-    in_group,
-    dims,
     valid,
+    dims,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    OWN: tl.constexpr,
 ):
-    """Partial result `i` of a request for a KV head, with its log-sum-exp; -inf for what is none."""
+    """Partial result `i` of a request, with its log-sum-exp; -inf for what is none. `in_run`, `in_own`: where the rows
+    of a KV head are, from the place of the first one."""
     there = valid & (i < parts)
     place = tl.load(places_ptr + i, mask=i < parts, other=0)
-    at_row = (place + head * tl.where(place < own_rows, BLOCK_M, OWN)).to(tl.int64) + in_group
+    at_row = (place + tl.where(place < own_rows, in_run, in_own)).to(tl.int64)
     mask = there[:, None]
     if DIM != DIM_PADDED:
         mask = mask & (dims < DIM)[None, :]
@@ -553,6 +472,8 @@ def _together(
     dims = tl.arange(0, DIM_PADDED)
     q_head = head * GROUP + in_group
     valid = in_group < GROUP
+    in_run = head * BLOCK_M + in_group
+    in_own = head * OWN + in_group
     highest = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
     acc = tl.zeros([OWN, DIM_PADDED], tl.float32)
@@ -561,68 +482,16 @@ def _together(
         total += 1.0
     for i in range(0, parts, 4):
         lse_0, out_0 = _partial(
-            part_out_ptr,
-            part_lse_ptr,
-            places_ptr,
-            i,
-            parts,
-            head,
-            own_rows,
-            in_group,
-            dims,
-            valid,
-            DIM,
-            DIM_PADDED,
-            BLOCK_M,
-            OWN,
+            part_out_ptr, part_lse_ptr, places_ptr, i, parts, in_run, in_own, own_rows, valid, dims, DIM, DIM_PADDED
         )
         lse_1, out_1 = _partial(
-            part_out_ptr,
-            part_lse_ptr,
-            places_ptr,
-            i + 1,
-            parts,
-            head,
-            own_rows,
-            in_group,
-            dims,
-            valid,
-            DIM,
-            DIM_PADDED,
-            BLOCK_M,
-            OWN,
+            part_out_ptr, part_lse_ptr, places_ptr, i + 1, parts, in_run, in_own, own_rows, valid, dims, DIM, DIM_PADDED
         )
         lse_2, out_2 = _partial(
-            part_out_ptr,
-            part_lse_ptr,
-            places_ptr,
-            i + 2,
-            parts,
-            head,
-            own_rows,
-            in_group,
-            dims,
-            valid,
-            DIM,
-            DIM_PADDED,
-            BLOCK_M,
-            OWN,
+            part_out_ptr, part_lse_ptr, places_ptr, i + 2, parts, in_run, in_own, own_rows, valid, dims, DIM, DIM_PADDED
         )
         lse_3, out_3 = _partial(
-            part_out_ptr,
-            part_lse_ptr,
-            places_ptr,
-            i + 3,
-            parts,
-            head,
-            own_rows,
-            in_group,
-            dims,
-            valid,
-            DIM,
-            DIM_PADDED,
-            BLOCK_M,
-            OWN,
+            part_out_ptr, part_lse_ptr, places_ptr, i + 3, parts, in_run, in_own, own_rows, valid, dims, DIM, DIM_PADDED
         )
         new_highest = tl.maximum(highest, tl.maximum(tl.maximum(lse_0, lse_1), tl.maximum(lse_2, lse_3)))
         finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -853,8 +722,6 @@ class SharedDecoder:
             "BLOCK_M": config.block_m,
             "OWN": self.own,
         }
-        # Where several programs share a multiprocessor, they share its 65,536 registers.
-        registers = (1 << 16) // (32 * config.num_warps * config.occupancy)
         _pieces[(self.teams * self.kv_heads,)](
             q,
             k,
@@ -889,7 +756,6 @@ class SharedDecoder:
             WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            maxnreg=registers if registers < 255 else None,
             **shape,
         )
         _together[(slots.shape[0], self.kv_heads)](
