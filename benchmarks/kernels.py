@@ -177,7 +177,7 @@ def ours(case: Case, decode: bool, **options: Any) -> Call:
     return lambda layer: prefix_prefill(case.q, *case.ours(layer), case.first, plan, scale=case.scale)
 
 
-def fa3(case: Case, page: int) -> Call:
+def fa3(case: Case | SharedCase, page: int) -> Call:
     """FlashAttention-3 as SGLang calls it, on pages of that size."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
@@ -541,7 +541,9 @@ class SharedCase:
         self.pool = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
         self.q = torch.randn(self.requests, self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
         self.scale = self.dim**-0.5
-        self.lengths = torch.full((self.requests,), self.context, dtype=torch.int32, device="cuda")
+        self.new = [1] * self.requests
+        self.context_lens = torch.full((self.requests,), self.context, dtype=torch.int32, device="cuda")
+        self.starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda")
         self.each = torch.arange(self.requests, device="cuda")
         private = self.each * own + of_all + groups * of_group
         table = torch.empty(self.requests, self.context, dtype=torch.int32, device="cuda")
@@ -575,7 +577,7 @@ class SharedCase:
             config=config,
         )
         decoder.update(self.sharing.tables)
-        decoder.plan(self.each, self.lengths)
+        decoder.plan(self.each, self.context_lens)
         return decoder
 
     def ours(self, decoder: SharedDecoder) -> Call:
@@ -585,27 +587,11 @@ class SharedCase:
 
         return call
 
-    def fa3(self) -> Call:
-        """FlashAttention-3 as SGLang calls it, at page 1."""
-        from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-        paged = [self.pool[:, layer, None].contiguous() for layer in range(self.rotation)]
-        rows_of_q = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda")
-
-        def call(layer: int) -> torch.Tensor:
-            return flash_attn_with_kvcache(
-                q=self.q,
-                k_cache=paged[layer][:, :, 0],
-                v_cache=paged[layer][:, :, 1],
-                page_table=self.table,
-                cache_seqlens=self.lengths,
-                cu_seqlens_q=rows_of_q,
-                max_seqlen_q=1,
-                softmax_scale=self.scale,
-                causal=True,
-            )
-
-        return call
+    def paged(self, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As of `Case`, for pages of one token."""
+        assert page == 1
+        k, v = (self.pool[:, :, part].transpose(0, 1).contiguous().unsqueeze(2) for part in (0, 1))
+        return k, v, self.table
 
 
 def measure_shared(name: str, geometry: str, copy: float) -> Row:
@@ -614,10 +600,10 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
     decoder = case.decoder()
 
     def plan(_: int) -> torch.Tensor:
-        decoder.plan(case.each, case.lengths)
+        decoder.plan(case.each, case.context_lens)
         return case.q
 
-    calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_page1": case.fa3()}
+    calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_page1": fa3(case, 1)}
     expected = calls["fa3_page1"](0).float()
     error = float((calls["ours"](0).float() - expected).norm() / expected.norm())
     assert error < 2e-2, f"{name}: ours differs by {error:.3g}"

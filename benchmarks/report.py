@@ -3,7 +3,7 @@
     python -m benchmarks.report           rewrite the README, and draw its plots into docs/plots
     python -m benchmarks.report --check   exit with 1 if the README says anything else
 
-A mark is `<!-- results NAME -->`, up to the next `<!-- end -->`; NAME is a function below.
+A mark is `<!-- results NAME -->`, up to the next `<!-- end -->`; NAME is a results file, and one of TABLES.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ SHARED = {
     "two_level": "64 requests, 2,048 tokens for all, 4,096 for each 8, 512 each",
     "no_sharing": "64 requests, 4,096 tokens each, nothing shared",
 }
+Record = dict[str, Any]
 README = Path(__file__).parents[1] / "README.md"
 
 
-def host() -> str:
+def host(record: Record) -> str:
     """Rates of both engines on the host backend."""
-    record = results.read("host")
-    if record is None:
-        return "Not measured yet."
     lines = ["| chat on the host backend, tokens/s | SGLang, torch_native | vtensor | ratio |", "|---|---|---|---|"]
     for part, what in (("prefill", "new prompt tokens"), ("decode", "answers")):
         rates = [
@@ -51,20 +49,8 @@ def host() -> str:
     return "\n".join([*lines, "", source(record)])
 
 
-def serving() -> str:
-    """Whole servers against FlashAttention-3."""
-    return _servers("serving")
-
-
-def serving_triton() -> str:
-    """Whole servers against Triton attention too; another run, so ratios are its own."""
-    return _servers("serving_triton")
-
-
-def _servers(name: str) -> str:
-    record = results.read(name)
-    if record is None:
-        return "Not measured yet."
+def serving(record: Record) -> str:
+    """Whole servers."""
     lines = [
         "| workload | server | tokens/s | TTFT median | TTFT p99 | mapping, share of time | vtensor / it |",
         "|---|---|---|---|---|---|---|",
@@ -88,22 +74,19 @@ def _servers(name: str) -> str:
     return "\n".join([*lines, "", end])
 
 
-def prefill() -> str:
+def prefill(record: Record) -> str:
     """Prefix-prefill kernels, shape by shape, over all geometries."""
-    return _kernels("prefill", "tflops", "TFLOP/s")
+    return _kernels(record, "tflops", "TFLOP/s")
 
 
-def decode() -> str:
+def decode(record: Record) -> str:
     """Decode kernels, likewise."""
-    return _kernels("decode", "gbytes", "GB/s")
+    return _kernels(record, "gbytes", "GB/s")
 
 
-def _kernels(name: str, rate: str, unit: str) -> str:
+def _kernels(record: Record, rate: str, unit: str) -> str:
     """Ours over each contestant, the geometric mean over the geometries; and ours for Llama-3-8B beside the floor."""
-    record = results.read(name)
-    if record is None:
-        return "Not measured yet."
-    measured = [row for row in record["rows"] if "sweep" not in row]
+    name, measured = record["name"], [row for row in record["rows"] if "sweep" not in row]
     others = [name for name in OTHERS if all(name in row for row in measured)]
     lines = [
         f"| {name}, requests x (prefix + new) | {unit}, Llama-3-8B | share of the floor | "
@@ -128,11 +111,8 @@ def _kernels(name: str, rate: str, unit: str) -> str:
     return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
 
 
-def shared_decode() -> str:
+def shared_decode(record: Record) -> str:
     """Decode of batches that share, beside FlashAttention-3, which reads everything once for each request."""
-    record = results.read("shared_decode")
-    if record is None:
-        return "Not measured yet."
     lines = [
         "| decode, Llama-3-8B | floor, all read once | shared decode | FlashAttention-3, pages of 1 | x |",
         "|---" * 5 + "|",
@@ -147,11 +127,8 @@ def shared_decode() -> str:
     return "\n".join([*lines, "", end, source(record)])
 
 
-def prefix() -> str:
+def prefix(record: Record) -> str:
     """The prefix-caching suite."""
-    record = results.read("prefix")
-    if record is None:
-        return "Not measured yet."
     lines = [
         "| workload | server | requests/s | tokens/s | TTFT median | p99 | TPOT median | cached | vtensor / it |",
         "|---" * 9 + "|",
@@ -175,11 +152,8 @@ def prefix() -> str:
     return "\n".join([*lines, "", source(record), "", "![Throughput by workload](docs/plots/prefix.svg)"])
 
 
-def memory() -> str:
+def memory(record: Record) -> str:
     """What servers hold of a GPU."""
-    record = results.read("memory")
-    if record is None:
-        return "Not measured yet."
     lines = []
     held = [row for row in record["rows"] if row["part"] == "held"]
     if held:
@@ -208,7 +182,7 @@ def memory() -> str:
     return "\n".join([*lines, "", source(record), *end])
 
 
-def source(record: dict[str, Any]) -> str:
+def source(record: Record) -> str:
     """Where a table comes from, in one line."""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("sglang", "torch"))
     return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
@@ -217,7 +191,7 @@ def source(record: dict[str, Any]) -> str:
 TABLES = {
     "host": host,
     "serving": serving,
-    "serving_triton": serving_triton,
+    "serving_triton": serving,  # Triton attention too, in another run: ratios are its own
     "prefix": prefix,
     "prefill": prefill,
     "decode": decode,
@@ -230,7 +204,8 @@ def render(text: str) -> str:
     """The README with every marked block made anew. Raises `KeyError` for a mark without a function."""
 
     def block(match: re.Match[str]) -> str:
-        return f"<!-- results {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        table, record = TABLES[match[1]], results.read(match[1])
+        return f"<!-- results {match[1]} -->\n{table(record) if record else 'Not measured yet.'}\n<!-- end -->"
 
     return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
