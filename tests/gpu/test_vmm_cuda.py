@@ -10,6 +10,7 @@ import torch
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.vmm import OutOfMemory, VMMError, open_vmm
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +92,7 @@ def test_slots_and_segments_show_the_same_tokens(vmm):
     memory.free(pages)
     memory.complete(memory.launch())
     memory.check_integrity()
-    end = time.monotonic() + 10
-    while memory.stats().pages_backed > 1:
-        assert time.monotonic() < end, memory.stats()
-        time.sleep(0.05)
+    wait_for(lambda: memory.stats().pages_backed == 1)
     assert memory.stats().segment_mappings == 0
     memory.close()
 

@@ -14,6 +14,7 @@ from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.segments import SegmentState
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
+from tests.waiting import wait_for
 
 LAYOUT = KVLayout(2, 1, 32, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
 
@@ -21,13 +22,6 @@ LAYOUT = KVLayout(2, 1, 32, torch.float32, page_tokens=8, stride_bytes=512, gran
 def make(vmm=None, **kwargs):
     defaults = {"capacity_pages": 16, "max_tokens": 64, "max_running": 4, "worker": False}
     return KVMemory(vmm or FaultyVirtualMemory(), LAYOUT, **(defaults | kwargs))
-
-
-def wait_for(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the worker did not do it"
-        time.sleep(0.005)
 
 
 def test_what_is_written_by_slot_is_read_by_segment():
