@@ -8,6 +8,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator,
                 ._profile_available_bytes, .resolve_max_num_reqs
     allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode, ScheduleBatch.check_decode_mem
+    waiting     PrefillAdder.add_one_req
     shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
     tree        mem_cache.registry.default_radix_cache_factory
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
@@ -196,7 +197,9 @@ def install(server_args: ServerArgs) -> None:
     batch = "sglang.srt.managers.schedule_batch.ScheduleBatch"
     HookRegistry.register(f"{batch}.check_decode_mem", allocation.check_decode_mem, HookType.REPLACE)
     HookRegistry.register(f"{batch}.retract_decode", _retract_decode, HookType.AROUND)
-    HookRegistry.register("sglang.srt.managers.schedule_policy.PrefillAdder.__init__", _init_adder, HookType.AROUND)
+    adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
+    HookRegistry.register(f"{adder}.__init__", _init_adder, HookType.AROUND)
+    HookRegistry.register(f"{adder}.add_one_req", _add_one_req, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill, HookType.AROUND)
     HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
@@ -366,6 +369,15 @@ def _init_adder(original: Callable[..., None], self: Any, *args: Any, **kwargs: 
     self.cur_rem_token_offset += missing
 
 
+def _add_one_req(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """A request whose prefix is being computed for another one is passed over: the next batch finds it in the tree."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if self.budget_state() is AddReqResult.CONTINUE and self.tree_cache.awaits(req, self.can_run_list):
+        return AddReqResult.CONTINUE
+    return original(self, req, *args, **kwargs)
+
+
 def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
     from sglang_vtensor.srt.allocation import PutOff
@@ -377,7 +389,11 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
         return None, running_batch
     if running_batch.is_empty():
         running_batch.batch_is_full = False  # no request will end that would set it back
-    chunked = self.chunked_req
+    chunked, last = self.chunked_req, self.last_batch
+    # The last batch is in flight, unless its results are in the tree already: then none awaits them.
+    self.tree_cache.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
+    if chunked is not None:
+        self.tree_cache.computing.append(chunked)
     try:
         result = original(self, *args, **kwargs)
     except PutOff as put_off:

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 MAX_PREPARED = 64
 #: Unfilled last pages that are remembered at one node, the newest ones.
 MAX_TAILS = 8
+#: A request waits for a prefix that another one is computing if so many tokens, at least, need not be computed twice.
+AWAITED_TOKENS = 512
+#: For so many batches it waits at most: what it waits for may be prompts of many chunks, one after another.
+AWAITED_BATCHES = 64
 
 
 @dataclass
@@ -65,6 +69,8 @@ class VTensorRadixCache(RadixCache):
         self._inserted = 0
         #: What `prepare` saw when it last looked: as long as that is so, there is nothing new to be found.
         self._looked_at: tuple[Any, ...] = ()
+        #: Requests whose prompts are on their way into the tree: the extend batch in flight, and the chunked one.
+        self.computing: list[Req] = []
         #: Leaves that may be evicted, each once, by the rank that it had when it came here; a heap.
         self._order: list[tuple[Any, int, TreeNode]] = []
         self._queued: set[int] = set()
@@ -76,6 +82,7 @@ class VTensorRadixCache(RadixCache):
         """Forget the tree. Its pages are freed by `VTensorAllocator.clear`, which SGLang calls with it."""
         super().reset()
         self._prepared.clear()
+        self.computing.clear()
         self._order.clear()
         self._queued.clear()
         self.root_node.pages = []
@@ -185,6 +192,33 @@ class VTensorRadixCache(RadixCache):
                 if segment is None:
                     return
             self._prepared[req.rid] = (req, segment)
+
+    def awaits(self, req: Req, begun: Sequence[Req]) -> bool:
+        """Whether a request that was just matched is better off a batch later: the tokens that follow its match are
+        being computed for another one, in the batch that `begun` is the start of or in the one in flight.
+
+        It may be put behind others so, but not for long: each time, what it finds in the tree has grown.
+        """
+        tokens, start = req.full_untruncated_fill_ids, len(req.prefix_indices)
+        end = start + AWAITED_TOKENS
+        if self.disable or end > req._compute_max_prefix_len(len(tokens)) or req.positional_embed_overrides is not None:
+            return False
+        batches: int = getattr(req, "vtensor_awaited", 0)
+        if batches == AWAITED_BATCHES:
+            return False
+        for other in (*begun, *self.computing):
+            theirs = other.full_untruncated_fill_ids
+            if (
+                len(theirs) // self.page_size * self.page_size >= end  # what fills no page stays its own
+                and theirs[start] == tokens[start]  # most differ here
+                and other.extra_key == req.extra_key
+                and other.positional_embed_overrides is None
+                and theirs[:end] == tokens[:end]
+            ):
+                self.runtime.awaited_prefixes += not batches
+                req.vtensor_awaited = batches + 1
+                return True
+        return False
 
     def _find(self, key: RadixKey) -> tuple[TreeNode | None, list[int]]:
         """What a match would find: the node it ends at (None inside of one) and the pages. The tree stays as it is."""
@@ -454,6 +488,7 @@ class VTensorChunkCache(ChunkCache):
         super().__init__(params)
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
         self.runtime.use_group(params.tp_cache_group)
+        self.computing: list[Req] = []
 
     def path_pages(self, node: TreeNode | None) -> list[int]:
         return []
@@ -463,6 +498,10 @@ class VTensorChunkCache(ChunkCache):
 
     def prepare(self, waiting: Sequence[Req]) -> None:
         """Nothing is shared, so there is nothing to prepare."""
+
+    def awaits(self, req: Req, begun: Sequence[Req]) -> bool:
+        """Nothing is shared, so there is nothing to wait for."""
+        return False
 
     def give_back(self, req: Req, record: RequestPages) -> None:
         if record.segment is not None:

@@ -75,6 +75,8 @@ class Runtime:
         self.decode_reads_segments = False
         #: Where decode may read what requests share once: from the segment of one of them.
         self.sharing: BatchSharing | None = None
+        #: Requests that waited for a prefix that another one was computing.
+        self.awaited_prefixes = 0
         #: Made with the first batch, where the server is asked for metrics.
         self.metrics: Metrics | None = None
         self.tree_stats: Callable[[], dict[str, int]] = dict
@@ -200,6 +202,7 @@ class Runtime:
         stats.update(self.elastic_stats())
         stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
         stats["requests"] = len(self.requests)
+        stats["awaited_prefixes"] = self.awaited_prefixes
         stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]
         return stats

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tests.harness import Answer, Request, Scheduler
 
@@ -45,6 +46,23 @@ def both(
         assert found == cached, f"cached: {found}, wanted: {cached}"
     ours.check()
     return expected
+
+
+@contextlib.contextmanager
+def awaiting(ours: Scheduler, tokens: int) -> Iterator[None]:
+    """A request waits for a prefix of so many tokens that another one is computing."""
+    before = ours.call(_await_tokens, tokens)
+    try:
+        yield
+    finally:
+        ours.call(_await_tokens, before)
+
+
+def _await_tokens(_: object, tokens: int) -> int:
+    from sglang_vtensor.srt import radix_cache
+
+    before, radix_cache.AWAITED_TOKENS = radix_cache.AWAITED_TOKENS, tokens
+    return before
 
 
 Pair = tuple[Scheduler, Scheduler, float]

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.compare import TIE, Prompts, assert_same, awaiting
 from tests.harness import Abort, Request
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
@@ -63,4 +63,5 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
                 if rid in expected:
                     chats[chat] = tokens + expected[rid].tokens
 
-    run()
+    with awaiting(ours, 8):
+        run()

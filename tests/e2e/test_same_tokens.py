@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.compare import TIE, Prompts, assert_same, both
+from tests.e2e.compare import TIE, Prompts, assert_same, awaiting, both
 from tests.harness import Abort, Request
 
 CONTESTANTS = [
@@ -102,6 +102,39 @@ def test_the_same_prompt_twice_in_one_batch(pair):
     grown = ours.stats()["pages_owned"] - before
     assert grown * pair.page_size <= 90 + 30 * 3, "equal pages are kept once"
     both(reference, ours, [Request("third", twice + prompt(20), 30)], tie=tie)
+
+
+@pytest.mark.parametrize("chunk", [64, None])
+def test_what_another_request_computes_is_not_computed_again(pair, chunk):
+    """Of six that begin alike, and come at once, one computes the beginning; who begins otherwise is not kept."""
+    page = pair.page_size
+    reference, ours, tie = pair(**({"chunked_prefill_size": max(chunk, page)} if chunk else {}))
+    prompt = Prompts(16)
+    stem = prompt(150)
+    requests = [Request(f"like{n}", stem + prompt(10 + n), 12) for n in range(6)]
+    requests.insert(1, Request("unlike", prompt(20), 12))
+    with awaiting(ours, 8):
+        before = ours.stats()["awaited_prefixes"]
+        both(reference, ours, requests, tie=tie, cached=[0, 0] + [min(150, 160 // page * page)] * 5)
+        awaited = ours.stats()["awaited_prefixes"] - before
+        assert awaited == 5 or (chunk and awaited < 5), "beside a chunk of one request there may be no room for others"
+
+
+def test_equal_prompts_wait_for_each_other_once(pair):
+    """As equal as two prompts can be, in a namespace each, and aborted while others wait for it."""
+    page = pair.page_size
+    reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
+    tokens = Prompts(17)(200)
+    with awaiting(ours, 8):
+        twins = [Request(f"{name}{n}", tokens, 9, extra_key=name) for n in range(3) for name in "ab"]
+        both(reference, ours, twins, tie=tie, cached=[0, 0] + [min(199, 200 // page * page)] * 4)
+        tokens = Prompts(18)(200)
+        last = [Request(f"left{n}", tokens, 9) for n in range(2)]
+        script = [[Request("gone", tokens, 9)], last, [Abort("gone")]]
+        expected, got = reference.run(script), ours.run(script)
+        for request in last:
+            assert_same(expected[request.rid], got[request.rid], tie=tie, what=request.rid)
+        ours.check()
 
 
 def test_waiting_requests_find_their_prefix_mapped(pair):

@@ -6,6 +6,7 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_aborts_in_the_middle,
     test_chunked_prefill,
     test_conversations_reuse_their_prefix_and_their_segment,
+    test_equal_prompts_wait_for_each_other_once,
     test_flush_forgets_everything,
     test_parallel_sampling,
     test_separate_namespaces_share_nothing,
@@ -14,4 +15,5 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_the_same_prompt_twice_in_one_batch,
     test_two_branches_in_the_middle_of_a_page,
     test_waiting_requests_find_their_prefix_mapped,
+    test_what_another_request_computes_is_not_computed_again,
 )
