@@ -372,6 +372,25 @@ class KVMemory:
                 self.prefix_maps_on_continue += missing
             return fitted
 
+    def shown(self, segment: Segment | None, pages: Sequence[int]) -> int:
+        """How many of `pages`, from the first one on, a segment shows in order."""
+        with self._timed():
+            return 0 if segment is None else self.segments.common(segment, pages)
+
+    def lease_later(self, segment: Segment | None, pages: Sequence[int]) -> Segment | None:
+        """As `lease`, for a batch that does not read the segment: the worker maps what is missing. To be leased before
+        it is read. None where no segment is idle."""
+        with self._timed():
+            if segment is None:
+                if not self.segments.idle:
+                    return None
+                segment = self.segments.take()
+            elif segment.owner is not None:
+                segment = self.segments.adopt(segment)
+            self.segments.follow(segment, list(pages))
+        self._wake.set()
+        return segment
+
     def pin_padding(self) -> Segment:
         """A segment that shows the padding page at every address, for the padding requests of captured batches."""
         with self._timed():

@@ -48,7 +48,7 @@ class Segment:
     busy_until: int = 0
     #: While parked, what it is parked at. None says to whoever remembers the segment that it is gone.
     owner: object = None
-    #: While parked, the pages it is to show, from its start.
+    #: While parked or followed, the pages it is to show, from its start.
     wanted: Sequence[int] = ()
     #: Parked for a request that has not begun, and not by one that is over.
     prepared: bool = False
@@ -87,7 +87,7 @@ class SegmentPool:
         self._idle = list(reversed(self.segments))
         self._parked: OrderedDict[int, Segment] = OrderedDict()  # by index, the longest parked first
         self._waiting: OrderedDict[int, Segment] = OrderedDict()  # parked for requests that have not begun
-        self._untidy: dict[int, Segment] = {}  # parked, and not yet as wanted; by index
+        self._untidy: dict[int, Segment] = {}  # parked or followed, and not yet as wanted; by index
         self._retired: deque[Segment] = deque()
         self._leased = 0
         self._pinned = 0
@@ -99,6 +99,11 @@ class SegmentPool:
     def leased(self) -> int:
         """Segments that requests hold."""
         return self._leased
+
+    @property
+    def idle(self) -> int:
+        """Segments that nobody has, with nothing mapped."""
+        return len(self._idle)
 
     # Life of a segment.
 
@@ -122,16 +127,24 @@ class SegmentPool:
         self.fresh += 1
         return segment
 
+    def follow(self, segment: Segment, pages: Sequence[int]) -> None:
+        """A leased segment is to show `pages`, but nobody waits for it: calls no driver, `begin_tidy` finds it. It is
+        not to be read before it was fitted."""
+        self._expect(segment, SegmentState.LEASED)
+        segment.wanted = pages
+        self._untidy[segment.index] = segment
+
     def park(self, segment: Segment, pages: Sequence[int], owner: object) -> None:
         """Leave a leased segment at `owner`, to show `pages` to the turn that continues it. Calls no driver: where the
         segment shows something else, `begin_tidy` finds it."""
         self._expect(segment, SegmentState.LEASED)
+        self._unfollow(segment)
         self._leased -= 1
         segment.state = SegmentState.PARKED
         segment.owner = owner
         segment.wanted = pages
         (self._waiting if segment.prepared else self._parked)[segment.index] = segment
-        if segment.pages != pages:
+        if segment.pages != pages or segment.in_hand:
             self._untidy[segment.index] = segment
         while len(self._parked) > self.max_parked:
             self.drop(next(iter(self._parked.values())))
@@ -161,6 +174,7 @@ class SegmentPool:
     def release(self, segment: Segment) -> None:
         """The lease ends; what is mapped goes as soon as no batch reads it."""
         self._expect(segment, SegmentState.LEASED)
+        self._unfollow(segment)
         self._leased -= 1
         self._retire(segment)
 
@@ -173,8 +187,11 @@ class SegmentPool:
     def _unpark(self, segment: Segment) -> None:
         self._expect(segment, SegmentState.PARKED)
         del (self._waiting if segment.prepared else self._parked)[segment.index]
-        self._untidy.pop(segment.index, None)
+        self._unfollow(segment)
         segment.owner = None
+
+    def _unfollow(self, segment: Segment) -> None:
+        self._untidy.pop(segment.index, None)
         segment.wanted = ()
 
     def drop_parked(self) -> int:
@@ -244,15 +261,19 @@ class SegmentPool:
         )
 
     def begin_tidy(self) -> tuple[Segment, int | None] | None:
-        """Take in hand a parked segment that is not as it is wanted, with the page to be mapped behind its last one;
-        or with None, if its last page is to be unmapped, and no batch reads it. None if there is nothing to do."""
+        """Take in hand a segment that is not as it is wanted, with the page to be mapped behind its last one; or with
+        None, if its last page is to be unmapped, and no batch reads it: of a parked one only, as what a request has
+        read may be read for others. None if there is nothing to do."""
         for segment in list(self._untidy.values()):
             shown = self.common(segment, segment.wanted)
             page = None
-            if shown < len(segment.pages):
+            if shown < len(segment.pages) and segment.state is SegmentState.PARKED:
                 if self.is_busy(segment):
                     continue
-            elif shown < len(segment.wanted) and self.page_pool.state(segment.wanted[shown]) is PageState.OWNED:
+            elif (
+                shown == len(segment.pages) < len(segment.wanted)
+                and self.page_pool.state(segment.wanted[shown]) is PageState.OWNED
+            ):
                 page = segment.wanted[shown]
                 self.page_pool.count_alias(page, +1)  # before the call, so that the page stays while it is made
             else:
@@ -303,6 +324,7 @@ class SegmentPool:
             raise ValueError(
                 f"{len(pages)} pages do not fit a segment of {self.max_pages}: the context is longer than the model's"
             )
+        self._unfollow(segment)
         common = self.common(segment, pages)
         if common == len(pages):
             return segment
@@ -390,7 +412,7 @@ class SegmentPool:
         assert self.counts() == {state.value: states.count(state) for state in SegmentState}, self.counts()
         parked = {*self._parked, *self._waiting}
         assert {segment.index for segment in self.segments if segment.owner is not None} <= parked
-        assert set(self._untidy) <= parked
+        assert all(i in parked or self.segments[i].state is SegmentState.LEASED for i in self._untidy)
         assert {segment.index for segment in self.segments if segment.prepared} == set(self._waiting)
         assert len(self._parked) <= self.max_parked
         aliases = [0] * self.page_pool.num_pages

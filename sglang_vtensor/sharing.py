@@ -118,6 +118,15 @@ class Sharing:
                 self._chain(next(member for member in _members(passed) if member != slot))
         self._chain(slot)
 
+    def show(self, slot: int, *, first: int, mapped: int) -> None:
+        """The contiguous context of a request shows more than when it joined."""
+        tables = self.tables
+        tables.firsts[slot], tables.mapped[slot] = first, mapped
+        self.changes += 1
+        for run in _up(self._end_of[slot]):
+            if run.unit >= 0 and mapped > tables.mapped[tables.sources[run.unit]] < tables.highs[run.unit]:
+                tables.sources[run.unit] = slot
+
     def leave(self, slot: int) -> None:
         run = self._end_of.pop(slot)
         del run.ends[slot]

@@ -119,10 +119,16 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
         records.append(runtime.requests[slot])
     partials = _Partials(batch, fresh)
 
-    def map_segments() -> None:
+    def map_segments(new: int) -> None:
+        leases, taken = [], set()
         for req, slot, record in zip(batch.reqs, slots, records, strict=True):
             adopt = batch.tree_cache.segment_for(req) if record.segment is None else None
-            runtime.map_request(slot, shared=record.protected if req.kv is None else 0, adopt=adopt)
+            if adopt is not None and adopt.index in taken:
+                adopt = None  # of several that continue one turn the first takes its segment
+            elif adopt is not None:
+                taken.add(adopt.index)
+            leases.append((slot, record.protected if req.kv is None else 0, adopt))
+        runtime.map_extend(leases, new)
 
     secured = partials.agreed() and _secure(
         batch,
@@ -205,7 +211,7 @@ def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     records = [runtime.requests[req.req_pool_idx] for req in reqs]
 
-    def map_segments() -> None:
+    def map_segments(_: int) -> None:
         for req in reqs:
             runtime.map_request(req.req_pool_idx)
 
@@ -230,12 +236,13 @@ def _secure(
     batch: ScheduleBatch,
     records: list[RequestPages],
     lengths: list[int],
-    map_segments: Callable[[], None] | None,
+    map_segments: Callable[[int], None] | None,
     *,
     growing: bool,
 ) -> bool:
-    """Give each record the pages that its length (in tokens) takes, and map them. False if there is no memory: then
-    no record has more than before, here and on every other rank. What is `growing` runs, and a lowered limit lets it.
+    """Give each record the pages that its length (in tokens) takes, and map them: `map_segments` is told how many are
+    new. False if there is no memory: then no record has more than before, here and on every other rank. What is
+    `growing` runs, and a lowered limit lets it.
 
     If the pool, or the driver, is short of pages, the tree is evicted of as many first: what it held is backed.
     """
@@ -260,7 +267,7 @@ def _attempt(
     runtime: Runtime,
     records: list[RequestPages],
     wanted: list[int],
-    map_segments: Callable[[], None] | None,
+    map_segments: Callable[[int], None] | None,
     growing: bool,
 ) -> bool:
     """Pages and mappings for all of the records, or for none."""
@@ -270,7 +277,7 @@ def _attempt(
     handed = iter(pages)
     for record, count in zip(records, wanted, strict=True):
         record.pages.extend(next(handed) for _ in range(count))
-    if runtime.agree(_mapped(map_segments)):
+    if runtime.agree(_mapped(map_segments, len(pages))):
         return True
     for record, count in zip(records, wanted, strict=True):
         if count:
@@ -280,10 +287,10 @@ def _attempt(
     return False
 
 
-def _mapped(map_segments: Callable[[], None] | None) -> bool:
+def _mapped(map_segments: Callable[[int], None] | None, new: int) -> bool:
     if map_segments is not None:
         try:
-            map_segments()
+            map_segments(new)
         except VMMError as error:
             logger.debug("a batch cannot be mapped now: %s", error)
             return False

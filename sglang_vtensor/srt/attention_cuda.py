@@ -3,7 +3,8 @@
 A layer's K of all segments is one tensor `(segments, max_tokens, kv_heads, head_dim)`, and a request is one row of it.
 FlashAttention-3 takes the row numbers as `cache_batch_idx`; our kernel, the tensor without the first dimension and
 where in it each context begins. Neither needs a page table. Decode stays with SGLang's own kernel, by slot over the
-identity region.
+identity region; and so does FlashAttention-3 for an extend batch that would have to wait for its segments: where pages
+are whole tiles, as here, it reads them as fast.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class SegmentPrefillBackend(AttentionBackend):
 class _Metadata:
     """Of one forward pass; int32 on the device."""
 
-    segments: torch.Tensor  # (requests,)
+    segments: torch.Tensor | None  # (requests,)
+    pages: torch.Tensor | None  # (requests, most pages); these or the segments are read
     contexts: torch.Tensor  # (requests,) tokens
     starts: torch.Tensor  # (requests + 1,) first row of each request's new tokens
     longest_new: int
@@ -105,7 +107,7 @@ class _Metadata:
 
 
 class FlashAttention3(SegmentPrefillBackend):
-    """SGLang's FlashAttention-3, on rows instead of pages."""
+    """SGLang's FlashAttention-3, on rows instead of pages; or on pages, where `Runtime.by_pages` says so."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__(runner)
@@ -113,6 +115,11 @@ class FlashAttention3(SegmentPrefillBackend):
 
         self._attend = flash_attn_with_kvcache
         self.tile = self.runtime.memory.vmm.tile_tokens
+        self.runtime.extend_reads_pages = True
+        self.page_tokens = tokens = self.runtime.page_tokens
+        layers = [self.runtime.memory.identity_views(layer) for layer in range(self.pool.layer_num)]
+        self.pages = [tuple(x.unflatten(0, (-1, tokens)) for x in layer) for layer in layers]
+        self.slots = runner.req_to_token_pool.req_to_token
         self.metadata: _Metadata | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -120,8 +127,14 @@ class FlashAttention3(SegmentPrefillBackend):
         longest_new = max(forward_batch.extend_seq_lens_cpu)
         # Whole tiles, so that the kernel's choice of splits follows the batch and not the segment's length.
         longest = -(-max(_contexts(forward_batch)) // self.tile) * self.tile
+        segments = pages = None
+        if self.runtime.by_pages:
+            pages = self.slots[forward_batch.req_pool_indices, : longest : self.page_tokens] // self.page_tokens
+        else:
+            segments = self.runtime.device_segments(forward_batch.req_pool_indices)
         self.metadata = _Metadata(
-            segments=self.runtime.device_segments(forward_batch.req_pool_indices),
+            segments=segments,
+            pages=pages,
             contexts=forward_batch.seq_lens.to(torch.int32),
             starts=torch.nn.functional.pad(torch.cumsum(new, 0, dtype=torch.int32), (1, 0)),
             longest_new=int(longest_new),
@@ -139,13 +152,18 @@ class FlashAttention3(SegmentPrefillBackend):
     ) -> torch.Tensor:
         metadata = self.metadata
         assert metadata is not None
-        extra = {} if sinks is None else {"sinks": sinks}
+        extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        if metadata.pages is None:
+            keys, values = (x[:, : metadata.longest_context] for x in (keys, values))
+            extra["cache_batch_idx"] = metadata.segments
+        else:
+            keys, values = self.pages[layer.layer_id - self.pool.start_layer]
+            extra["page_table"] = metadata.pages
         return self._attend(
             q=q,
-            k_cache=keys[:, : metadata.longest_context],
-            v_cache=values[:, : metadata.longest_context],
+            k_cache=keys,
+            v_cache=values,
             cache_seqlens=metadata.contexts,
-            cache_batch_idx=metadata.segments,
             cu_seqlens_q=metadata.starts,
             max_seqlen_q=metadata.longest_new,
             softmax_scale=layer.scaling,
@@ -234,7 +252,7 @@ class Fastest(SegmentPrefillBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         keys = self.segments[0][0]
-        ours = ours_before_fa3(
+        ours = not self.runtime.by_pages and ours_before_fa3(
             forward_batch.extend_seq_lens_cpu,
             _contexts(forward_batch),
             self.ours.q_heads,

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Work:
-    """One request of a batch: its new tokens are rows `[first, first + new)`, its context the segment's start."""
+    """One request of a batch: its new tokens are rows `[first, first + new)`, its context the segment's start; or what
+    is at `slots`."""
 
     segment: int
+    slots: torch.Tensor | None
     first: int
     new: int
     context: int
@@ -37,7 +39,8 @@ class _Work:
 
 
 class HostAttentionBackend(AttentionBackend):
-    """Reads every request's context from its segment, in extend and in decode."""
+    """Reads every request's context from its segment, in extend and in decode; in extend by slot, where
+    `Runtime.by_pages` says so: then with a copy."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -45,7 +48,10 @@ class HostAttentionBackend(AttentionBackend):
         self.runtime: Runtime = self.pool.runtime
         self.runtime.extend_reads_segments = True
         self.runtime.decode_reads_segments = True
+        self.runtime.extend_reads_pages = True
+        self.table = runner.req_to_token_pool.req_to_token
         self.segments = [self.runtime.memory.segment_views(layer) for layer in range(self.pool.layer_num)]
+        self.slots = [self.runtime.memory.identity_views(layer) for layer in range(self.pool.layer_num)]
         self.work: list[_Work] = []
 
     def support_triton(self) -> bool:
@@ -57,10 +63,13 @@ class HostAttentionBackend(AttentionBackend):
         new = [1] * len(contexts)
         if not forward_batch.forward_mode.is_decode():
             new = forward_batch.extend_seq_lens.tolist()
+        by_pages = self.runtime.by_pages and not forward_batch.forward_mode.is_decode()
         self.work, first = [], 0
-        for segment, count, context in zip(segments, new, contexts, strict=True):
+        requests = forward_batch.req_pool_indices.tolist()
+        for request, segment, count, context in zip(requests, segments, new, contexts, strict=True):
             mask = None if count in (1, context) else _causal_mask(count, context)
-            self.work.append(_Work(segment, first, count, context, mask))
+            slots = self.table[request, :context].to(torch.int64) if by_pages else None
+            self.work.append(_Work(segment, slots, first, count, context, mask))
             first += count
 
     def forward_extend(
@@ -79,12 +88,17 @@ class HostAttentionBackend(AttentionBackend):
         keys, values = self.segments[layer.layer_id - self.pool.start_layer]
         rows = q.reshape(-1, layer.tp_k_head_num, group, layer.qk_head_dim)
         out = torch.empty_like(rows)
+        by_slot = self.slots[layer.layer_id - self.pool.start_layer]
         for work in self.work:
             tokens = slice(work.first, work.first + work.new)
+            if work.slots is None:
+                k, v = (x[work.segment, : work.context] for x in (keys, values))
+            else:
+                k, v = (x[work.slots] for x in by_slot)
             result = scaled_dot_product_attention(
                 rows[tokens].permute(1, 2, 0, 3),
-                _heads_first(keys[work.segment, : work.context], group),
-                _heads_first(values[work.segment, : work.context], group),
+                _heads_first(k, group),
+                _heads_first(v, group),
                 attn_mask=work.mask,
                 is_causal=work.new == work.context > 1,
                 scale=layer.scaling,

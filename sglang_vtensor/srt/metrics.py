@@ -62,6 +62,7 @@ COUNTERS = {
     "vtensor_adoptions": ("adoptions", "Turns that found their segment parked."),
     "vtensor_prepared_segments": ("prepared_segments", "Requests whose prefix was mapped while they waited."),
     "vtensor_awaited_prefixes": ("awaited_prefixes", "Requests that waited for a prefix that another was computing."),
+    "vtensor_extends_by_pages": ("extends_by_pages", "Extend batches read by pages, as their segments were not ready."),
     "vtensor_prefix_maps": ("prefix_maps", "Pages of shared prefixes mapped on the scheduling thread."),
     "vtensor_prefix_maps_on_continue": ("prefix_maps_on_continue", "Of these, for turns that adopted a segment."),
     "vtensor_decode_steps_shared": ("decode_steps_shared", "Decode steps that read shared prefixes once."),

@@ -11,7 +11,7 @@ Page ids are known on the host from the moment they are handed out, so nothing h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from sglang_vtensor.srt.batch_sharing import BatchSharing
     from sglang_vtensor.srt.metrics import Metrics
 
+
+#: So many pages are mapped for an extend batch, at most, beside the new ones, if its kernel can read pages instead.
+#: A page takes the driver 25 us (H200), and a batch that waits for it is a batch later.
+MAX_MAPS_AHEAD = 32
 
 #: What is told of shared decode where there is none.
 NO_SHARING = dict.fromkeys(("decode_steps_shared", "decode_steps_plain", "shared_bytes_saved", "grouping_seconds"), 0)
@@ -60,7 +64,7 @@ class Runtime:
 
     `segment_of[slot]` is the index of the segment that a request reads, for the attention backend; meaningful only
     for slots of the batch being launched, if `extend_reads_segments` (or `decode_reads_segments`) says that kernels
-    read segments at all.
+    read segments at all; and not where that batch is to be read by pages (`by_pages`).
     """
 
     def __init__(self, memory: KVMemory, num_request_slots: int) -> None:
@@ -73,6 +77,11 @@ class Runtime:
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self.extend_reads_segments = False
         self.decode_reads_segments = False
+        #: Whether the kernels for extend can read pages too, as fast as segments.
+        self.extend_reads_pages = False
+        #: The extend batch that is launched next reads pages: mapping its segments would have held it up.
+        self.by_pages = False
+        self.extends_by_pages = 0
         #: Where decode may read what requests share once: from the segment of one of them.
         self.sharing: BatchSharing | None = None
         #: Requests that waited for a prefix that another one was computing.
@@ -125,6 +134,28 @@ class Runtime:
             self.segment_of[slot] = segment.index
         else:
             segment.busy_until = self.memory.next_epoch
+
+    def map_extend(self, requests: Sequence[tuple[int, int, Segment | None]], new: int) -> None:
+        """Segments for an extend batch that has got `new` pages: of each request its slot, how many of its pages it
+        found in the tree, and the segment to adopt.
+
+        What was not mapped ahead would be mapped now, with everything waiting for it. If that is much, the batch reads
+        pages, and the worker maps, for the next chunk or turn.
+        """
+        missing = -new
+        for slot, _, adopt in requests:
+            record = self.requests[slot]
+            missing += len(record.pages) - self.memory.shown(record.segment or adopt, record.pages)
+        self.by_pages = self.extend_reads_pages and missing > MAX_MAPS_AHEAD
+        for slot, shared, adopt in requests:
+            record = self.requests[slot]
+            if not self.by_pages:
+                self.map_request(slot, shared=shared, adopt=adopt)
+            elif not record.stale:
+                record.segment = self.memory.lease_later(record.segment or adopt, record.pages)
+                if record.segment is not None:
+                    self.segment_of[slot] = record.segment.index  # mapped in time, it is read as it is
+        self.extends_by_pages += self.by_pages
 
     def copy_partials(self) -> None:
         """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
@@ -203,6 +234,7 @@ class Runtime:
         stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
         stats["requests"] = len(self.requests)
         stats["awaited_prefixes"] = self.awaited_prefixes
+        stats["extends_by_pages"] = self.extends_by_pages
         stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]
         return stats

@@ -49,19 +49,22 @@ def both(
 
 
 @contextlib.contextmanager
-def awaiting(ours: Scheduler, tokens: int) -> Iterator[None]:
-    """A request waits for a prefix of so many tokens that another one is computing."""
-    before = ours.call(_await_tokens, tokens)
+def having(ours: Scheduler, **values: int) -> Iterator[None]:
+    """With other values of what is made for contexts much longer than those here."""
+    before = ours.call(_set, values)
     try:
         yield
     finally:
-        ours.call(_await_tokens, before)
+        ours.call(_set, before)
 
 
-def _await_tokens(_: object, tokens: int) -> int:
-    from sglang_vtensor.srt import radix_cache
+def _set(_: object, values: dict[str, int]) -> dict[str, int]:
+    from sglang_vtensor.srt import radix_cache, runtime
 
-    before, radix_cache.AWAITED_TOKENS = radix_cache.AWAITED_TOKENS, tokens
+    modules = {"AWAITED_TOKENS": radix_cache, "MAX_MAPS_AHEAD": runtime}
+    before = {name: getattr(modules[name], name) for name in values}
+    for name, value in values.items():
+        setattr(modules[name], name, value)
     return before
 
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.e2e.compare import TIE, Prompts, assert_same, awaiting
+from tests.e2e.compare import TIE, Prompts, assert_same, having
 from tests.harness import Abort, Request
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
@@ -63,5 +63,5 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
                 if rid in expected:
                     chats[chat] = tokens + expected[rid].tokens
 
-    with awaiting(ours, 8):
+    with having(ours, AWAITED_TOKENS=8, MAX_MAPS_AHEAD=1):
         run()

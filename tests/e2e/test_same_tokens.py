@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.compare import TIE, Prompts, assert_same, awaiting, both
+from tests.e2e.compare import TIE, Prompts, assert_same, both, having
 from tests.harness import Abort, Request
 
 CONTESTANTS = [
@@ -113,7 +113,7 @@ def test_what_another_request_computes_is_not_computed_again(pair, chunk):
     stem = prompt(150)
     requests = [Request(f"like{n}", stem + prompt(10 + n), 12) for n in range(6)]
     requests.insert(1, Request("unlike", prompt(20), 12))
-    with awaiting(ours, 8):
+    with having(ours, AWAITED_TOKENS=8):
         before = ours.stats()["awaited_prefixes"]
         both(reference, ours, requests, tie=tie, cached=[0, 0] + [min(150, 160 // page * page)] * 5)
         awaited = ours.stats()["awaited_prefixes"] - before
@@ -125,7 +125,7 @@ def test_equal_prompts_wait_for_each_other_once(pair):
     page = pair.page_size
     reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
     tokens = Prompts(17)(200)
-    with awaiting(ours, 8):
+    with having(ours, AWAITED_TOKENS=8):
         twins = [Request(f"{name}{n}", tokens, 9, extra_key=name) for n in range(3) for name in "ab"]
         both(reference, ours, twins, tie=tie, cached=[0, 0] + [min(199, 200 // page * page)] * 4)
         tokens = Prompts(18)(200)
@@ -135,6 +135,24 @@ def test_equal_prompts_wait_for_each_other_once(pair):
         for request in last:
             assert_same(expected[request.rid], got[request.rid], tie=tie, what=request.rid)
         ours.check()
+
+
+def test_extends_that_would_wait_for_their_segments_read_pages(pair):
+    """What is mapped behind them is what the next turn goes on in."""
+    reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
+    prompt = Prompts(19)
+    stem = prompt(190)
+    both(reference, ours, [Request("stem", stem, 4)], tie=tie)
+    with having(ours, MAX_MAPS_AHEAD=0):
+        before = ours.stats()
+        chats = [stem + prompt(30 + 40 * n) for n in range(5)]
+        for turn in range(3):
+            answers = both(reference, ours, [Request(f"t{turn}c{n}", c, 20) for n, c in enumerate(chats)], tie=tie)
+            chats = [chat + answer.tokens + prompt(50) for chat, answer in zip(chats, answers, strict=True)]
+        gained = {key: value - before[key] for key, value in ours.stats().items()}
+    if pair.segments:
+        assert gained["extends_by_pages"] > 0
+        assert gained["adoptions"] >= 2 * len(chats)
 
 
 def test_waiting_requests_find_their_prefix_mapped(pair):

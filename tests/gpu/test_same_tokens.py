@@ -7,6 +7,7 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_chunked_prefill,
     test_conversations_reuse_their_prefix_and_their_segment,
     test_equal_prompts_wait_for_each_other_once,
+    test_extends_that_would_wait_for_their_segments_read_pages,
     test_flush_forgets_everything,
     test_parallel_sampling,
     test_separate_namespaces_share_nothing,

@@ -116,6 +116,21 @@ class MemoryMachine(RuleBasedStateMachine):
         self.arm(None)
         self.flying.append((self.memory.launch(), reads))
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests)
+    def lease_later(self, data) -> None:
+        """A batch that does not read it: the worker maps, and may have done so before the next one that does."""
+        request = data.draw(st.sampled_from(self.requests))
+        segment = request["segment"]
+        if segment is None and self.parked and data.draw(st.booleans()):
+            candidate = data.draw(st.sampled_from(self.parked))
+            if candidate[0].state is SegmentState.PARKED:
+                segment = candidate[0]
+                self.parked.remove(candidate)
+        idle = self.memory.segments.idle
+        request["segment"] = self.memory.lease_later(segment, request["pages"])
+        assert (request["segment"] is None) == (segment is None and not idle)
+
     @rule()
     @precondition(lambda self: self.flying)
     def complete(self) -> None:

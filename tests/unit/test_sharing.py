@@ -86,6 +86,23 @@ def test_who_shows_more_is_read():
     assert (sharing.shared_tokens, sharing.saved_tokens) == (8, 8)
 
 
+def test_who_shows_more_than_when_it_joined_is_read():
+    sharing = Sharing(slots=8, requests=8, page_tokens=TOKENS)
+    sharing.join(3, [1, 2, 3], first=0, mapped=0)
+    sharing.join(5, [1, 2, 9], first=100, mapped=0)
+    sharing.join(6, [1], first=300, mapped=0)
+    tables = sharing.tables
+    of_all, of_two = (u for u in tables.chains[3] if u >= 0)
+    changes = sharing.changes
+    sharing.show(5, first=100, mapped=12)
+    assert sharing.changes > changes, "the device is to be told"
+    assert (tables.firsts[5], tables.mapped[5]) == (100, 12)
+    assert (tables.sources[of_all], tables.sources[of_two]) == (5, 5)
+    sharing.show(6, first=400, mapped=4)
+    assert tables.sources[of_all] == 5, "it shows all of the run already"
+    sharing.check_integrity()
+
+
 def test_what_cannot_join():
     sharing = Sharing(slots=8, requests=2, page_tokens=TOKENS)
     sharing.join(0, [1])
