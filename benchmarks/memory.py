@@ -201,22 +201,21 @@ class Bench:
             self.note("returned", "vtensor", idle=idle, peak=peak, left=held, share=share, seconds=back)
 
     def backed(self, rounds: int = 3) -> None:
-        """Both servers alternate at the same time on one GPU would share it: one after the other, in turns."""
-        for start in range(2):
-            kinds = [("grown", ()), ("all backed", ("--vtensor-reserve", "0.999", "--vtensor-idle-seconds", "3600"))]
-            for name, options in kinds if start == 0 else kinds[::-1]:
-                share = () if name == "grown" or self.quick else ("--vtensor-headroom", "0")
-                with self.server("vtensor", *options, *share, log=name) as client:
-                    self._wait_until_steady(client)
-                    self.drive(client, self.many, seed=0)
-                    for number in range(rounds):
-                        measured = self.drive(client, self.many, seed=1 + number, flush=True)
-                        self.note("backed", name, temperature="warm", start=start, **measured)
-                    for number in range(rounds if name == "grown" else 0):
-                        client.flush()
-                        self._wait_until_steady(client)  # as after an hour without a request
-                        measured = self.drive(client, self.many, seed=10 + number)
-                        self.note("backed", name, temperature="trimmed", start=start, **measured)
+        """One after the other, as both at once would share the GPU."""
+        kinds = {"grown": (), "all backed": ("--vtensor-reserve", "0.999", "--vtensor-idle-seconds", "3600")}
+        for name, options in kinds.items():
+            share = () if name == "grown" or self.quick else ("--vtensor-headroom", "0")
+            with self.server("vtensor", *options, *share, log=name) as client:
+                self._wait_until_steady(client)
+                self.drive(client, self.many, seed=0)
+                for number in range(rounds):
+                    measured = self.drive(client, self.many, seed=1 + number, flush=True)
+                    self.note("backed", name, temperature="warm", **measured)
+                for number in range(rounds if name == "grown" else 0):
+                    client.flush()
+                    self._wait_until_steady(client)  # as after an hour without a request
+                    measured = self.drive(client, self.many, seed=10 + number)
+                    self.note("backed", name, temperature="trimmed", **measured)
 
     def _wait_until_steady(self, client: Client) -> None:
         """Until no page was created or given back for longer than free ones are kept."""
@@ -228,19 +227,19 @@ class Bench:
             time.sleep(0.2)
 
     def two(self) -> None:
-        with self.server("vtensor") as alone:
-            self.drive(alone, self.many, seed=0)
-            rate = [self.drive(alone, self.many, seed=n, flush=True)["tokens_per_second"] for n in (1, 2)]
+        with self.server("vtensor", log="first") as first:
+            self.drive(first, self.many, seed=0)
+            rate = [self.drive(first, self.many, seed=n, flush=True)["tokens_per_second"] for n in (1, 2)]
             self.note("two", "vtensor alone", tokens_per_second=statistics.median(rate))
-        with self.server("vtensor", log="first") as first, self.server("vtensor", log="second") as second:
-            for client in (first, second):
-                self.drive(client, self.many, seed=0)
-                client.flush()
-            for turn in range(4):
-                client = (first, second)[turn % 2]
-                measured = self.drive(client, self.many, seed=20 + turn)
-                held = [one.stats()["backed_bytes"] for one in (first, second)]
-                self.note("two", "vtensor beside another", turn=turn, backed_bytes=held, **measured)
+            with self.server("vtensor", log="second") as second:
+                self.drive(second, self.many, seed=0)
+                for client in (first, second):
+                    client.flush()
+                for turn in range(4):
+                    client = (first, second)[turn % 2]
+                    measured = self.drive(client, self.many, seed=20 + turn)
+                    held = [one.stats()["backed_bytes"] for one in (first, second)]
+                    self.note("two", "vtensor beside another", turn=turn, backed_bytes=held, **measured)
         with self.server("fa3", log="fa3 first"):
             try:
                 with self.server("fa3", log="fa3 second"):

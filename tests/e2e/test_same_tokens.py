@@ -145,7 +145,7 @@ def test_extends_that_would_wait_for_their_segments_read_pages(pair):
     both(reference, ours, [Request("stem", stem, 4)], tie=tie)
     with having(ours, MAX_MAPS_AHEAD=0):
         before = ours.stats()
-        chats = [stem + prompt(30 + 40 * n) for n in range(5)]
+        chats = [stem + prompt(pair.page_size + 30 + 40 * n) for n in range(5)]
         for turn in range(3):
             answers = both(reference, ours, [Request(f"t{turn}c{n}", c, 20) for n, c in enumerate(chats)], tie=tie)
             chats = [chat + answer.tokens + prompt(50) for chat, answer in zip(chats, answers, strict=True)]
