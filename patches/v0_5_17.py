@@ -12,6 +12,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
     tree        mem_cache.registry.default_radix_cache_factory
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
+    capture     ModelRunner.init_cuda_graphs
     decode      HybridAttnBackend.__init__, DecodeCudaGraphRunner._capture_one_stream, ._make_graph_key
     epochs      Scheduler.run_batch, .on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
@@ -207,6 +208,8 @@ def install(server_args: ServerArgs) -> None:
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{runner}.init_cuda_graphs", _init_graphs, HookType.AROUND)
     if _wants_shared_decode(server_args):
         hybrid = "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend"
         HookRegistry.register(f"{hybrid}.__init__", _init_hybrid, HookType.AROUND)
@@ -296,6 +299,11 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
     return backend != ATTENTION_BACKEND and original(backend)
+
+
+def _init_graphs(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    with self.token_to_kv_pool.runtime.memory.paused():
+        original(self, *args, **kwargs)
 
 
 # Decode: batches that share are done by a backend around SGLang's own, and have graphs of their own.

@@ -12,10 +12,11 @@ before `complete` has been told of it: nothing here waits for a device.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -148,6 +149,8 @@ class KVMemory:
         #: Pages that may hold memory beside the padding page: the capacity, or less (`allow`).
         self.allowance = capacity_pages
         self.idle_seconds = idle_seconds
+        #: Tokens that the pages of what runs have room for yet, as of the last batch.
+        self.unfilled_tokens = 0
         self.launched = 0
         self.pages_allocated = 0
         self.pages_shared = 0
@@ -171,6 +174,8 @@ class KVMemory:
         self._look_at = 0.0
         self._device_low = False
         self._wake = threading.Event()
+        self._turn = threading.Lock()  # held while the worker does one thing
+        self._paused = False
         self._working = False
         self._due_at = float("inf")  # the worker waits until then, or until it is woken
         self._closing = False
@@ -500,9 +505,10 @@ class KVMemory:
 
     @property
     def _kept_ready(self) -> int:
-        """Free pages that are to be ready. The page that a request is filling is half empty, on average: that is ready
-        too."""
-        return max(0, self.reserve_pages - self.segments.leased // 2)
+        """Free pages that are to be ready. What is left in the pages that requests fill is ready too; and in those that
+        were kept unfinished, which are half empty on average."""
+        left = self.unfilled_tokens // self.layout.page_tokens + self.pages.tails // 2
+        return max(0, self.reserve_pages - left)
 
     def _page_to_back(self) -> int | None:
         if self._device_low:
@@ -562,13 +568,25 @@ class KVMemory:
         if self._working or self._wake.is_set() or time.monotonic() >= self._due_at:
             time.sleep(GIVE_WAY_SECONDS)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The worker does nothing meanwhile. For the capture of a CUDA graph, which fails if any thread of the process
+        makes a call that might wait for it."""
+        self._paused = True  # first, or it might take turn after turn before this thread gets one
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._paused = False
+            self._wake.set()
+
     def _work(self) -> None:
         self.vmm.attach_thread()
         while not self._closing:
             self._working = True
             start = time.perf_counter()
             try:
-                if self.housekeep():
+                if self._take_turn():
                     self.worker_seconds += time.perf_counter() - start
                     continue
             except VMMError:
@@ -578,6 +596,12 @@ class KVMemory:
             self._working = False
             self._wake.wait(self.retry_seconds)
             self._wake.clear()
+
+    def _take_turn(self) -> bool:
+        if self._paused:
+            return False
+        with self._turn:
+            return self.housekeep()
 
     # Tensors.
 

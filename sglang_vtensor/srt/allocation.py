@@ -143,6 +143,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
             batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
+    runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens)  # beside what decodes
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):
         if req.kv is None:
             runtime.memory.prefix_tokens_served += prefix_len
@@ -198,6 +199,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
         )
     tokens = runtime.page_tokens
     records = [runtime.requests[req.req_pool_idx] for req in batch.reqs]
+    runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
     out = [record.pages[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)]
     out_cache_loc = _to_device(np.array(out, dtype=np.int64), batch.device)
     # A copy: the batch advances seq_lens while this write may still be queued.
@@ -295,6 +297,11 @@ def _mapped(map_segments: Callable[[int], None] | None, new: int) -> bool:
             logger.debug("a batch cannot be mapped now: %s", error)
             return False
     return True
+
+
+def _room(records: list[RequestPages], lengths: list[int], tokens: int) -> int:
+    """Tokens that there is room for in the pages of requests of these lengths."""
+    return sum(len(record.pages) for record in records) * tokens - sum(lengths)
 
 
 def _slots(pages: list[int], start: int, stop: int, tokens: int) -> np.ndarray:

@@ -215,6 +215,8 @@ class Runtime:
         self.poll()
         if not self._flying:
             self.memory.complete(self.memory.launch())
+        if not self.requests:
+            self.memory.unfilled_tokens = 0
         self.memory.give_way()
 
     def clear(self) -> None:

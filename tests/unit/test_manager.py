@@ -103,12 +103,19 @@ def test_what_requests_have_left_in_their_pages_is_part_of_the_reserve():
     while memory.housekeep():
         pass
     assert memory.pages.ready == 3
-    held = [memory.lease(None, memory.allocate(1)) for _ in range(4)]
+    memory.allocate(4)
+    memory.unfilled_tokens = LAYOUT.page_tokens + 1
     while memory.housekeep():
         pass
-    assert memory.pages.ready == 1, "four pages that are half empty are two"
-    for segment in held:
-        memory.release(segment)
+    assert memory.pages.ready == 2, "four pages of which a little more than one is empty"
+    kept = [memory.keep(page) for page in memory.allocate(2)]
+    memory.complete(memory.launch())
+    while memory.housekeep():
+        pass
+    assert (memory.pages.ready, memory.pages.tails) == (1, 2), "two kept pages have one page left"
+    memory.unfilled_tokens = 0
+    for tail in kept:
+        memory.forget(tail)
     memory.complete(memory.launch())
     while memory.housekeep():
         pass
@@ -262,6 +269,19 @@ def test_a_thread_that_polls_gives_way_to_the_worker():
     finally:
         memory.close()
         socket.close()
+
+
+def test_the_worker_rests_while_a_graph_is_captured():
+    memory = make(worker=True, reserve_pages=4)
+    try:
+        wait_for(lambda: memory.pages.ready == 4)
+        with memory.paused():
+            memory.allocate(4)
+            time.sleep(0.1)
+            assert memory.pages.ready == 0
+        wait_for(lambda: memory.pages.ready == 4)
+    finally:
+        memory.close()
 
 
 def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
