@@ -130,8 +130,8 @@ def shared_decode(record: Record) -> str:
 def prefix(record: Record) -> str:
     """The prefix-caching suite."""
     lines = [
-        "| workload | server | requests/s | tokens/s | TTFT median | p99 | TPOT median | cached | vtensor / it |",
-        "|---" * 9 + "|",
+        "| workload | server | requests/s | tokens/s | TTFT | p99 | TPOT | cached | mapping | vtensor / it |",
+        "|---" * 10 + "|",
     ]
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -140,16 +140,26 @@ def prefix(record: Record) -> str:
     def middle(workload: str, server: str, key: str) -> float:
         return statistics.median(row[key] for row in rows[workload, server])
 
-    for workload, server in rows:
+    kinds = list(dict.fromkeys(workload for workload, _ in rows))
+    for workload, server in sorted(rows, key=lambda key: (kinds.index(key[0]), key[1] == "vtensor")):
         ratio = middle(workload, "vtensor", "tokens_per_second") / middle(workload, server, "tokens_per_second")
         lines.append(
             f"| {workload} | {server} | {middle(workload, server, 'requests_per_second'):.2f} | "
             f"{middle(workload, server, 'tokens_per_second'):,.0f} | "
             f"{middle(workload, server, 'ttft_median_ms'):.0f} ms | "
             f"{middle(workload, server, 'ttft_p99_ms'):.0f} ms | {middle(workload, server, 'tpot_median_ms'):.1f} ms | "
-            f"{middle(workload, server, 'cached_share'):.1%} | {ratio:.3f} |"
+            f"{middle(workload, server, 'cached_share'):.1%} | {middle(workload, server, 'mapping_share'):.2%} | "
+            f"{ratio:.3f} |"
         )
-    return "\n".join([*lines, "", source(record), "", "![Throughput by workload](docs/plots/prefix.svg)"])
+    end = []
+    summary = record["summary"]
+    if "geomean_vs_triton" in summary:
+        mean, most = summary["geomean_vs_triton"], summary["max_vs_triton"]
+        end.append(f"Against Triton {mean:.2f} times in the geometric mean of what shares, {most:.2f} at most.")
+    if "ttft_p99_vs_fa3_worst" in summary:
+        end.append(f"The p99 TTFT of fa3 is {summary['ttft_p99_vs_fa3_worst']:.2f} of ours at worst.")
+    end.append(f"For turns that continue, {summary['prefix_maps_on_continue']:.0f} pages of prefix were mapped.")
+    return "\n".join([*lines, "", *end, source(record), "", "![Throughput by workload](docs/plots/prefix.svg)"])
 
 
 def memory(record: Record) -> str:

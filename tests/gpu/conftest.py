@@ -69,4 +69,5 @@ def pair(request, schedulers):  # noqa: F811
 
     get.page_size = 128
     get.segments = request.param in ("segments", "ours")
+    get.reads_pages = request.param == "segments"  # our kernel does not
     return get
