@@ -120,12 +120,11 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     partials = _Partials(batch, fresh)
 
     def map_segments(new: int) -> None:
-        leases, taken = [], set()
+        leases = []
+        taken: set[int] = set()
         for req, slot, record in zip(batch.reqs, slots, records, strict=True):
-            adopt = batch.tree_cache.segment_for(req) if record.segment is None else None
-            if adopt is not None and adopt.index in taken:
-                adopt = None  # of several that continue one turn the first takes its segment
-            elif adopt is not None:
+            adopt = batch.tree_cache.segment_for(req, taken) if record.segment is None else None
+            if adopt is not None:
                 taken.add(adopt.index)
             leases.append((slot, record.protected if req.kv is None else 0, adopt))
         runtime.map_extend(leases, new)

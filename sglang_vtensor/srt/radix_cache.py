@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -154,10 +154,13 @@ class VTensorRadixCache(RadixCache):
             return None
         return node.segment
 
-    def segment_for(self, req: Req) -> Segment | None:
-        """The segment that a request adopts as it begins: the one parked where it continues, or one prepared for it."""
+    def segment_for(self, req: Req, taken: Container[int] = ()) -> Segment | None:
+        """The segment that a request adopts as it begins: the one parked where it continues, or one prepared for it.
+        Not one of `taken` (indices): of several that continue one turn, the first takes its segment."""
         _, prepared = self._prepared.pop(req.rid, (req, None))
         parked = self.parked_segment(req.last_node)
+        if parked is not None and parked.index in taken:
+            parked = None
         if prepared is None or prepared.owner is not req:
             return parked
         if parked is None:
@@ -493,7 +496,7 @@ class VTensorChunkCache(ChunkCache):
     def path_pages(self, node: TreeNode | None) -> list[int]:
         return []
 
-    def segment_for(self, req: Req) -> None:
+    def segment_for(self, req: Req, taken: Container[int] = ()) -> None:
         return None
 
     def prepare(self, waiting: Sequence[Req]) -> None:
