@@ -192,19 +192,31 @@ class PagePool:
 
     def back(self, count: int) -> None:
         """Create `count` more pages and map them into the identity region. Raises `VMMError` (`OutOfMemory` where the
-        device is full) at the first that fails: those before it are backed and free, that one is as it was."""
-        for _ in range(count):
-            page = self.begin_back()
-            if page is None:
-                return
-            handle = None
+        device is full) at the first that fails: those before it are backed and free, that one is as it was. If they
+        cannot be cleared, for which is waited once, all of them are as they were."""
+        created: list[tuple[int, Handle]] = []
+        refusal = None
+        while len(created) < count and (page := self.begin_back()) is not None:
             try:
-                handle = self.create_page(page)
+                created.append((page, self._create(page)))
             except VMMError as error:
-                self.refusal = error
-                raise
-            finally:
+                self.finish_back(page, None)
+                refusal = error
+                break
+        try:
+            if created:
+                self.vmm.wait_cleared()
+        except VMMError as error:
+            refusal = error
+            for page, handle in created:
+                self._destroy(page, handle)
+                self.finish_back(page, None)
+        else:
+            for page, handle in created:
                 self.finish_back(page, handle)
+        if refusal is not None:
+            self.refusal = refusal
+            raise refusal
 
     def begin_back(self) -> int | None:
         """Take an unbacked page in hand, the lowest; None if there is none."""
@@ -266,7 +278,17 @@ class PagePool:
         assert self._aliases[page] >= 0, f"page {page} lost a mapping it never had"
 
     def create_page(self, page: int) -> Handle:
-        """Create the memory of a page in hand and map it at its place. On failure nothing is left of it."""
+        """Create the memory of a page in hand, map it at its place and clear it. On failure nothing is left of it."""
+        handle = self._create(page)
+        try:
+            self.vmm.wait_cleared()
+        except VMMError:
+            self._destroy(page, handle)
+            raise
+        return handle
+
+    def _create(self, page: int) -> Handle:
+        """As `create_page`; its clearing is only begun."""
         handle = self.vmm.create(self.page_bytes)
         try:
             self.vmm.map(self.address(page), self.page_bytes, handle)
@@ -276,16 +298,18 @@ class PagePool:
         try:
             self.vmm.clear(self.address(page), self.page_bytes)
         except VMMError:
-            self.vmm.unmap(self.address(page), self.page_bytes)
-            self.vmm.release(handle)
+            self._destroy(page, handle)
             raise
         return handle
 
-    def release_page(self, page: int) -> None:
-        """Unmap a page in hand from its place and release its memory."""
+    def _destroy(self, page: int, handle: Handle) -> None:
         # The mapping goes first: a handle released while mapped keeps its memory (invariant 4).
         self.vmm.unmap(self.address(page), self.page_bytes)
-        self.vmm.release(self._handles[page])
+        self.vmm.release(handle)
+
+    def release_page(self, page: int) -> None:
+        """Unmap a page in hand from its place and release its memory."""
+        self._destroy(page, self._handles[page])
 
     def close(self) -> None:
         """Unmap and release everything, owned or not. The pool is not to be used after."""

@@ -72,10 +72,14 @@ class VirtualMemory(abc.ABC):
 
     @abc.abstractmethod
     def clear(self, address: int, nbytes: int) -> None:
-        """Fill mapped memory with zeros and wait for it.
+        """Begin to fill mapped memory with zeros; it is not to be used, or unmapped, before `wait_cleared`.
 
         A kernel that over-reads multiplies what it finds there by zero, and zero times a stale NaN is a NaN.
         """
+
+    @abc.abstractmethod
+    def wait_cleared(self) -> None:
+        """Wait for what was begun to be cleared, by this thread and maybe by others."""
 
     @abc.abstractmethod
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:

@@ -64,8 +64,9 @@ class CudaVirtualMemory(VirtualMemory):
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._free_bytes = 0
         self._free_asked_at = 0.0
-        #: Clears run here, apart from the server's streams, so that waiting for one waits for nothing else.
-        self._stream = torch.cuda.Stream(self.device)
+        #: Clears run here, apart from the server's streams, so that waiting for one waits for nothing else; and before
+        #: what these have queued, or it would wait for a matrix product of several milliseconds.
+        self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def attach_thread(self) -> None:
         torch.cuda.set_device(self.device)
@@ -113,9 +114,10 @@ class CudaVirtualMemory(VirtualMemory):
         self._call("cuMemUnmap", f"{nbytes} bytes at {address:#x}", address, nbytes)
 
     def clear(self, address: int, nbytes: int) -> None:
-        stream = self._stream.cuda_stream
-        self._call("cuMemsetD8Async", f"{nbytes} bytes at {address:#x}", address, 0, nbytes, stream)
-        self._call("cuStreamSynchronize", "the clearing stream", stream)
+        self._call("cuMemsetD8Async", f"{nbytes} bytes at {address:#x}", address, 0, nbytes, self._stream.cuda_stream)
+
+    def wait_cleared(self) -> None:
+        self._call("cuStreamSynchronize", "the clearing stream", self._stream.cuda_stream)
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         return _from_dlpack(address, nbytes, self.device)

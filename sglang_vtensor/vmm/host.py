@@ -118,6 +118,9 @@ class HostVirtualMemory(VirtualMemory):
     def clear(self, address: int, nbytes: int) -> None:
         ctypes.memset(address, 0, nbytes)
 
+    def wait_cleared(self) -> None:
+        """Nothing is left to be done."""
+
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 

@@ -36,6 +36,7 @@ def test_one_page_at_two_addresses_is_one_memory(vmm):
     vmm.map(base + size, size, page)  # the first page of the reservation stays unmapped
     vmm.map(base + 2 * size, size, page)
     vmm.clear(base + size, size)
+    vmm.wait_cleared()
     region = vmm.tensor(base, 3 * size)
     region[size : 2 * size] = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
     assert torch.equal(region[size : 2 * size], region[2 * size :])

@@ -11,12 +11,12 @@ from sglang_vtensor.vmm.host import HostVirtualMemory
 class FaultyVirtualMemory(HostVirtualMemory):
     """The host's, but the `fail_at`-th call from now on (counted over the named calls) raises, once."""
 
-    CALLS = ("create", "map", "clear", "unmap", "release")
+    CALLS = ("create", "map", "clear", "wait_cleared", "unmap", "release")
 
     def __init__(self, *, capacity_bytes: int | None = None) -> None:
         super().__init__(capacity_bytes=capacity_bytes)
         self.fail_at: int | None = None
-        self.fail_calls: tuple[str, ...] = ("create", "map", "clear")
+        self.fail_calls: tuple[str, ...] = ("create", "map", "clear", "wait_cleared")
         self.seen: Counter[str] = Counter()
 
     def _step(self, call: str) -> None:
@@ -40,6 +40,10 @@ class FaultyVirtualMemory(HostVirtualMemory):
     def clear(self, address: int, nbytes: int) -> None:
         self._step("clear")
         super().clear(address, nbytes)
+
+    def wait_cleared(self) -> None:
+        self._step("wait_cleared")
+        super().wait_cleared()
 
     def unmap(self, address: int, nbytes: int) -> None:
         self._step("unmap")

@@ -95,6 +95,18 @@ def test_a_failure_while_backing_leaves_no_half_page(pool, vmm, call, at):
     pool.check_integrity()
 
 
+def test_pages_that_cannot_be_cleared_are_none(pool, vmm):
+    vmm.fail_calls, vmm.fail_at = ("wait_cleared",), 1
+    assert pool.allocate(3) is None
+    assert str(pool.refusal).startswith("wait_cleared failed with INJECTED")
+    assert (pool.owned, pool.free_backed, vmm.created_bytes) == (0, 0, pool.backed * SIZE)
+    pool.check_integrity()
+    seen = vmm.seen["wait_cleared"]
+    assert len(pool.allocate(3)) == 3
+    assert vmm.seen["wait_cleared"] == seen + 1, "waited for all of them at once"
+    pool.check_integrity()
+
+
 def test_a_full_device_is_an_answer_not_a_crash():
     vmm = FaultyVirtualMemory(capacity_bytes=4 * SIZE)
     pool = PagePool(vmm, SIZE, 9)
