@@ -381,7 +381,9 @@ def _add_one_req(original: Callable[..., Any], self: Any, req: Any, *args: Any, 
     """A request whose prefix is being computed for another one is passed over: the next batch finds it in the tree."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if self.budget_state() is AddReqResult.CONTINUE and self.tree_cache.awaits(req, self.can_run_list):
+    # If others were preempted for it, it is to run now.
+    may_wait = not self.preempt_list and self.budget_state() is AddReqResult.CONTINUE
+    if may_wait and self.tree_cache.awaits(req, self.can_run_list):
         return AddReqResult.CONTINUE
     return original(self, req, *args, **kwargs)
 
