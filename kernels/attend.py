@@ -44,6 +44,15 @@ def _dot(a, b, acc, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _inside(valid, dims, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
+    """The mask of a block of rows: those that are valid, and of a padded head dimension what is there."""
+    mask = valid[:, None]
+    if DIM != DIM_PADDED:
+        mask = mask & (dims < DIM)[None, :]
+    return mask
+
+
+@triton.jit
 def _scores(q, k, scale, cap, CAP: tl.constexpr, WIDE: tl.constexpr):
     """Scores in base 2 before the mask, float32. `scale` has log2(e) in it, unless there is a soft cap."""
     scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), WIDE)
@@ -180,9 +189,7 @@ def _attend(
     position = context - new + tl.minimum(token, new - 1)
     dims = tl.arange(0, DIM_PADDED)
     q_rows = q_ptr + (first_row + token) * stride_q_token + q_head * stride_q_head
-    q_mask = valid[:, None]
-    if DIM != DIM_PADDED:
-        q_mask = q_mask & (dims < DIM)[None, :]
+    q_mask = _inside(valid, dims, DIM, DIM_PADDED)
     q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -224,9 +231,7 @@ def _attend(
     # Tiles that some row sees only in part. What lies behind the context is neither loaded nor mapped.
     for n in tl.range(middle, high, BLOCK_N, num_stages=1):
         keys = n + tl.arange(0, BLOCK_N)
-        mask = (keys < high)[:, None]
-        if DIM != DIM_PADDED:
-            mask = mask & (dims < DIM)[None, :]
+        mask = _inside(keys < high, dims, DIM, DIM_PADDED)
         at = keys.to(tl.int64)
         k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
         v = tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0)
@@ -311,9 +316,7 @@ def _merge(
     valid = token < new
     q_head = head * GROUP + rows % GROUP
     dims = tl.arange(0, DIM_PADDED)
-    mask = valid[:, None]
-    if DIM != DIM_PADDED:
-        mask = mask & (dims < DIM)[None, :]
+    mask = _inside(valid, dims, DIM, DIM_PADDED)
 
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)

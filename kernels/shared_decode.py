@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.attend import _LN2, _LOG2E, _dot, _scores, _whole_tiles
+from sglang_vtensor.kernels.attend import _LN2, _LOG2E, _dot, _inside, _scores, _whole_tiles
 from sglang_vtensor.kernels.launch import DIMS, base_two, check, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.sharing import DEPTH, Tables
@@ -348,9 +348,7 @@ def _pieces(
             valid = (in_tile < EACH * GROUP) & (rank < count)
             member = tl.load(members_ptr + start + rank, mask=valid, other=0).to(tl.int64)
             q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
-            q_mask = valid[:, None]
-            if DIM != DIM_PADDED:
-                q_mask = q_mask & (dims < DIM)[None, :]
+            q_mask = _inside(valid, dims, DIM, DIM_PADDED)
             q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
             highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -388,9 +386,7 @@ def _pieces(
             for n in range(whole, key_high, BLOCK_N):
                 keys = n + tl.arange(0, BLOCK_N)
                 seen = keys < key_high
-                mask = seen[:, None]
-                if DIM != DIM_PADDED:
-                    mask = mask & (dims < DIM)[None, :]
+                mask = _inside(seen, dims, DIM, DIM_PADDED)
                 slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
                 k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
                 v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
@@ -430,9 +426,7 @@ def _partial(
     there = valid & (i < parts)
     place = tl.load(places_ptr + i, mask=i < parts, other=0)
     at_row = (place + tl.where(place < own_rows, in_run, in_own)).to(tl.int64)
-    mask = there[:, None]
-    if DIM != DIM_PADDED:
-        mask = mask & (dims < DIM)[None, :]
+    mask = _inside(there, dims, DIM, DIM_PADDED)
     lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
     return lse, tl.load(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], mask=mask, other=0.0)
 
