@@ -400,7 +400,7 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     if running_batch.is_empty():
         running_batch.batch_is_full = False  # no request will end that would set it back
     chunked, last = self.chunked_req, self.last_batch
-    # The last batch is in flight, unless its results are in the tree already: then none awaits them.
+    # For `awaits`. The last batch is in flight, unless its results are in the tree already: then none awaits them.
     self.tree_cache.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
     if chunked is not None:
         self.tree_cache.computing.append(chunked)

@@ -118,10 +118,10 @@ class Sharing:
                 self._chain(next(member for member in _members(passed) if member != slot))
         self._chain(slot)
 
-    def show(self, slot: int, *, first: int, mapped: int) -> None:
-        """The contiguous context of a request shows more than when it joined."""
+    def show(self, slot: int, mapped: int) -> None:
+        """The contiguous context of a request shows more than when it joined: `mapped` tokens."""
         tables = self.tables
-        tables.firsts[slot], tables.mapped[slot] = first, mapped
+        tables.mapped[slot] = mapped
         self.changes += 1
         for run in _up(self._end_of[slot]):
             if run.unit >= 0 and mapped > tables.mapped[tables.sources[run.unit]] < tables.highs[run.unit]:

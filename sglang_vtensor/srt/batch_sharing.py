@@ -72,13 +72,12 @@ class BatchSharing:
 
     def _show(self) -> None:
         """The worker has mapped what was missing: it may be read there now."""
-        tokens, longest = self.runtime.page_tokens, self.runtime.memory.segments.max_pages
         for slot, (segment, pages) in list(self._mapping.items()):
             record = self.runtime.requests.get(slot)
             if slot not in self.sharing or record is None or record.segment is not segment or record.stale:
                 del self._mapping[slot]
             elif len(segment.pages) >= pages:
-                self.sharing.show(slot, first=segment.index * longest * tokens, mapped=pages * tokens)
+                self.sharing.show(slot, pages * self.runtime.page_tokens)
                 del self._mapping[slot]
 
     def changed(self, slot: int) -> None:

@@ -491,7 +491,6 @@ class VTensorChunkCache(ChunkCache):
         super().__init__(params)
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
         self.runtime.use_group(params.tp_cache_group)
-        self.computing: list[Req] = []
 
     def path_pages(self, node: TreeNode | None) -> list[int]:
         return []

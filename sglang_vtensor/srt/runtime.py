@@ -142,11 +142,7 @@ class Runtime:
         What was not mapped ahead would be mapped now, with everything waiting for it. If that is much, the batch reads
         pages, and the worker maps, for the next chunk or turn.
         """
-        missing = -new
-        for slot, _, adopt in requests:
-            record = self.requests[slot]
-            missing += len(record.pages) - self.memory.shown(record.segment or adopt, record.pages)
-        self.by_pages = self.extend_reads_pages and missing > MAX_MAPS_AHEAD
+        self.by_pages = self.extend_reads_pages and self._missing(requests) - new > MAX_MAPS_AHEAD
         for slot, shared, adopt in requests:
             record = self.requests[slot]
             if not self.by_pages:
@@ -156,6 +152,14 @@ class Runtime:
                 if record.segment is not None:
                     self.segment_of[slot] = record.segment.index  # mapped in time, it is read as it is
         self.extends_by_pages += self.by_pages
+
+    def _missing(self, requests: Sequence[tuple[int, int, Segment | None]]) -> int:
+        """Pages that the segments of these requests do not show yet."""
+        missing = 0
+        for slot, _, adopt in requests:
+            record = self.requests[slot]
+            missing += len(record.pages) - self.memory.shown(record.segment or adopt, record.pages)
+        return missing
 
     def copy_partials(self) -> None:
         """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
