@@ -513,7 +513,7 @@ def decode(geometries: Geometries = ALL) -> None:
     console.print(summary)
 
 
-PAGE = 16
+PAGE = 128
 #: Layers that a graph of these cases goes through at least, as a model has many: starting it belongs to no call.
 SHARED_LAYERS = 8
 #: Batches that share: requests, tokens of all, requests a group, tokens of a group, tokens of a request.
@@ -551,25 +551,22 @@ class SharedCase:
         its_group = (self.each // group * of_group + of_all)[:, None]
         table[:, of_all:shared] = its_group + torch.arange(of_group, device="cuda")
         table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
-        self.table = table
-        # A segment shows a whole context. Here only the first request of a run has a copy of it, as only its is read;
-        # those of the others begin so that what they have for themselves is where it is.
-        leaders = sorted({0, *range(0, self.requests, group)} if shared else set())
-        first = (private - shared).tolist()
-        for number, leader in enumerate(leaders):
-            first[leader] = self.tokens + number * self.context
-        self.ours_pool = torch.cat([self.pool, *(self.pool[table[leader].long()] for leader in leaders)])
+        # Its pages anywhere, as a server has them.
+        order = torch.randperm(self.tokens // PAGE, device="cuda", dtype=torch.int32)
+        self.table = order[table // PAGE] * PAGE + table % PAGE
         self.sharing = Sharing(slots=self.requests, requests=256, page_tokens=PAGE)
         for request in range(self.requests):
             document = 10_000 * (1 + request // group)
             path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
-            self.sharing.join(request, path, first=first[request], mapped=self.context)
+            self.sharing.join(request, path)
 
     def decoder(self, config: Config | None = None) -> SharedDecoder:
         """Ours, with the step planned."""
         decoder = SharedDecoder(
             max_requests=256,
             slots=self.requests,
+            page_tokens=PAGE,
+            max_tokens=self.context,
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
@@ -577,13 +574,13 @@ class SharedCase:
             config=config,
         )
         decoder.update(self.sharing.tables)
+        decoder.find_pages(self.table, self.each, self.context_lens)
         decoder.plan(self.each, self.context_lens)
         return decoder
 
     def ours(self, decoder: SharedDecoder) -> Call:
         def call(layer: int) -> torch.Tensor:
-            k, v = self.ours_pool[:, layer, 0], self.ours_pool[:, layer, 1]
-            return decoder(self.q, k, v, k, v, self.table, scale=self.scale)
+            return decoder(self.q, self.pool[:, layer, 0], self.pool[:, layer, 1], scale=self.scale)
 
         return call
 
@@ -600,6 +597,7 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
     decoder = case.decoder()
 
     def plan(_: int) -> torch.Tensor:
+        decoder.find_pages(case.table, case.each, case.context_lens)
         decoder.plan(case.each, case.context_lens)
         return case.q
 

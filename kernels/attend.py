@@ -73,6 +73,7 @@ def _whole_tiles(
     k_tiles,
     v_tiles,
     first,
+    pages_ptr,
     head,
     low,
     high,
@@ -86,18 +87,23 @@ def _whole_tiles(
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     CAP: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows."""
+    """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows. They
+    follow one another from `first` on, which `k_head` and `v_head` are at; or, with PAGE, where `pages_ptr` says."""
     dims = tl.arange(0, DIM_PADDED)
     for n in range(low, high, BLOCK_N):
+        begin = n
+        if PAGE:
+            begin = tl.load(pages_ptr + n // PAGE) * PAGE + n % PAGE
         if TMA:
-            start = (first + n).to(tl.int32)
+            start = (first + begin).to(tl.int32)
             k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
         else:
-            at = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+            at = (begin + tl.arange(0, BLOCK_N)).to(tl.int64)
             k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
             k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
         scores = _scores(q, k, scale, cap, CAP, WIDE)
@@ -210,6 +216,7 @@ def _attend(
             k_tiles,
             v_tiles,
             first,
+            first_ptr,
             head,
             low,
             middle,
@@ -223,6 +230,7 @@ def _attend(
             DIM,
             DIM_PADDED,
             BLOCK_N,
+            0,
             CAP,
             TMA,
             WIDE,

@@ -1,11 +1,12 @@
 """Shared decode: one new token of each request attends to its context, and a run of tokens that several requests share
 is read once for all of them.
 
-    sharing = Sharing(slots=1024, requests=256, page_tokens=16)      who shares what (`sglang_vtensor.sharing`)
-    decoder = SharedDecoder(max_requests=256, slots=1024, q_heads=32, kv_heads=8, head_dim=128, device="cuda")
+    sharing = Sharing(slots=1024, requests=256, page_tokens=128)     who shares what (`sglang_vtensor.sharing`)
+    decoder = SharedDecoder(max_requests=256, slots=1024, page_tokens=128, max_tokens=8192, ...)
     decoder.update(sharing.tables)                                   when it has changed
+    decoder.find_pages(table, slots, contexts)                       once a step
     decoder.plan(slots, contexts)                                    once a step: three small kernels
-    decoder(q, k, v, k_by_slot, v_by_slot, table, scale=scale)       once a layer
+    decoder(q, k, v, scale=scale)                                    once a layer
 
 A unit is a run of tokens and the requests that read it: a shared run, or what a request has for itself. Its queries,
 of all its requests with all their grouped heads, are packed into tiles of BLOCK_M rows, as many whole requests as there
@@ -22,8 +23,9 @@ of each request, whose places are found once a step.
 
 A tile costs COST tiles of keys beside its keys: they stand before its keys, and nothing is done there.
 
-Keys are read from the contiguous context of one of the unit's requests as far as that shows them, and behind it by
-slot, from a table of slots as SGLang keeps it: what was born in decode need not be mapped for this.
+Keys are read by pages, which are whole tiles: one load from a page table, and a tile is a rectangle in memory. Nothing
+needs to be mapped for this, no request's context to be contiguous. The page table is taken from SGLang's table of slots
+before a step: that one may change while the step runs, as requests end whose slots are others' then.
 
 Safe in a CUDA graph: grids and buffers are fixed; who shares what, and all lengths, are read on the device.
 """
@@ -44,15 +46,30 @@ from sglang_vtensor.sharing import DEPTH, Tables
 COST, SHORTEST = 1, 4
 #: What `_divide` says of a unit. Where it begins on the line, or -1 less its first team if its tiles are side by side;
 #: its tiles of keys; tiles of rows of the units before it on the line; its first and one past its last token; where its
-#: requests begin in `members`, and how many there are; the request slot that is read.
-UNIT_FIELDS = 8
+#: requests begin in `members`, the first of which is read, and how many there are.
+UNIT_FIELDS = 7
 #: And of a team: its part of the line, from and to, and the unit there; the unit of which it has a tile beside others,
 #: or -1, which tile, and its part of that, from and to; and its number among the teams that have a part of the line.
 TEAM_FIELDS = 8
 #: Rows whose order one program of `_arrange` finds; requests whose partial results one of `_locate` finds.
 ARRANGED, LOCATED = 32, 8
+#: Pages of a request that one program of `_find_pages` looks up, at most.
+FOUND = 1024
 #: The levels of a request, its own run, and room to a power of two.
 LEVELS = triton.next_power_of_2(DEPTH + 1)
+
+
+@triton.jit
+def _find_pages(
+    slots_ptr, contexts_ptr, table_ptr, pages_ptr, stride_table, stride_pages, PAGE: tl.constexpr, FOUND: tl.constexpr
+):
+    """The pages of the batch's requests, from the slots of their tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    page = tl.program_id(1) * FOUND + tl.arange(0, FOUND)
+    there = page * PAGE < tl.load(contexts_ptr + row)
+    slots = table_ptr + tl.load(slots_ptr + row).to(tl.int64) * stride_table
+    first = tl.load(slots + page * PAGE, mask=there, other=0)
+    tl.store(pages_ptr + row * stride_pages + page, first // PAGE, mask=there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,7 +111,6 @@ def _divide(
     lows_ptr,
     highs_ptr,
     counts_ptr,
-    sources_ptr,
     starts_ptr,
     units_ptr,
     numbers_ptr,
@@ -128,7 +144,6 @@ def _divide(
         low = tl.where(own & (unit >= 0), tl.load(highs_ptr + unit, mask=own & (unit >= 0), other=0), low)
     high = tl.where(own, tl.load(contexts_ptr + row, mask=own, other=0).to(tl.int32), high)
     start = tl.where(own, DEPTH * ROWS + row, tl.load(starts_ptr + lane, mask=run & (count > 0), other=0))
-    source = tl.where(own, slot.to(tl.int32), tl.load(sources_ptr + lane, mask=run, other=0))
     tiles = tl.where(count > 0, (tl.maximum(high - low, 0) + BLOCK_N - 1) // BLOCK_N, 0)
     there = (tiles > 0) & (run | own)
     tile_rows = tl.where(there, (count + EACH - 1) // EACH, 0)
@@ -173,7 +188,7 @@ def _divide(
     tl.store(work + 7, team - without)
     if team == 0:
         lined = tl.where(narrow, tile_rows, 0)
-        unit = units_ptr + number * 8
+        unit = units_ptr + number * 7
         tl.store(unit, tl.where(beside, -1 - column, end - cost), mask=there)
         tl.store(unit + 1, tiles, mask=there)
         tl.store(unit + 2, tl.cumsum(lined, 0) - lined, mask=there)
@@ -181,7 +196,6 @@ def _divide(
         tl.store(unit + 4, high, mask=there)
         tl.store(unit + 5, start, mask=there)
         tl.store(unit + 6, count, mask=there)
-        tl.store(unit + 7, source, mask=there)
         tl.store(numbers_ptr + lane, tl.where(there, number, -1))
         tl.store(line_ptr, share)
         tl.store(line_ptr + 1, tl.sum(tl.where(run, lined, 0)))
@@ -227,7 +241,7 @@ def _locate(
     lane = tl.where(work & (level == DEPTH), ROWS + row, lane)
     # Its own is nothing where a context ends with a shared run.
     number = tl.load(numbers_ptr + lane, mask=lane >= 0, other=-1)
-    unit = units_ptr + number * 8
+    unit = units_ptr + number * 7
     begin = tl.load(unit, mask=number >= 0, other=0)
     tiles = tl.load(unit + 1, mask=number >= 0, other=0)
     tile = rank // EACH
@@ -267,13 +281,9 @@ def _pieces(
     v_ptr,
     k_tiles,
     v_tiles,
-    k_slots_ptr,
-    v_slots_ptr,
     part_out_ptr,
     part_lse_ptr,
-    firsts_ptr,
-    mapped_ptr,
-    table_ptr,
+    pages_ptr,
     members_ptr,
     units_ptr,
     teams_ptr,
@@ -286,7 +296,7 @@ def _pieces(
     stride_k_head,
     stride_v_token,
     stride_v_head,
-    stride_table,
+    stride_pages,
     own_rows,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -294,6 +304,7 @@ def _pieces(
     DIM_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     OWN: tl.constexpr,
     TEAMS: tl.constexpr,
     COST: tl.constexpr,
@@ -316,14 +327,13 @@ def _pieces(
     dims = tl.arange(0, DIM_PADDED)
     while (beside >= 0) | (at < end):
         on_line = beside < 0
-        unit = units_ptr + tl.where(on_line, number, beside) * 8
+        unit = units_ptr + tl.where(on_line, number, beside) * 7
         begin = tl.load(unit)
         length = tl.load(unit + 1) + COST
         low = tl.load(unit + 3)
         high = tl.load(unit + 4)
         start = tl.load(unit + 5)
         count = tl.load(unit + 6)
-        source = tl.load(unit + 7).to(tl.int64)
         tile = tl.where(on_line, (at - begin) // length, tl.load(work + 4))
         inside = tl.where(on_line, at - begin - tile * length, tl.load(work + 5))
         stop = tl.where(on_line, tl.minimum(inside + end - at, length), tl.load(work + 6))
@@ -354,16 +364,19 @@ def _pieces(
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
 
-            first = tl.load(firsts_ptr + source).to(tl.int64)
-            shown = tl.minimum(tl.load(mapped_ptr + source), key_high)
-            whole = key_low + tl.maximum(shown - key_low, 0) // BLOCK_N * BLOCK_N
+            # The unit's first request is read for all of them.
+            pages = pages_ptr + tl.load(members_ptr + start).to(tl.int64) * stride_pages
+            k_head = k_ptr + head * stride_k_head
+            v_head = v_ptr + head * stride_v_head
+            whole = key_low + (key_high - key_low) // BLOCK_N * BLOCK_N
             highest, total, acc = _whole_tiles(
                 q,
-                k_ptr + first * stride_k_token + head * stride_k_head,
-                v_ptr + first * stride_v_token + head * stride_v_head,
+                k_head,
+                v_head,
                 k_tiles,
                 v_tiles,
-                first,
+                0,
+                pages,
                 head,
                 key_low,
                 whole,
@@ -377,21 +390,19 @@ def _pieces(
                 DIM,
                 DIM_PADDED,
                 BLOCK_N,
+                PAGE,
                 CAP,
                 TMA,
                 WIDE,
             )
-            # What the context does not show, and the last tile of a unit, by slot.
-            slots = table_ptr + source * stride_table
-            for n in range(whole, key_high, BLOCK_N):
-                keys = n + tl.arange(0, BLOCK_N)
-                seen = keys < key_high
+            # The last tile of a context: what lies behind it in its page is whatever was there before.
+            if whole < key_high:
+                in_keys = tl.arange(0, BLOCK_N)
+                seen = whole + in_keys < key_high
                 mask = _inside(seen, dims, DIM, DIM_PADDED)
-                slot = tl.load(slots + keys, mask=seen, other=0).to(tl.int64)
-                k_at = k_slots_ptr + slot * stride_k_token + head * stride_k_head
-                v_at = v_slots_ptr + slot * stride_v_token + head * stride_v_head
-                k = tl.load(k_at[:, None] + dims[None, :], mask=mask, other=0.0)
-                v = tl.load(v_at[:, None] + dims[None, :], mask=mask, other=0.0)
+                slot = (tl.load(pages + whole // PAGE) * PAGE + whole % PAGE + in_keys).to(tl.int64)
+                k = tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
+                v = tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0)
                 scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
                 new_highest = tl.maximum(highest, tl.max(scores, 1))
                 weights = tl.exp2(scores - new_highest[:, None])
@@ -510,8 +521,8 @@ def _together(
 class SharedDecoder:
     """Decode over what requests share, for up to `max_requests` requests of one token each, on static buffers.
 
-    Requests are known by their slots, below `slots`. One decoder serves all layers of a geometry; two streams must not
-    share one.
+    Requests are known by their slots, below `slots`, and have up to `max_tokens` tokens, in pages of `page_tokens`. One
+    decoder serves all layers of a geometry; two streams must not share one.
     """
 
     def __init__(
@@ -519,6 +530,8 @@ class SharedDecoder:
         *,
         max_requests: int,
         slots: int,
+        page_tokens: int,
+        max_tokens: int,
         q_heads: int,
         kv_heads: int,
         head_dim: int,
@@ -538,6 +551,9 @@ class SharedDecoder:
         self.config = config or configs.shared_decode(head_dim, configs.capability(device))
         if self.group > self.config.block_m:
             raise ValueError(f"{self.group} query heads a KV head: up to {self.config.block_m} wanted")
+        if page_tokens % self.config.block_n:
+            raise ValueError(f"pages of {page_tokens} tokens: whole tiles of {self.config.block_n} tokens wanted")
+        self.page_tokens, self.max_pages = page_tokens, -(-max_tokens // page_tokens)
         #: Whole requests that a tile of rows takes.
         self.each = self.config.block_m // self.group
         self.teams = max(1, configs.multiprocessors(device) * self.config.occupancy // kv_heads)
@@ -551,6 +567,7 @@ class SharedDecoder:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tables = Tables(slots, max_requests, buffer(Tables.size(slots, max_requests)))
+        self.pages = buffer(max_requests, self.max_pages)
         self.members = buffer((DEPTH + 1) * self.rows)
         self.members[DEPTH * self.rows :] = torch.arange(self.rows)
         self.ranks = buffer(DEPTH * self.rows)
@@ -587,6 +604,30 @@ class SharedDecoder:
             array = array.pin_memory()  # the tables may change while the copy is under way
         self.tables.array.copy_(array, non_blocking=True)
 
+    def find_pages(self, table: torch.Tensor, slots: torch.Tensor, contexts: torch.Tensor) -> None:
+        """Look up the pages of a step's requests, before the step: in front of the graph that has it, where there is
+        one, for the table may change while that runs.
+
+        `table`: `(slots, longest context)` int32, the slot of each token, pages aligned. `slots`, `contexts`: as of
+        `plan`.
+        """
+        requests = self._requests(slots, contexts)
+        if table.ndim != 2 or table.shape[0] < self.slots or table.dtype != torch.int32 or table.stride(1) != 1:
+            raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: ({self.slots}, tokens) torch.int32 wanted")
+        if requests:
+            found = min(FOUND, triton.next_power_of_2(self.max_pages))
+            _find_pages[(requests, triton.cdiv(self.max_pages, found))](
+                slots,
+                contexts,
+                table,
+                self.pages,
+                table.stride(0),
+                self.pages.stride(0),
+                PAGE=self.page_tokens,
+                FOUND=found,
+                num_warps=4,
+            )
+
     def plan(self, slots: torch.Tensor, contexts: torch.Tensor) -> None:
         """Divide a step's work. In a graph, this belongs to what is captured.
 
@@ -594,13 +635,7 @@ class SharedDecoder:
         the new one, which is behind all that they share. 0 is no work, and the row of that request is not written. Of
         the requests in the tables none may be missing.
         """
-        requests = slots.shape[0]
-        for name, tensor in (("slots", slots), ("contexts", contexts)):
-            if tensor.shape != (requests,) or requests > self.max_requests or tensor.dtype.is_floating_point:
-                raise ValueError(
-                    f"{name} are {tuple(tensor.shape)} {tensor.dtype}: the same number of integers, up to "
-                    f"{self.max_requests}, wanted"
-                )
+        requests = self._requests(slots, contexts)
         self.step = (slots, contexts)
         if not requests:
             return
@@ -624,7 +659,6 @@ class SharedDecoder:
             tables.lows,
             tables.highs,
             tables.counts,
-            tables.sources,
             self.starts,
             self.units,
             self.numbers,
@@ -668,14 +702,22 @@ class SharedDecoder:
             num_warps=4,
         )
 
+    def _requests(self, slots: torch.Tensor, contexts: torch.Tensor) -> int:
+        """How many a step has. Raises `ValueError` if these do not say who they are."""
+        requests = slots.shape[0]
+        for name, tensor in (("slots", slots), ("contexts", contexts)):
+            if tensor.shape != (requests,) or requests > self.max_requests or tensor.dtype.is_floating_point:
+                raise ValueError(
+                    f"{name} are {tuple(tensor.shape)} {tensor.dtype}: the same number of integers, up to "
+                    f"{self.max_requests}, wanted"
+                )
+        return requests
+
     def __call__(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_by_slot: torch.Tensor,
-        v_by_slot: torch.Tensor,
-        table: torch.Tensor,
         *,
         scale: float,
         out: torch.Tensor | None = None,
@@ -685,9 +727,8 @@ class SharedDecoder:
     ) -> torch.Tensor:
         """Attention of the planned step, `(requests, q_heads, head_dim)` as `q`.
 
-        `k`, `v`: `(tokens, kv_heads, head_dim)`, in which `tables.firsts` count. `k_by_slot`, `v_by_slot`: the same
-        memory by slot, with the same strides. `table`: `(slots, longest context)` int32, the slot of each token. Errors
-        as of `prefix_prefill`.
+        `k`, `v`: `(slots, kv_heads, head_dim)`, every page that `find_pages` saw readable to its end. Errors as of
+        `prefix_prefill`.
         """
         out = torch.empty_like(q) if out is None else out
         slots, _ = self.step
@@ -697,17 +738,9 @@ class SharedDecoder:
                 f"q {tuple(q.shape)} over k {tuple(k.shape)}: {self.q_heads} query heads of {self.head_dim} over "
                 f"{self.kv_heads} wanted"
             )
-        for name, tensor, like in (("k_by_slot", k_by_slot, k), ("v_by_slot", v_by_slot, v)):
-            if tensor.shape[1:] != like.shape[1:] or tensor.stride() != like.stride() or tensor.dtype != like.dtype:
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}: as {name[0]} "
-                    f"wanted, {tuple(like.shape)} {like.dtype} with strides {like.stride()}"
-                )
-        if table.ndim != 2 or table.shape[0] < self.slots or table.dtype != torch.int32 or table.stride(1) != 1:
-            raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: ({self.slots}, tokens) torch.int32 wanted")
         if not slots.shape[0]:
             return out
-        config, tables = self.config, self.tables
+        config = self.config
         shape = {
             "KV_HEADS": self.kv_heads,
             "GROUP": self.group,
@@ -721,13 +754,9 @@ class SharedDecoder:
             k,
             v,
             *tile_descriptors(k, v, config),
-            k_by_slot,
-            v_by_slot,
             self.part_out,
             self.part_lse,
-            tables.firsts,
-            tables.mapped,
-            table,
+            self.pages,
             self.members,
             self.units,
             self.work,
@@ -740,9 +769,10 @@ class SharedDecoder:
             k.stride(1),
             v.stride(0),
             v.stride(1),
-            table.stride(0),
+            self.pages.stride(0),
             self.own_rows,
             BLOCK_N=config.block_n,
+            PAGE=self.page_tokens,
             TEAMS=self.teams,
             COST=COST,
             CAP=soft_cap > 0,

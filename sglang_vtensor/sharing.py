@@ -42,25 +42,22 @@ class _Run:
 class Tables:
     """What the kernel reads, as views of one int32 array:
 
-    `firsts`, `mapped`: `(slots,)`, where the contiguous context of each request slot begins, in tokens, and how many of
-    its tokens it shows. `chains`: `(slots, DEPTH)`, the units that a slot's context begins with; -1 behind the last.
-    `lows`, `highs`, `counts`, `sources`: `(requests,)`, of each unit the tokens it stands for, how many requests share
-    it (0: there is none of this number), and the request slot whose context is read.
+    `chains`: `(slots, DEPTH)`, the units that the context of each request slot begins with; -1 behind the last. `lows`,
+    `highs`, `counts`: `(requests,)`, of each unit the tokens it stands for, and how many requests share it (0: there is
+    none of this number).
     """
 
     def __init__(self, slots: int, requests: int, array: Any = None) -> None:
         """`array`: `size` numbers, of numpy or torch, wherever they are."""
         self.array: Any = np.zeros(self.size(slots, requests), dtype=np.int32) if array is None else array
-        of_slots: Any = self.array[: 2 * slots].reshape(2, slots)
-        of_units: Any = self.array[2 * slots :][: 4 * requests].reshape(4, requests)
-        self.firsts, self.mapped = of_slots
-        self.lows, self.highs, self.counts, self.sources = of_units
-        self.chains = self.array[2 * slots + 4 * requests :].reshape(slots, DEPTH)
+        of_units: Any = self.array[: 3 * requests].reshape(3, requests)
+        self.lows, self.highs, self.counts = of_units
+        self.chains = self.array[3 * requests :].reshape(slots, DEPTH)
         self.chains[:] = -1
 
     @staticmethod
     def size(slots: int, requests: int) -> int:
-        return slots * (2 + DEPTH) + 4 * requests
+        return slots * DEPTH + 3 * requests
 
 
 class Sharing:
@@ -91,13 +88,11 @@ class Sharing:
         """Who has joined."""
         return self._end_of.keys()
 
-    def join(self, slot: int, pages: Sequence[int], *, first: int = 0, mapped: int = 0) -> None:
+    def join(self, slot: int, pages: Sequence[int]) -> None:
         """A request joins. `pages` are those that others may have too, and are not changed any more: what is behind
-        them is its own. Its contiguous context begins at token `first`, and shows `mapped` tokens."""
+        them is its own."""
         if slot in self._end_of or len(self._end_of) == self.requests:
             raise ValueError(f"slot {slot}, of {set(self.slots())}: one that has not joined wanted, of {self.requests}")
-        tables = self.tables
-        tables.firsts[slot], tables.mapped[slot] = first, mapped
         self.changes += 1
         run, at = self._root, 0
         while at < len(pages) and (child := run.children.get(pages[at])) is not None:
@@ -113,29 +108,19 @@ class Sharing:
         self._end_of[slot] = run
         for passed in _up(run):
             passed.count += 1
-            self._tell(passed, slot)
+            self._tell(passed)
             if passed.count == 2:  # who was alone here begins with this unit too
                 self._chain(next(member for member in _members(passed) if member != slot))
         self._chain(slot)
-
-    def show(self, slot: int, mapped: int) -> None:
-        """The contiguous context of a request shows more than when it joined: `mapped` tokens."""
-        tables = self.tables
-        tables.mapped[slot] = mapped
-        self.changes += 1
-        for run in _up(self._end_of[slot]):
-            if run.unit >= 0 and mapped > tables.mapped[tables.sources[run.unit]] < tables.highs[run.unit]:
-                tables.sources[run.unit] = slot
 
     def leave(self, slot: int) -> None:
         run = self._end_of.pop(slot)
         del run.ends[slot]
         self.changes += 1
         self.tables.chains[slot] = -1
-        self.tables.mapped[slot] = 0
         for passed in list(_up(run)):
             passed.count -= 1
-            self._tell(passed, slot)
+            self._tell(passed)
             parent = passed.parent
             assert parent is not None
             if not passed.count:
@@ -173,8 +158,8 @@ class Sharing:
 
     # The tables.
 
-    def _tell(self, run: _Run, slot: int) -> None:
-        """The count of a run has changed, by one request at `slot` that is or was below."""
+    def _tell(self, run: _Run) -> None:
+        """The count of a run has changed."""
         shared = run.count > 1 and (run.unit >= 0 or self._level(run) < DEPTH)
         if not shared:
             self._untell(run)
@@ -184,21 +169,9 @@ class Sharing:
         if unit < 0:
             unit = run.unit = heapq.heappop(self._units)
             tables.lows[unit], tables.highs[unit] = run.low * self.page_tokens, run.high * self.page_tokens
-            tables.sources[unit] = self._source(run)
             self.shared_tokens += tokens
         self.saved_tokens += (run.count - max(1, int(tables.counts[unit]))) * tokens
         tables.counts[unit] = run.count
-        source = int(tables.sources[unit])
-        if slot != source and slot in self._end_of:  # one has come: it may show more
-            if tables.mapped[slot] > tables.mapped[source] < tables.highs[unit]:
-                tables.sources[unit] = slot
-        elif slot == source and slot not in self._end_of:  # one has gone
-            tables.sources[unit] = self._source(run)
-
-    def _source(self, run: _Run) -> int:
-        """Who is read for a run: one who shows all of it, if it is among the first few."""
-        few = [member for member, _ in zip(_members(run), range(4), strict=False)]
-        return max(few, key=lambda member: min(int(self.tables.mapped[member]), run.high * self.page_tokens))
 
     def _untell(self, run: _Run) -> None:
         if run.unit < 0:
@@ -219,7 +192,7 @@ class Sharing:
             if self._level(each) >= DEPTH:
                 self._untell(each)
             elif each.count > 1 and each.unit < 0:
-                self._tell(each, -1)
+                self._tell(each)
         for member in _members(run):
             self._chain(member)
 
@@ -247,14 +220,13 @@ class Sharing:
             if run.unit >= 0:
                 of = (tables.lows, tables.highs, tables.counts)
                 assert [int(x[run.unit]) for x in of] == [run.low * tokens, run.high * tokens, run.count]
-                assert int(tables.sources[run.unit]) in set(_members(run))
                 shared += (run.high - run.low) * tokens
                 saved += (run.high - run.low) * tokens * (run.count - 1)
         assert (shared, saved) == (self.shared_tokens, self.saved_tokens)
         units = [run.unit for run in runs if run.unit >= 0]
         assert len(set(units)) == len(units) == np.count_nonzero(tables.counts)
         assert sorted(units + self._units) == list(range(self.requests))
-        for slot in range(len(tables.firsts)):
+        for slot in range(len(tables.chains)):
             path = [run.unit for run in _up(self._end_of[slot])][::-1] if slot in self._end_of else []
             assert tables.chains[slot].tolist() == ([u for u in path if u >= 0] + [-1] * DEPTH)[:DEPTH], slot
 

@@ -9,7 +9,6 @@ from sglang_vtensor.kernels.configs import shared_decode_pays
 from sglang_vtensor.sharing import Sharing
 
 if TYPE_CHECKING:
-    from sglang_vtensor.segments import Segment
     from sglang_vtensor.srt.runtime import Runtime
 
 
@@ -31,8 +30,6 @@ class BatchSharing:
         self.seconds = 0.0
         self._batch: list[int] = []
         self._changed: set[int] = set()
-        #: Requests whose segments the worker was still mapping when they joined, and how many pages they are to show.
-        self._mapping: dict[int, tuple[Segment, int]] = {}
 
     def begin(self, slots: list[int], tokens: int) -> None:
         """The next batch is a decode step of the requests in these slots, with so many tokens in all."""
@@ -41,8 +38,6 @@ class BatchSharing:
             self.clear()
         elif slots != self._batch or self._changed:
             self._follow(slots)
-        if self._mapping:
-            self._show()
         self.pays = shared_decode_pays(
             tokens, self.sharing.shared_tokens, self.sharing.saved_tokens, self.group, self.token_bytes
         )
@@ -54,31 +49,11 @@ class BatchSharing:
         now = set(slots)
         for slot in (sharing.slots() - now) | (self._changed & sharing.slots()):
             sharing.leave(slot)
-        tokens, longest = runtime.page_tokens, runtime.memory.segments.max_pages
         for slot in now - sharing.slots():
             record = runtime.requests[slot]
-            segment = record.segment
-            first = mapped = 0
-            self._mapping.pop(slot, None)
-            if segment is not None and not record.stale:
-                first = segment.index * longest * tokens
-                mapped = min(len(segment.pages), len(record.pages))
-                wanted = min(len(segment.wanted), len(record.pages))
-                if mapped < wanted:
-                    self._mapping[slot] = segment, wanted
-            sharing.join(slot, record.pages[: record.protected], first=first, mapped=mapped * tokens)
+            sharing.join(slot, record.pages[: record.protected])
         self._batch = list(slots)
         self._changed.clear()
-
-    def _show(self) -> None:
-        """The worker has mapped what was missing: it may be read there now."""
-        for slot, (segment, pages) in list(self._mapping.items()):
-            record = self.runtime.requests.get(slot)
-            if slot not in self.sharing or record is None or record.segment is not segment or record.stale:
-                del self._mapping[slot]
-            elif len(segment.pages) >= pages:
-                self.sharing.show(slot, pages * self.runtime.page_tokens)
-                del self._mapping[slot]
 
     def changed(self, slot: int) -> None:
         """The pages that a request shares are others now."""
@@ -94,7 +69,6 @@ class BatchSharing:
         self.sharing.clear()
         self._batch = []
         self._changed.clear()
-        self._mapping.clear()
 
     def count(self, shared: bool) -> None:
         """A batch was launched, and what it shares read once, or not."""

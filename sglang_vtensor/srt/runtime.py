@@ -173,8 +173,6 @@ class Runtime:
         record = self.requests.pop(slot)
         if self.sharing is not None:
             self.sharing.left(slot)
-            if record.segment is not None:
-                record.segment.busy_until = self.memory.next_epoch  # a batch in flight may read it for others
         used = self.memory.layout.pages_for(allocated_tokens)
         self.memory.free(record.pages[used:])
         del record.pages[used:]

@@ -44,14 +44,14 @@ class SharedDecodeBackend(AttentionBackend):
         self.table: torch.Tensor = runner.req_to_token_pool.req_to_token
         self.runtime: Runtime = self.pool.runtime
         memory = self.runtime.memory
-        layers = range(self.pool.layer_num)
-        self.segments = [tuple(x.flatten(0, 1) for x in memory.segment_views(layer)) for layer in layers]
-        self.by_slot = list(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
+        self.layers = list(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         slots = len(self.runtime.segment_of)
         self.decoder = SharedDecoder(
             max_requests=min(slots, MAX_REQUESTS),
             slots=slots,
+            page_tokens=memory.layout.page_tokens,
+            max_tokens=self.table.shape[1],
             q_heads=q_heads,
             kv_heads=memory.layout.kv_heads,
             head_dim=memory.layout.head_dim,
@@ -84,13 +84,16 @@ class SharedDecodeBackend(AttentionBackend):
             return inner
         return cls(runner, inner)
 
-    # Outside of the graph is what may differ from batch to batch; inside, the plan, which is made on the device.
+    # Outside of the graph is what may differ from batch to batch, and what is read of the table of slots: SGLang writes
+    # to that once the graph is launched. Inside is the plan, which is made on the device.
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         self.shared = forward_batch.forward_mode.is_decode() and (
             self.capturing if in_capture else self._tell(forward_batch.batch_size)
         )
-        if not self.shared:
+        if self.shared:
+            self.decoder.find_pages(self.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        else:
             self.inner.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
@@ -102,6 +105,7 @@ class SharedDecodeBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self.shared = forward_batch.forward_mode.is_decode() and self._tell(forward_batch.batch_size)
         if self.shared:
+            self.decoder.find_pages(self.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
             self.init_forward_metadata_in_graph(forward_batch)
         else:
             self.inner.init_forward_metadata(forward_batch)
@@ -137,12 +141,9 @@ class SharedDecodeBackend(AttentionBackend):
             return self.inner.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **extra)
         if save_kv_cache and k is not None:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
-        index = layer.layer_id - self.pool.start_layer
         result = self.decoder(
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
-            *self.segments[index],
-            *self.by_slot[index],
-            self.table,
+            *self.layers[layer.layer_id - self.pool.start_layer],
             scale=layer.scaling,
             soft_cap=layer.logit_cap,
             sinks=sinks,

@@ -39,6 +39,11 @@ def schedulers(models):
         assert scheduler.flush()
         return scheduler
 
+    def close() -> None:
+        """All of them; who asks again gets a new one."""
+        while started:
+            started.popitem()[1].close()
+
+    get.close = close
     yield get
-    for scheduler in started.values():
-        scheduler.close()
+    close()

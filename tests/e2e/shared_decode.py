@@ -1,7 +1,6 @@
 """Decode on the host that reads what requests share from one of them, as the kernel does: by the tables that it gets.
 
-Put into a scheduler of the harness, in its process. What the tables say wrongly is read wrongly, and what they say is
-mapped and is not, ends the process.
+Put into a scheduler of the harness, in its process. What the tables say wrongly is read wrongly.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
         slots, contexts = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
         if len(slots) <= requests:
             assert sharing.sharing.slots() == set(slots)
-        backend.parts = [_parts(sharing.sharing.tables, *request) for request in zip(slots, contexts, strict=True)]
+        backend.parts = _parts(sharing.sharing.tables, slots, contexts)
         return None
 
     def decode(q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any) -> Any:
@@ -46,19 +45,11 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
         plain(q, k, v, layer, forward_batch, save_kv_cache)  # writes k and v, and reads nothing
         heads = layer.tp_k_head_num
         rows = q.reshape(-1, heads, layer.tp_q_head_num // heads, layer.qk_head_dim)
-        segments = [x.flatten(0, 1) for x in backend.segments[layer.layer_id]]
         by_slot = runtime.memory.identity_views(layer.layer_id)
         out = []
         for row, parts in zip(rows, backend.parts, strict=True):
-            k, v = (
-                torch.cat(
-                    [
-                        segment[at[0] : at[1]] if slot is None else slots[table[slot, at[0] : at[1]].long()]
-                        for slot, at in parts
-                    ]
-                )
-                for segment, slots in zip(segments, by_slot, strict=True)
-            )
+            slots = torch.cat([table[slot, low:high] for slot, low, high in parts]).long()
+            k, v = (x[slots] for x in by_slot)
             k, v = (x.permute(1, 0, 2)[:, None].expand(-1, row.shape[1], -1, -1) for x in (k, v))
             out.append(scaled_dot_product_attention(row[:, :, None], k, v, scale=layer.scaling)[:, :, 0])
         return torch.stack(out).reshape(len(out), -1)
@@ -67,16 +58,15 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
     backend.init_forward_metadata, backend.forward_decode = init, decode
 
 
-def _parts(tables: Tables, slot: int, context: int) -> list[tuple[int | None, tuple[int, int]]]:
-    """Where the tokens of a context lie: from one to one past another, of all segments, or by slot of a request."""
-    runs, end = [], 0
-    for unit in (int(unit) for unit in tables.chains[slot] if unit >= 0):
-        assert tables.lows[unit] == end
-        end = int(tables.highs[unit])
-        runs.append((int(tables.sources[unit]), int(tables.lows[unit]), end))
-    runs.append((slot, end, context))
-    parts: list[tuple[int | None, tuple[int, int]]] = []
-    for source, low, high in runs:
-        first, shown = int(tables.firsts[source]), min(max(low, int(tables.mapped[source])), high)
-        parts += [(None, (first + low, first + shown)), (source, (shown, high))]
+def _parts(tables: Tables, slots: list[int], contexts: list[int]) -> list[list[tuple[int, int, int]]]:
+    """Of each request of a batch, whose tokens are read for its own: of which request, from one and to another."""
+    first: dict[int, int] = {}
+    parts = []
+    for slot, context in zip(slots, contexts, strict=True):
+        runs, end = [], 0
+        for unit in (int(unit) for unit in tables.chains[slot] if unit >= 0):
+            assert tables.lows[unit] == end
+            end = int(tables.highs[unit])
+            runs.append((first.setdefault(unit, slot), int(tables.lows[unit]), end))
+        parts.append([*runs, (slot, end, context)])
     return parts

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang_vtensor.manager import RETRY_SECONDS
 from sglang_vtensor.vmm import OutOfMemory, VMMError
 
@@ -54,7 +56,9 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
     if pages is None:
         memory.retry_seconds = RETRY_SECONDS
         return
-    memory.complete(memory.launch())  # the host computes in the call: no batch is in flight
+    if memory.vmm.device.type == "cuda":
+        torch.cuda.synchronize()  # the host computes in the call: there no batch is in flight
+    memory.complete(memory.launch())
     memory.trim()
 
     def create(nbytes: int) -> Any:

@@ -25,7 +25,7 @@ def test_ten_thousand_steps_of_one_graph():
     """Requests grow a token a step, come and go; one graph, replayed, and now and then compared with float32."""
     torch.manual_seed(0)
     rng = random.Random(0)
-    requests, page, kv_heads, dim, longest = 16, 16, 8, 128, 4096
+    requests, page, kv_heads, dim, longest = 16, 64, 8, 128, 4096
     tokens = 1 << 18
     pool = torch.randn(tokens, 2, 2, kv_heads, dim, device="cuda", dtype=torch.bfloat16)
     k, v = pool[:, 1, 0], pool[:, 1, 1]
@@ -35,13 +35,20 @@ def test_ten_thousand_steps_of_one_graph():
     table = torch.zeros(requests + 1, longest, dtype=torch.int32, device="cuda")
     sharing = Sharing(slots=requests + 1, requests=requests, page_tokens=page)
     decoder = SharedDecoder(
-        max_requests=requests, slots=requests + 1, q_heads=32, kv_heads=kv_heads, head_dim=dim, device="cuda"
+        max_requests=requests,
+        slots=requests + 1,
+        page_tokens=page,
+        max_tokens=longest,
+        q_heads=32,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        device="cuda",
     )
     free = list(range(1, tokens // page))
     rng.shuffle(free)
-    stems = [[free.pop() for _ in range(rng.randrange(5, 60))] for _ in range(2)]
-    stems += [stem[: len(stem) // 2] + [free.pop() for _ in range(9)] for stem in stems]
-    # Behind what all may share a request has pages of its own, anywhere; its contiguous context shows nothing here.
+    stems = [[free.pop() for _ in range(rng.randrange(2, 20))] for _ in range(2)]
+    stems += [stem[: len(stem) // 2] + [free.pop() for _ in range(3)] for stem in stems]
+    # Behind what all may share a request has pages of its own, anywhere.
     own = [[free.pop() for _ in range(longest // page)] for _ in range(requests)]
 
     def join(slot):
@@ -59,8 +66,9 @@ def test_ten_thousand_steps_of_one_graph():
 
     def step():
         decoder.plan(slots, contexts)
-        decoder(q, k, v, k, v, table, scale=dim**-0.5, out=out)
+        decoder(q, k, v, scale=dim**-0.5, out=out)
 
+    decoder.find_pages(table, slots, contexts)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -72,6 +80,7 @@ def test_ten_thousand_steps_of_one_graph():
             join(slot)
             decoder.update(sharing.tables)
         out.fill_(float("nan"))
+        decoder.find_pages(table, slots, contexts)
         graph.replay()
         if number % 400 == 0:
             for row, context in enumerate(contexts.tolist()):

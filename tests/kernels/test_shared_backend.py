@@ -1,4 +1,4 @@
-"""The decode backend that stands around SGLang's: real pool, real segments and tables; SGLang's half is a stand-in."""
+"""The decode backend that stands around SGLang's: real pool, real tables; SGLang's half is a stand-in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from sglang_vtensor.srt.options import Options
 from sglang_vtensor.srt.runtime import RequestPages
 from sglang_vtensor.srt.shared_decode import VARIANT, SharedDecodeBackend
 from tests.kernels.reference import DEVICE, assert_close, one_by_slot
-from tests.waiting import wait_for
 
 Q_HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
 
@@ -62,18 +61,16 @@ class Server:
         self.backend = SharedDecodeBackend.around(self.runner, self.inner)
 
     def admit(self, slot, shared, own, context):
-        """A request: pages of the tree, as many of its own, and `context` tokens with the next one. What is mapped is
-        what it began with, all but its last page."""
-        memory = self.runtime.memory
-        record = RequestPages([*shared, *memory.allocate(own)], len(shared))
-        record.segment = memory.lease(None, record.pages[:-1])
+        """A request: pages of the tree, as many of its own, and `context` tokens with the next one."""
+        record = RequestPages([*shared, *self.runtime.memory.allocate(own)], len(shared))
         self.runtime.requests[slot] = record
         slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in record.pages])
         self.runner.req_to_token_pool.req_to_token[slot, :context] = slots[:context].to(DEVICE, torch.int32)
         return int(slots[context - 1])
 
-    def decode(self, slots, contexts, layer=1, **extra):
-        """A step, as the scheduler begins it and the model runs it. The result, and what it should be."""
+    def decode(self, slots, contexts, layer=1, meanwhile=None, **extra):
+        """A step, as the scheduler begins it and the model runs it. The result, and what it should be. `meanwhile` is
+        called when SGLang would write to the table of slots again: once the graph is launched."""
         seq_lens = torch.tensor(contexts, device=DEVICE)
         batch = SimpleNamespace(
             forward_mode=SimpleNamespace(is_decode=lambda: True),
@@ -98,14 +95,17 @@ class Server:
             for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
         )
         self.backend.init_forward_metadata_out_graph(batch)
+        table = self.runner.req_to_token_pool.req_to_token
+        slots_of = [table[slot, :context].clone() for slot, context in zip(slots, contexts, strict=True)]
+        if meanwhile is not None:
+            meanwhile(table)
         self.backend.init_forward_metadata_in_graph(batch)
         out = self.backend.forward_decode(
             q, k.view(-1, KV_HEADS, DIM), v.view(-1, KV_HEADS, DIM), attention, batch, **extra
         )
         keys, values = self.pool.k_buffer[layer], self.pool.v_buffer[layer]
         expected = []
-        for row, slot, context in zip(q.view(-1, Q_HEADS, DIM), slots, contexts, strict=True):
-            at = self.runner.req_to_token_pool.req_to_token[slot, :context]
+        for row, at in zip(q.view(-1, Q_HEADS, DIM), slots_of, strict=True):
             expected.append(one_by_slot(row, keys, values, at).flatten())
         return out, torch.stack(expected)
 
@@ -164,18 +164,17 @@ def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
     assert server.backend.some_state == "of the inner one"
 
 
-def test_a_segment_that_shows_other_pages_is_not_read(server):
-    """The tree took equal pages of another request: the record has those, its segment still the freed ones."""
+def test_pages_that_are_swapped_for_equal_ones(server):
+    """The tree took equal pages of another request: the record and the table have those now, the old ones are free."""
     memory = server.runtime.memory
     stem, twin = memory.allocate(3), memory.allocate(3)
     server.admit(3, twin, 1, 3 * PAGE + 2)
     server.admit(5, stem, 1, 3 * PAGE + 2)
-    memory.release(server.runtime.requests[5].segment)
-    server.runtime.requests[5].segment = None  # the other one has more to show
     fill(server)
     server.decode([3, 5], [3 * PAGE + 2] * 2)
+    assert server.inner.calls.count("forward_decode") == 1, "nothing is shared yet"
     record = server.runtime.requests[3]
-    old, record.pages[:3], record.stale = record.pages[:3], stem, True
+    old, record.pages[:3] = record.pages[:3], stem
     server.runtime.sharing.changed(3)
     table = server.runner.req_to_token_pool.req_to_token
     table[3, : 3 * PAGE] = table[5, : 3 * PAGE]
@@ -189,22 +188,21 @@ def test_a_segment_that_shows_other_pages_is_not_read(server):
     assert server.inner.calls.count("forward_decode") == 2, "before, and alone"
 
 
-def test_a_segment_of_a_request_that_ends_stays_while_a_batch_may_read_it(server):
-    memory = server.runtime.memory
-    stem = memory.allocate(4)
-    for slot in (1, 2):
+def test_the_slots_of_a_request_that_ended_may_be_anothers_while_a_batch_is_in_flight(server):
+    """With overlap, SGLang ends a request while a batch still has it, gives its place to another one, and writes that
+    one's slots to the table; whoever shared with it must not read them."""
+    stem = server.runtime.memory.allocate(4)
+    for slot in (1, 2, 3):
         server.admit(slot, stem, 1, 4 * PAGE + 2)
-    memory.complete(memory.launch())  # the batch that computed their prompts
     fill(server)
-    out, expected = server.decode([1, 2], [4 * PAGE + 2] * 2)
+
+    def another(table):
+        table[:] = 0
+
+    out, expected = server.decode([1, 2, 3], [4 * PAGE + 2] * 3, meanwhile=another)
     assert_close(out, expected)
-    memory.launch()
-    segment = server.runtime.requests[1].segment
-    record = server.runtime.end_request(1, 4 * PAGE + 2)
-    memory.release(record.segment)
-    assert memory.segments.is_busy(segment), "it may be unmapped under a batch in flight"
-    memory.complete(memory.launch())
-    wait_for(lambda: not segment.pages)
+    assert server.inner.calls == []
+    server.runtime.end_request(1, 4 * PAGE + 2)
     assert 1 not in server.runtime.sharing.sharing
 
 
@@ -217,7 +215,12 @@ def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
 def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
     module = patches.load()
     runner = SimpleNamespace(attn_backend=SimpleNamespace(decode_backend=server.backend))
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=4)
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: True),
+        batch_size=4,
+        req_pool_indices=torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        seq_lens=torch.ones(4, dtype=torch.int64, device=DEVICE),
+    )
     keys = []
 
     def make_key(self, size, stream_idx, variant_label):

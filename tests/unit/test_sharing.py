@@ -62,7 +62,7 @@ def test_any_history_is_told_as_it_is(steps):
             del members[slot]
         else:
             members[slot] = tree.pages([c for choice in choices for c in [choice] * repeat])
-            sharing.join(slot, members[slot], first=slot * 100, mapped=len(members[slot]) * TOKENS)
+            sharing.join(slot, members[slot])
         sharing.check_integrity()
         assert sharing.slots() == set(members)
         for member, runs in expected(members).items():
@@ -70,37 +70,6 @@ def test_any_history_is_told_as_it_is(steps):
     sharing.clear()
     sharing.check_integrity()
     assert (sharing.shared_tokens, sharing.saved_tokens, len(sharing)) == (0, 0, 0)
-
-
-def test_who_shows_more_is_read():
-    sharing = Sharing(slots=8, requests=8, page_tokens=TOKENS)
-    sharing.join(3, [1, 2, 3], first=0, mapped=4)
-    sharing.join(5, [1, 2, 9], first=100, mapped=12)
-    tables = sharing.tables
-    (unit,) = (u for u in tables.chains[3] if u >= 0)
-    assert tables.sources[unit] == 5
-    sharing.join(1, [1, 2], first=200, mapped=8)
-    assert tables.sources[unit] == 5, "it shows all of the run already"
-    sharing.leave(5)
-    assert tables.sources[unit] == 1
-    assert (sharing.shared_tokens, sharing.saved_tokens) == (8, 8)
-
-
-def test_who_shows_more_than_when_it_joined_is_read():
-    sharing = Sharing(slots=8, requests=8, page_tokens=TOKENS)
-    sharing.join(3, [1, 2, 3], first=0, mapped=0)
-    sharing.join(5, [1, 2, 9], first=100, mapped=0)
-    sharing.join(6, [1], first=300, mapped=0)
-    tables = sharing.tables
-    of_all, of_two = (u for u in tables.chains[3] if u >= 0)
-    changes = sharing.changes
-    sharing.show(5, 12)
-    assert sharing.changes > changes, "the device is to be told"
-    assert (tables.firsts[5], tables.mapped[5]) == (100, 12)
-    assert (tables.sources[of_all], tables.sources[of_two]) == (5, 5)
-    sharing.show(6, 4)
-    assert tables.sources[of_all] == 5, "it shows all of the run already"
-    sharing.check_integrity()
 
 
 def test_what_cannot_join():
