@@ -93,12 +93,13 @@ def _whole_tiles(
     WIDE: tl.constexpr,
 ):
     """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows. They
-    follow one another from `first` on, which `k_head` and `v_head` are at; or, with PAGE, where `pages_ptr` says."""
+    follow one another from `first` on, which `k_head` and `v_head` are at; or, with PAGE, where `pages_ptr` says, which
+    is read one tile ahead: a load in front of a load would take one of Triton's stages."""
     dims = tl.arange(0, DIM_PADDED)
+    begin = low
+    if PAGE:
+        begin = tl.load(pages_ptr + low // PAGE) * PAGE + low % PAGE
     for n in range(low, high, BLOCK_N):
-        begin = n
-        if PAGE:
-            begin = tl.load(pages_ptr + n // PAGE) * PAGE + n % PAGE
         if TMA:
             start = (first + begin).to(tl.int32)
             k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
@@ -119,6 +120,9 @@ def _whole_tiles(
             v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
             v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
         acc = _dot(weights.to(v.dtype), v, acc, WIDE)
+        begin = n + BLOCK_N
+        if PAGE:
+            begin = tl.load(pages_ptr + begin // PAGE) * PAGE + begin % PAGE
     return highest, total, acc
 
 

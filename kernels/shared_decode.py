@@ -567,7 +567,8 @@ class SharedDecoder:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tables = Tables(slots, max_requests, buffer(Tables.size(slots, max_requests)))
-        self.pages = buffer(max_requests, self.max_pages)
+        # One more than a request can have, which is looked up ahead and not used.
+        self.pages = buffer(max_requests, self.max_pages + 1)
         self.members = buffer((DEPTH + 1) * self.rows)
         self.members[DEPTH * self.rows :] = torch.arange(self.rows)
         self.ranks = buffer(DEPTH * self.rows)
