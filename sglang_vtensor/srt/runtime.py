@@ -145,6 +145,8 @@ class Runtime:
         self.by_pages = self.extend_reads_pages and self._missing(requests) - new > MAX_MAPS_AHEAD
         for slot, shared, adopt in requests:
             record = self.requests[slot]
+            if adopt is not None and adopt.owner is None:
+                adopt = None  # given up since for a request before this one, which found no idle segment
             if not self.by_pages:
                 self.map_request(slot, shared=shared, adopt=adopt)
             elif not record.stale:

@@ -254,7 +254,7 @@ def test_a_thousand_steps_under_load(pair, seed):
         what = rng.random()
         if what < 0.25:
             request = Request(
-                f"r{turn}", (rng.choice(stems) + prompt(rng.randint(1, 80 * S)))[: 140 * S], rng.randint(1, 30 * S)
+                f"r{turn}.", (rng.choice(stems) + prompt(rng.randint(1, 80 * S)))[: 140 * S], rng.randint(1, 30 * S)
             )
             sent[request.rid] = request
             script.append([request])
