@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 class BatchSharing:
     """Keeps a `Sharing` to the decode batch that is launched next.
 
-    `group` query heads share a KV head; a token takes `token_bytes` in one layer.
+    `group` query heads share a KV head; a token takes `token_bytes` in one layer; `capability` is the GPU's.
     """
 
-    def __init__(self, runtime: Runtime, *, requests: int, group: int, token_bytes: int) -> None:
+    def __init__(self, runtime: Runtime, *, requests: int, group: int, token_bytes: int, capability: int = 0) -> None:
         self.runtime = runtime
-        self.group, self.token_bytes = group, token_bytes
+        self.group, self.token_bytes, self.capability = group, token_bytes, capability
         self.sharing = Sharing(slots=len(runtime.segment_of), requests=requests, page_tokens=runtime.page_tokens)
         #: Whether the next batch is to read what it shares once.
         self.pays = False
@@ -38,8 +38,9 @@ class BatchSharing:
             self.clear()
         elif slots != self._batch or self._changed:
             self._follow(slots)
+        sharing = self.sharing
         self.pays = shared_decode_pays(
-            tokens, self.sharing.shared_tokens, self.sharing.saved_tokens, self.group, self.token_bytes
+            tokens, sharing.shared_tokens, sharing.saved_tokens, self.group, self.token_bytes, self.capability
         )
         self.seconds += time.perf_counter() - start
 

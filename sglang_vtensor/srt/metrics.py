@@ -65,7 +65,10 @@ COUNTERS = {
     "vtensor_extends_by_pages": ("extends_by_pages", "Extend batches read by pages, as their segments were not ready."),
     "vtensor_prefix_maps": ("prefix_maps", "Pages of shared prefixes mapped on the scheduling thread."),
     "vtensor_prefix_maps_on_continue": ("prefix_maps_on_continue", "Of these, for turns that adopted a segment."),
-    "vtensor_decode_steps_shared": ("decode_steps_shared", "Decode steps that read shared prefixes once."),
+    "vtensor_decode_steps_shared": (
+        "decode_steps_shared",
+        "Decode steps of the kernel that reads shared prefixes once.",
+    ),
     "vtensor_decode_steps_plain": ("decode_steps_plain", "Decode steps for which that would not have paid."),
     "vtensor_shared_bytes_saved": ("shared_bytes_saved", "Bytes of K and V that were read once instead of again."),
     "vtensor_grouping_seconds": ("grouping_seconds", "What following who shares what took of the scheduling thread."),

@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_vtensor.kernels.configs import capability
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.srt.batch_sharing import BatchSharing
@@ -62,6 +63,7 @@ class SharedDecodeBackend(AttentionBackend):
             requests=self.decoder.max_requests,
             group=self.decoder.group,
             token_bytes=memory.layout.kv_bytes // memory.layout.layers,
+            capability=capability(memory.vmm.device),
         )
         #: Set while the graphs of shared batches are captured.
         self.capturing = False

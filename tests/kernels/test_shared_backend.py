@@ -15,7 +15,8 @@ from sglang_vtensor.srt.runtime import RequestPages
 from sglang_vtensor.srt.shared_decode import VARIANT, SharedDecodeBackend
 from tests.kernels.reference import DEVICE, assert_close, one_by_slot
 
-Q_HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 16
+Q_HEADS, KV_HEADS, DIM = 8, 2, 64
+PAGE = 16 if DEVICE == "cpu" else 64
 
 
 class Inner:
@@ -128,6 +129,7 @@ def server(monkeypatch):
     )
     server = Server(layout, monkeypatch)
     monkeypatch.setattr(server.runtime.sharing, "token_bytes", 1 << 40)  # whatever is shared pays
+    monkeypatch.setattr(server.runtime.sharing, "capability", 0)  # and nothing else
     yield server
     server.runtime.memory.close()
 

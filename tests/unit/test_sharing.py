@@ -115,3 +115,10 @@ def test_what_pays(requests, of_all, own, pays):
     """With 4 query heads a KV head and 4 KiB a token, as Llama-3-8B has in a layer."""
     tokens, saved = requests * (of_all + own), max(0, requests - 1) * of_all
     assert shared_decode_pays(tokens, of_all, saved, group=4, token_bytes=4096) is pays
+
+
+def test_what_pays_on_hopper_though_nothing_is_shared():
+    plain = {"shared": 0, "saved": 0, "group": 4, "token_bytes": 4096}
+    assert shared_decode_pays(64 * 1280, **plain, capability=90)
+    assert not shared_decode_pays(8 * 300, **plain, capability=90), "measured: 14 microseconds for 11"
+    assert not shared_decode_pays(64 * 1280, **plain, capability=80), "not measured"
