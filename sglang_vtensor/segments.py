@@ -262,8 +262,8 @@ class SegmentPool:
 
     def begin_tidy(self) -> tuple[Segment, int | None] | None:
         """Take in hand a segment that is not as it is wanted, with the page to be mapped behind its last one; or with
-        None, if its last page is to be unmapped, and no batch reads it: of a parked one only, as what a request has
-        read may be read for others. None if there is nothing to do."""
+        None, if its last page is to be unmapped, and no batch reads it: of a parked one only, as the batch that is
+        being made may be going to read a leased one. None if there is nothing to do."""
         for segment in list(self._untidy.values()):
             shown = self.common(segment, segment.wanted)
             page = None

@@ -3,8 +3,8 @@
 A layer's K of all segments is one tensor `(segments, max_tokens, kv_heads, head_dim)`, and a request is one row of it.
 FlashAttention-3 takes the row numbers as `cache_batch_idx`; our kernel, the tensor without the first dimension and
 where in it each context begins. Neither needs a page table. A batch that would have to wait for its segments is read by
-pages, in the identity region, by FlashAttention-3: where pages are whole tiles, as here, that is as fast. Decode stays
-with SGLang's own kernel, by slot over the identity region.
+pages, in the identity region, by FlashAttention-3: where pages are whole tiles, as here, that is as fast. Decode is in
+`shared_decode.py`, and where that does not pay SGLang's own, by slot over the identity region.
 """
 
 from __future__ import annotations

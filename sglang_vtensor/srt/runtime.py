@@ -82,7 +82,7 @@ class Runtime:
         #: The extend batch that is launched next reads pages: mapping its segments would have held it up.
         self.by_pages = False
         self.extends_by_pages = 0
-        #: Where decode may read what requests share once: from the segment of one of them.
+        #: Where decode may read what requests share once.
         self.sharing: BatchSharing | None = None
         #: Requests that waited for a prefix that another one was computing.
         self.awaited_prefixes = 0
