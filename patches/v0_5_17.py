@@ -395,9 +395,10 @@ def _update_prefill_budget(
     """An extend batch may have as many tokens as it may have, not as many pages: what its requests leave free in their
     last pages is memory, but no work. With pages of 128 tokens, prompts of 1,025 made batches a tenth too short."""
     original(self, prefix_len, extend_input_len, *args, **kwargs)
-    if self.dllm_config is not None:
-        return
-    free = self.ceil_paged_tokens(extend_input_len) - self.can_run_list[-1].extend_range.length
+    last = self.can_run_list[-1]
+    if self.dllm_config is not None or last is self.new_chunked_req:
+        return  # one request of a batch may be cut: what is counted of it leaves no room for another
+    free = self.ceil_paged_tokens(extend_input_len) - last.extend_range.length
     self.rem_input_tokens += free
     self.log_input_tokens -= free
     if self.rem_chunk_tokens is not None:
