@@ -23,7 +23,7 @@ UNEVEN = 1.3
 #: loses with all that a batch reads. And bytes that are read while its further kernels start.
 SHARED_AGAIN, SHARED_COMPUTE, SHARED_MARGIN, SHARED_OVERHEAD_BYTES = 0.6, 0.01, 0.03, 16 << 20
 #: On an H200, from so many bytes a layer on, it is as fast as FlashAttention-3 over the same layout even where nothing
-#: is shared: 0.975 to 1.13 times, over six geometries.
+#: is shared: 0.975 to 1.13 times, over five geometries.
 HOPPER_BYTES = 32 << 20
 
 
