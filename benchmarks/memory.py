@@ -5,7 +5,8 @@
 
 Parts, each of which runs by itself and is merged into memory.json:
 
-    held       device memory over time, SGLang as it ships and ours; what ours holds over what its tokens take
+    held       device memory over time, SGLang as it ships and ours; what ours holds over what its tokens take, in the
+               64 conversations and, with --trace FILE, in the prefix suite's slice of a trace
     returned   what a burst freed, 5 s after it; prefixes are given up after a second here, so that it frees anything
     backed     throughput, and times to the first token after a trim, beside the same server with everything backed
     two        two servers on one GPU, peaks taking turns; and the same pair of SGLang as it ships
@@ -30,7 +31,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.prefix import Client, Workload, conversations, large_model, small_model
+from benchmarks.prefix import Client, Workload, conversations, large_model, small_model, workloads
 from benchmarks.prefix import row as latencies
 from benchmarks.serving import CONTESTANTS, server
 
@@ -71,6 +72,11 @@ class Meter:
         start = next(at for at, phase in self.phases if phase == name)
         end = next((at for at, _ in self.phases if at > start), float("inf"))
         return max(value for at, value in self.points if start <= at <= end)
+
+    @property
+    def highest(self) -> float:
+        """The highest value of all; 0 where there is none."""
+        return max((value for _, value in self.points), default=0.0)
 
     def __enter__(self) -> Meter:
         self._thread.start()
@@ -124,8 +130,9 @@ def over_live(url: str) -> Callable[[], float | None]:
 class Bench:
     """Starts servers and drives them. Rows are `(part, what, ...)`."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, trace: Path | None, speed: float) -> None:
         self.folder, self.quick = folder, quick
+        self.trace = workloads(quick, trace, speed)["trace"] if trace else None
         self.model, self.vocabulary = small_model(folder) if quick else large_model(folder)
         self.run = {"commit": results.commit(), "run": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
         self.rows: list[dict[str, Any]] = []
@@ -172,14 +179,19 @@ class Bench:
                 meter.phase("one conversation")
                 self.drive(client, 1, seed=1)
                 meter.phase(f"{self.many} conversations")
-                with Meter(over_live(client.url)) as ratio:
+                with Meter(over_live(client.url)) as chats:
                     self.drive(client, self.many, seed=2)
                 meter.phase("after")
                 time.sleep(RETURN_SECONDS)
                 used = {phase: meter.worst(phase) for _, phase in meter.phases[:3]} | {"after": self.used()}
-                extra = {"over_live": max((value for _, value in ratio.points), default=0.0)}
-            points = [[at, round(value / (1 << 20))] for at, value in meter.points]
-            self.note("held", name, used=used, phases=meter.phases, points=points, **(extra if name != "fa3" else {}))
+                points = [[at, round(value / (1 << 20))] for at, value in meter.points]
+                live = {"chat": chats.highest}
+                if name != "fa3" and self.trace:
+                    with Meter(over_live(client.url)) as replayed:
+                        client.drive(self.trace, seed=3)
+                    live["trace"] = replayed.highest
+            extra = {"over_live": live} if name != "fa3" else {}
+            self.note("held", name, used=used, phases=meter.phases, points=points, **extra)
 
     def returned(self) -> None:
         options = ("--vtensor-cache-idle-seconds", "1", "--vtensor-idle-seconds", "1")
@@ -258,7 +270,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         for phase, name in (("idle", "freed_share_idle"), ("one conversation", "freed_share_one")):
             freed = held["fa3"]["used"][phase] - held["vtensor"]["used"][phase]
             summary[name] = freed / held["vtensor"]["device_bytes"]
-        summary["bytes_over_live_worst"] = held["vtensor"]["over_live"]
+        summary["bytes_over_live_worst"] = max(held["vtensor"]["over_live"].values())
     for row in rows:
         if row["part"] == "returned":
             summary["returned_share_5s"] = row["share"]
@@ -287,6 +299,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(
     parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
     quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
+    trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace, for the part held.")] = None,
+    speed: Annotated[float, typer.Option(help="How much faster than recorded the trace is replayed.")] = 8.0,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure, print, and merge into memory.json."""
@@ -295,7 +309,7 @@ def main(
     if unknown := set(chosen) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), quick)
+        bench = Bench(Path(folder), quick, trace, speed)
         for part in chosen:
             getattr(bench, part)()
             if rows_file is not None:

@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.allocation import alloc_req_slots, write_cache_indices
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils.common import is_pin_memory_available
 
-from sglang_vtensor.srt.runtime import Partial, RequestPages, Runtime
+from sglang_vtensor.srt.runtime import Extend, Partial, RequestPages, Runtime
 from sglang_vtensor.vmm import VMMError
 
 if TYPE_CHECKING:
@@ -120,14 +120,17 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     partials = _Partials(batch, fresh)
 
     def map_segments(new: int) -> None:
-        leases = []
+        extends = []
         taken: set[int] = set()
-        for req, slot, record in zip(batch.reqs, slots, records, strict=True):
+        for req, slot, record, prefix_len, seq_len in zip(
+            batch.reqs, slots, records, prefix_lens, seq_lens, strict=True
+        ):
             adopt = batch.tree_cache.segment_for(req, taken) if record.segment is None else None
             if adopt is not None:
                 taken.add(adopt.index)
-            leases.append((slot, record.protected if req.kv is None else 0, adopt))
-        runtime.map_extend(leases, new)
+            shared = record.protected if req.kv is None else 0
+            extends.append(Extend(slot, shared, adopt, seq_len - prefix_len, seq_len))
+        runtime.map_extend(extends, new)
 
     secured = partials.agreed() and _secure(
         batch,

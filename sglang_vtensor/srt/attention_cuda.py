@@ -2,15 +2,16 @@
 
 A layer's K of all segments is one tensor `(segments, max_tokens, kv_heads, head_dim)`, and a request is one row of it.
 FlashAttention-3 takes the row numbers as `cache_batch_idx`; our kernel, the tensor without the first dimension and
-where in it each context begins. Neither needs a page table. A batch that would have to wait for its segments is read by
-pages, in the identity region, by FlashAttention-3: where pages are whole tiles, as here, that is as fast. Decode is in
-`shared_decode.py`, and where that does not pay SGLang's own, by slot over the identity region.
+where in it each context begins. Neither needs a page table. A batch that would have to wait for its segments is read
+by pages, in the identity region, by FlashAttention-3: where pages are whole tiles, as here, that is about as fast.
+Decode is in `shared_decode.py`, and where that does not pay SGLang's own, by slot over the identity region.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_vtensor.kernels.configs import ours_before_fa3
+from sglang_vtensor.kernels.configs import ours_before_fa3, segments_pay
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.prefix_prefill import Plan, compile_prefill, plan_prefill, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
@@ -116,6 +117,7 @@ class FlashAttention3(SegmentPrefillBackend):
         self._attend = flash_attn_with_kvcache
         self.tile = self.runtime.memory.vmm.tile_tokens
         self.runtime.extend_reads_pages = True
+        self.runtime.segments_pay = segments_pay
         self.page_tokens = tokens = self.runtime.page_tokens
         layers = [self.runtime.memory.identity_views(layer) for layer in range(self.pool.layer_num)]
         self.pages = [tuple(x.unflatten(0, (-1, tokens)) for x in layer) for layer in layers]
@@ -249,17 +251,14 @@ class Fastest(SegmentPrefillBackend):
         self.fa3 = FlashAttention3(runner)
         self.ours = TritonPrefill(runner)
         self.chosen: SegmentPrefillBackend = self.fa3
+        self.runtime.segments_pay = lambda new, contexts: self._ours(new, contexts) or segments_pay(new, contexts)
+
+    def _ours(self, new: Sequence[int], contexts: Sequence[int]) -> bool:
+        keys = self.segments[0][0]
+        return ours_before_fa3(new, contexts, self.ours.q_heads, keys.shape[2], keys.shape[3], str(keys.device))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        keys = self.segments[0][0]
-        ours = not self.runtime.by_pages and ours_before_fa3(
-            forward_batch.extend_seq_lens_cpu,
-            _contexts(forward_batch),
-            self.ours.q_heads,
-            keys.shape[2],
-            keys.shape[3],
-            str(keys.device),
-        )
+        ours = not self.runtime.by_pages and self._ours(forward_batch.extend_seq_lens_cpu, _contexts(forward_batch))
         self.chosen = self.ours if ours else self.fa3
         self.chosen.init_forward_metadata(forward_batch)
 

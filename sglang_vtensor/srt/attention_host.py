@@ -49,6 +49,7 @@ class HostAttentionBackend(AttentionBackend):
         self.runtime.extend_reads_segments = True
         self.runtime.decode_reads_segments = True
         self.runtime.extend_reads_pages = True
+        self.runtime.segments_pay = lambda new, contexts: True  # pages are copied first, here
         self.table = runner.req_to_token_pool.req_to_token
         self.segments = [self.runtime.memory.segment_views(layer) for layer in range(self.pool.layer_num)]
         self.slots = [self.runtime.memory.identity_views(layer) for layer in range(self.pool.layer_num)]

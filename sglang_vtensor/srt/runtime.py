@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from sglang_vtensor.srt.metrics import Metrics
 
 
-#: So many pages are mapped for an extend batch, at most, beside the new ones, if its kernel can read pages instead.
-#: A page takes the driver 25 us (H200), and a batch that waits for it is a batch later.
+#: So many pages are mapped for an extend batch, at most, if its kernel can read pages instead; beside the new ones,
+#: where segments are worth that. A page takes the driver 25 us (H200), and two to four times as long where other
+#: processes map on that host too; a batch that waits for it is a batch later.
 MAX_MAPS_AHEAD = 32
 
 #: What is told of shared decode where there is none.
@@ -44,6 +45,18 @@ class RequestPages:
     segment: Segment | None = None
     #: The tree swapped equal pages of its own in: the segment shows the old ones until it is fitted again.
     stale: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class Extend:
+    """A request of an extend batch: of its pages it found `shared` in the tree; its segment is to be `adopt`, if that
+    is given; and it has `new` tokens of a context of `context`."""
+
+    slot: int
+    shared: int
+    adopt: Segment | None
+    new: int
+    context: int
 
 
 @dataclass(slots=True)
@@ -77,8 +90,11 @@ class Runtime:
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self.extend_reads_segments = False
         self.decode_reads_segments = False
-        #: Whether the kernels for extend can read pages too, as fast as segments.
+        #: Whether the kernels for extend can read pages too, about as fast as segments.
         self.extend_reads_pages = False
+        #: Whether a batch of so many new tokens, over contexts of so many, is so much faster over segments that mapping
+        #: its new pages first is worth it.
+        self.segments_pay: Callable[[Sequence[int], Sequence[int]], bool] = lambda new, contexts: False
         #: The extend batch that is launched next reads pages: mapping its segments would have held it up.
         self.by_pages = False
         self.extends_by_pages = 0
@@ -135,32 +151,37 @@ class Runtime:
         else:
             segment.busy_until = self.memory.next_epoch
 
-    def map_extend(self, requests: Sequence[tuple[int, int, Segment | None]], new: int) -> None:
-        """Segments for an extend batch that has got `new` pages: of each request its slot, how many of its pages it
-        found in the tree, and the segment to adopt.
+    def map_extend(self, batch: Sequence[Extend], new_pages: int) -> None:
+        """Segments for an extend batch that has got `new_pages`.
 
         What was not mapped ahead would be mapped now, with everything waiting for it. If that is much, the batch reads
         pages, and the worker maps, for the next chunk or turn.
         """
-        self.by_pages = self.extend_reads_pages and self._missing(requests) - new > MAX_MAPS_AHEAD
-        for slot, shared, adopt in requests:
+        self.by_pages = self.extend_reads_pages and self._waits_for(batch, new_pages) > MAX_MAPS_AHEAD
+        for extend in batch:
+            slot, adopt = extend.slot, extend.adopt
             record = self.requests[slot]
             if adopt is not None and adopt.owner is None:
                 adopt = None  # given up since for a request before this one, which found no idle segment
             if not self.by_pages:
-                self.map_request(slot, shared=shared, adopt=adopt)
+                self.map_request(slot, shared=extend.shared, adopt=adopt)
             elif not record.stale:
                 record.segment = self.memory.lease_later(record.segment or adopt, record.pages)
                 if record.segment is not None:
                     self.segment_of[slot] = record.segment.index  # mapped in time, it is read as it is
         self.extends_by_pages += self.by_pages
 
-    def _missing(self, requests: Sequence[tuple[int, int, Segment | None]]) -> int:
-        """Pages that the segments of these requests do not show yet."""
+    def _waits_for(self, batch: Sequence[Extend], new_pages: int) -> int:
+        """Pages that the segments of these requests do not show yet; without the new ones, if segments are worth
+        that."""
         missing = 0
-        for slot, _, adopt in requests:
-            record = self.requests[slot]
-            missing += len(record.pages) - self.memory.shown(record.segment or adopt, record.pages)
+        for extend in batch:
+            record = self.requests[extend.slot]
+            missing += len(record.pages) - self.memory.shown(record.segment or extend.adopt, record.pages)
+        if missing > MAX_MAPS_AHEAD and self.segments_pay(
+            [extend.new for extend in batch], [extend.context for extend in batch]
+        ):
+            missing -= new_pages
         return missing
 
     def copy_partials(self) -> None:

@@ -137,13 +137,14 @@ def test_equal_prompts_wait_for_each_other_once(pair):
         ours.check()
 
 
-def test_extends_that_would_wait_for_their_segments_read_pages(pair):
-    """What is mapped behind them is what the next turn goes on in."""
+@pytest.mark.parametrize("ahead", [0, -1 << 20], ids=["some", "all"])
+def test_extends_that_would_wait_for_their_segments_read_pages(pair, ahead):
+    """What is mapped behind them is what the next turn goes on in; where prefixes were not ready, or always."""
     reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
     prompt = Prompts(19)
     stem = prompt(190)
     both(reference, ours, [Request("stem", stem, 4)], tie=tie)
-    with having(ours, MAX_MAPS_AHEAD=0):
+    with having(ours, MAX_MAPS_AHEAD=ahead):
         before = ours.stats()
         chats = [stem + prompt(pair.page_size + 30 + 40 * n) for n in range(5)]
         for turn in range(3):
