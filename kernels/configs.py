@@ -16,9 +16,10 @@ from sglang_vtensor.kernels.plan import Config
 HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 #: Contexts of fewer tokens are a few tiles, and small ones end with less of one unused.
 SHORT_CONTEXT = 1500
-#: FlashAttention-3 reads segments some 1 % faster than pages of 128 tokens. From so many tokens of context on, for each
-#: new one, that is more than mapping the new pages takes (Llama-3-8B, H200).
-LONG_CONTEXT = 24_000
+#: FlashAttention-3 reads segments some 1 % faster than pages of 128 tokens, and mapping new pages keeps the scheduling
+#: thread busy while another batch runs. Where each new token has so many before it, attention is a quarter of a batch
+#: or more, and mapping less than 1 % of it (Llama-3-8B, H200): then segments are worth it.
+LONG_CONTEXT = 10_000
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
 #: Of shared decode, as shares of what reading a key and a value from memory takes, measured on an H200: reading them
@@ -88,7 +89,7 @@ def ours_before_fa3(
 
 
 def segments_pay(new: Sequence[int], contexts: Sequence[int]) -> bool:
-    """Whether FlashAttention-3 gains more from segments, for such a prefill batch, than mapping its new pages takes."""
+    """Whether FlashAttention-3 gains enough from segments, for such a prefill batch, for its new pages to be mapped."""
     read = sum(n * (context - n / 2) for n, context in zip(new, contexts, strict=True))
     return read > LONG_CONTEXT * sum(new)
 
