@@ -177,7 +177,7 @@ def ours(case: Case, decode: bool, **options: Any) -> Call:
     return lambda layer: prefix_prefill(case.q, *case.ours(layer), case.first, plan, scale=case.scale)
 
 
-def fa3(case: Case | SharedCase, page: int) -> Call:
+def fa3(case: Case | Paged, page: int) -> Call:
     """FlashAttention-3 as SGLang calls it, on pages of that size."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
@@ -525,40 +525,31 @@ SHARED = {
 }
 
 
-class SharedCase:
-    """One of `SHARED`, of one geometry: who shares what, and random K and V in our pool."""
+#: Of batches that share nothing there are a few more, small ones.
+PLAIN = [*DECODE, [300] * 8, [300] * 32, [1024] * 16]
 
-    def __init__(self, name: str, geometry: str) -> None:
-        self.requests, of_all, group, of_group, own = SHARED[name]
+
+class Paged:
+    """One new token of each of some requests, over pages of 128 tokens anywhere in our pool, with random K and V."""
+
+    def __init__(self, geometry: str, contexts: list[int], slots: torch.Tensor, tokens: int) -> None:
+        """`slots`: `(requests, longest context)`, int32, where each token would be if pages were in order; there are
+        `tokens` of them, whole pages."""
         self.q_heads, self.kv_heads, self.dim, _ = GEOMETRIES[geometry]
-        shared, groups = of_all + of_group, self.requests // group
-        self.context = shared + own
-        # What all share, what each group shares, and what each request has: one behind the other, each token once.
-        self.tokens = of_all + groups * of_group + self.requests * own
+        self.requests, self.context, self.tokens = len(contexts), max(contexts), tokens
         self.token_bytes = 2 * self.kv_heads * self.dim * 2
-        self.rotation = max(SHARED_LAYERS, -(-ROTATION_BYTES // (self.tokens * self.token_bytes)))
-        shape = (self.tokens, self.rotation, 2, self.kv_heads, self.dim)
+        self.rotation = max(SHARED_LAYERS, -(-ROTATION_BYTES // (tokens * self.token_bytes)))
+        shape = (tokens, self.rotation, 2, self.kv_heads, self.dim)
         self.pool = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
         self.q = torch.randn(self.requests, self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
         self.scale = self.dim**-0.5
         self.new = [1] * self.requests
-        self.context_lens = torch.full((self.requests,), self.context, dtype=torch.int32, device="cuda")
+        self.context_lens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
         self.starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda")
         self.each = torch.arange(self.requests, device="cuda")
-        private = self.each * own + of_all + groups * of_group
-        table = torch.empty(self.requests, self.context, dtype=torch.int32, device="cuda")
-        table[:, :of_all] = torch.arange(of_all, device="cuda")
-        its_group = (self.each // group * of_group + of_all)[:, None]
-        table[:, of_all:shared] = its_group + torch.arange(of_group, device="cuda")
-        table[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
-        # Its pages anywhere, as a server has them.
-        order = torch.randperm(self.tokens // PAGE, device="cuda", dtype=torch.int32)
-        self.table = order[table // PAGE] * PAGE + table % PAGE
+        order = torch.randperm(tokens // PAGE, device="cuda", dtype=torch.int32)
+        self.table = order[slots // PAGE] * PAGE + slots % PAGE
         self.sharing = Sharing(slots=self.requests, requests=256, page_tokens=PAGE)
-        for request in range(self.requests):
-            document = 10_000 * (1 + request // group)
-            path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
-            self.sharing.join(request, path)
 
     def decoder(self, config: Config | None = None) -> SharedDecoder:
         """Ours, with the step planned."""
@@ -589,6 +580,74 @@ class SharedCase:
         assert page == 1
         k, v = (self.pool[:, :, part].transpose(0, 1).contiguous().unsqueeze(2) for part in (0, 1))
         return k, v, self.table
+
+
+class SharedCase(Paged):
+    """One of `SHARED`, of one geometry: who shares what."""
+
+    def __init__(self, name: str, geometry: str) -> None:
+        requests, of_all, group, of_group, own = SHARED[name]
+        shared, groups = of_all + of_group, requests // group
+        context = shared + own
+        # What all share, what each group shares, and what each request has: one behind the other, each token once.
+        each = torch.arange(requests, device="cuda")
+        slots = torch.empty(requests, context, dtype=torch.int32, device="cuda")
+        slots[:, :of_all] = torch.arange(of_all, device="cuda")
+        slots[:, of_all:shared] = (each // group * of_group + of_all)[:, None] + torch.arange(of_group, device="cuda")
+        private = each * own + of_all + groups * of_group
+        slots[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
+        super().__init__(geometry, [context] * requests, slots, of_all + groups * of_group + requests * own)
+        for request in range(requests):
+            document = 10_000 * (1 + request // group)
+            path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
+            self.sharing.join(request, path)
+
+
+class PlainCase(Paged):
+    """Contexts of which no two share anything."""
+
+    def __init__(self, contexts: list[int], geometry: str) -> None:
+        starts = [0]
+        for context in contexts:
+            starts.append(starts[-1] + -(-context // PAGE) * PAGE)
+        slots = torch.zeros(len(contexts), max(contexts), dtype=torch.int32, device="cuda")
+        for request, (start, context) in enumerate(zip(starts, contexts, strict=False)):
+            slots[request, :context] = torch.arange(start, start + context, device="cuda")
+        super().__init__(geometry, contexts, slots, starts[-1])
+        for request in range(self.requests):
+            self.sharing.join(request, [])
+
+    def by_slot(self) -> Call:
+        """FlashAttention-3 over our pool, as SGLang's backend decodes there: pages of one token, at a stride."""
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+        return lambda layer: flash_attn_with_kvcache(
+            q=self.q,
+            k_cache=self.pool[:, layer, 0].unsqueeze(1),
+            v_cache=self.pool[:, layer, 1].unsqueeze(1),
+            page_table=self.table,
+            cache_seqlens=self.context_lens,
+            cu_seqlens_q=self.starts,
+            max_seqlen_q=1,
+            softmax_scale=self.scale,
+            causal=True,
+        )
+
+
+def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
+    """A batch that shares nothing: a row. `copy` is the rate of a copy, in bytes a second."""
+    case = PlainCase(contexts, geometry)
+    calls = {"ours": case.ours(case.decoder()), "fa3_slots": case.by_slot(), "fa3_page1": fa3(case, 1)}
+    expected = calls["fa3_page1"](0).float()
+    for name in ("ours", "fa3_slots"):
+        error = float((calls[name](0).float() - expected).norm() / expected.norm())
+        assert error < 2e-2, f"{geometry}, {len(contexts)} requests: {name} differs by {error:.3g}"
+    measured = times({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
+    read = sum(contexts) * case.token_bytes
+    shape = f"{len(contexts)} x {contexts[0]}" if len(set(contexts)) == 1 else f"ragged, {len(contexts)} requests"
+    row: Row = {"geometry": geometry, "shape": shape, "bytes": read, "floor_us": round(read / copy * 1e6, 1)}
+    row["taken"] = read >= configs.HOPPER_BYTES
+    return row | {name: round(value, 2) for name, value in measured.items()}
 
 
 def measure_shared(name: str, geometry: str, copy: float) -> Row:
@@ -623,6 +682,30 @@ def shared_decode(geometry: Annotated[str, typer.Option()] = "Llama-3-8B") -> No
     summary = {row["case"]: row["fa3_page1"] / row["ours"] for row in rows}
     summary["grouping_us_256"] = grouping.step_us(256)
     results.write("shared_decode", summary, rows)
+    console.print(summary)
+
+
+@app.command()
+def plain_decode(geometries: Geometries = ALL) -> None:
+    """One new token each, nothing shared: where the kernel of shared decode is taken nevertheless. Writes
+    plain_decode.json."""
+    rate, rows = rates(), []
+    for geometry in geometries.split(","):
+        for contexts in PLAIN:
+            if sum(contexts) > TOKENS_IN_ALL:
+                continue
+            rows.append(measure_plain(contexts, geometry, rate[1]))
+            console.print(rows[-1])
+            torch.cuda.empty_cache()
+    taken, left = ([row for row in rows if row["taken"] is yes] for yes in (True, False))
+    summary: dict[str, float] = {}
+    for name, some in (("taken", taken), ("left", left)):
+        for other in ("fa3_slots", "fa3_page1"):
+            ratios = over(some, other)
+            if ratios:
+                summary[f"{name}_vs_{other}_geomean"] = statistics.geometric_mean(ratios)
+                summary[f"{name}_vs_{other}_min"] = min(ratios)
+    results.write("plain_decode", summary, rows)
     console.print(summary)
 
 

@@ -127,6 +127,24 @@ def shared_decode(record: Record) -> str:
     return "\n".join([*lines, "", end, source(record)])
 
 
+def plain_decode(record: Record) -> str:
+    """Decode of batches that share nothing: the geometric mean over the geometries, where our kernel is taken and where
+    it is not."""
+    head = ["decode, nothing shared", "batches", "x FlashAttention-3, this layout", "at worst"]
+    head += ["x FlashAttention-3, its own", "at worst"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    summary = record["summary"]
+    for name, text in (("taken", "32 MB a layer and more: ours"), ("left", "less: FlashAttention-3's")):
+        count = sum(row["taken"] is (name == "taken") for row in record["rows"])
+        ratios = (
+            summary.get(f"{name}_vs_{other}_{what}", 0.0)
+            for other in ("fa3_slots", "fa3_page1")
+            for what in ("geomean", "min")
+        )
+        lines.append(f"| {text} | {count} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    return "\n".join([*lines, "", source(record)])
+
+
 def prefix(record: Record) -> str:
     """The prefix-caching suite."""
     lines = [
@@ -206,6 +224,7 @@ TABLES = {
     "prefill": prefill,
     "decode": decode,
     "shared_decode": shared_decode,
+    "plain_decode": plain_decode,
     "memory": memory,
 }
 
