@@ -8,7 +8,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
-BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py)
+BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py shared_decode.py)
 
 .PHONY: demo test test-e2e test-core test-behind-core test-gpu lint bench lock setup clean
 

@@ -5,11 +5,13 @@
 
 Parts, each of which runs by itself and is merged into memory.json:
 
-    held       device memory over time, SGLang as it ships and ours; what ours holds over what its tokens take, in the
-               64 conversations and, with --trace FILE, in the prefix suite's slice of a trace
+    held       device memory over time, SGLang as it ships and ours
+    live       what ours holds over what its tokens take, in 64 conversations and, with --trace FILE, in the prefix
+               suite's slice of a trace
     returned   what a burst freed, 5 s after it; prefixes are given up after a second here, so that it frees anything
     backed     throughput, and times to the first token after a trim, beside the same server with everything backed
-    two        two servers on one GPU, peaks taking turns; and the same pair of SGLang as it ships
+    two        two servers on one GPU, peaks taking turns
+    pair       the same pair of SGLang as it ships
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from benchmarks.prefix import row as latencies
 from benchmarks.serving import CONTESTANTS, server
 
 console = Console(width=150)
-PARTS = ("held", "returned", "backed", "two")
+PARTS = ("held", "live", "returned", "backed", "two", "pair")
 HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "fa3": ["--attention-backend", "torch_native"]}
 SAMPLE_SECONDS = 0.1
 #: After this long what a burst freed is to be back.
@@ -73,11 +75,6 @@ class Meter:
         end = next((at for at, _ in self.phases if at > start), float("inf"))
         return max(value for at, value in self.points if start <= at <= end)
 
-    @property
-    def highest(self) -> float:
-        """The highest value of all; 0 where there is none."""
-        return max((value for _, value in self.points), default=0.0)
-
     def __enter__(self) -> Meter:
         self._thread.start()
         return self
@@ -111,20 +108,33 @@ def device_bytes() -> tuple[Callable[[], float], float]:
     return lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used), float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
 
 
-def over_live(url: str) -> Callable[[], float | None]:
-    """How to read what a server holds over what its tokens and its reserve take."""
+#: What is noted of the server at the moment when it held the most.
+OF_WORST = ("requests", "tree_tokens", "live_tokens", "kept_tokens", "pages_backed", "pages_owned", "pages_kept")
 
-    def read() -> float | None:
+
+class OverLive:
+    """Reads what a server holds over what its tokens and its reserve take; remembers when that was the most."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.most = 0.0
+        self.worst: dict[str, float] = {}
+
+    def __call__(self) -> float | None:
+        """None while nothing runs."""
         with contextlib.suppress(requests.RequestException, KeyError):
-            rank = requests.get(f"{url}/server_info", timeout=10).json()["internal_states"][0]["vtensor"]
+            rank = requests.get(f"{self.url}/server_info", timeout=10).json()["internal_states"][0]["vtensor"]
             tokens = rank["tree_tokens"] + rank["live_tokens"] + rank["kept_tokens"]
             # The padding page is always there.
             needed = tokens * rank["token_bytes"] + rank["reserve_bytes"] + rank["page_bytes"]
             if rank["requests"]:
-                return float(rank["backed_bytes"] / needed)
+                ratio = float(rank["backed_bytes"] / needed)
+                if ratio > self.most:
+                    self.most = ratio
+                    self.worst = {key: rank[key] for key in OF_WORST}
+                    self.worst["reserve_pages"] = rank["reserve_bytes"] // rank["page_bytes"]
+                return ratio
         return None
-
-    return read
 
 
 class Bench:
@@ -179,19 +189,25 @@ class Bench:
                 meter.phase("one conversation")
                 self.drive(client, 1, seed=1)
                 meter.phase(f"{self.many} conversations")
-                with Meter(over_live(client.url)) as chats:
-                    self.drive(client, self.many, seed=2)
+                self.drive(client, self.many, seed=2)
                 meter.phase("after")
                 time.sleep(RETURN_SECONDS)
                 used = {phase: meter.worst(phase) for _, phase in meter.phases[:3]} | {"after": self.used()}
-                points = [[at, round(value / (1 << 20))] for at, value in meter.points]
-                live = {"chat": chats.highest}
-                if name != "fa3" and self.trace:
-                    with Meter(over_live(client.url)) as replayed:
-                        client.drive(self.trace, seed=3)
-                    live["trace"] = replayed.highest
-            extra = {"over_live": live} if name != "fa3" else {}
-            self.note("held", name, used=used, phases=meter.phases, points=points, **extra)
+            points = [[at, round(value / (1 << 20))] for at, value in meter.points]
+            self.note("held", name, used=used, phases=meter.phases, points=points)
+
+    def live(self) -> None:
+        with self.server("vtensor") as client:
+            self.drive(client, self.many, seed=0)
+            drives = {"chat": self.burst(self.many)} | ({"trace": self.trace} if self.trace else {})
+            for kind, workload in drives.items():
+                client.flush()
+                time.sleep(RETURN_SECONDS)
+                with Meter(read := OverLive(client.url)) as meter:
+                    client.drive(workload, seed=1)
+                values = [value for _, value in meter.points]
+                middle = statistics.median(values) if values else 0.0
+                self.note("live", kind, over_live=read.most, median=middle, samples=len(values), worst=read.worst)
 
     def returned(self) -> None:
         options = ("--vtensor-cache-idle-seconds", "1", "--vtensor-idle-seconds", "1")
@@ -252,6 +268,8 @@ class Bench:
                     measured = self.drive(client, self.many, seed=20 + turn)
                     held = [one.stats()["backed_bytes"] for one in (first, second)]
                     self.note("two", "vtensor beside another", turn=turn, backed_bytes=held, **measured)
+
+    def pair(self) -> None:
         with self.server("fa3", log="fa3 first"):
             try:
                 with self.server("fa3", log="fa3 second"):
@@ -259,7 +277,7 @@ class Bench:
             except RuntimeError as error:
                 lines = [line for line in str(error).splitlines() if "memory" in line.lower()]
                 said = lines[-1].strip() if lines else "did not start"
-            self.note("two", "a second server of SGLang as it ships", said=said)
+            self.note("pair", "a second server of SGLang as it ships", said=said)
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -270,7 +288,9 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         for phase, name in (("idle", "freed_share_idle"), ("one conversation", "freed_share_one")):
             freed = held["fa3"]["used"][phase] - held["vtensor"]["used"][phase]
             summary[name] = freed / held["vtensor"]["device_bytes"]
-        summary["bytes_over_live_worst"] = max(held["vtensor"]["over_live"].values())
+    live = [row["over_live"] for row in rows if row["part"] == "live"]
+    if live:
+        summary["bytes_over_live_worst"] = max(live)
     for row in rows:
         if row["part"] == "returned":
             summary["returned_share_5s"] = row["share"]
@@ -299,13 +319,13 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(
     parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
     quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
-    trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace, for the part held.")] = None,
+    trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace, for the part live.")] = None,
     speed: Annotated[float, typer.Option(help="How much faster than recorded the trace is replayed.")] = 8.0,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure, print, and merge into memory.json."""
     # Two servers on the host would each have the machine to itself.
-    chosen = parts.split(",") if parts else [part for part in PARTS if not (quick and part == "two")]
+    chosen = parts.split(",") if parts else [part for part in PARTS if not (quick and part in ("two", "pair"))]
     if unknown := set(chosen) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as folder:
