@@ -634,6 +634,19 @@ class PlainCase(Paged):
         )
 
 
+def summarize_plain(rows: list[Row]) -> dict[str, float]:
+    """Over FlashAttention-3's times, where our kernel is taken, and where it is left."""
+    summary: dict[str, float] = {}
+    for name, taken in (("taken", True), ("left", False)):
+        for other in ("fa3_slots", "fa3_page1"):
+            ratios = over([row for row in rows if row["taken"] is taken], other)
+            if ratios:
+                summary[f"{name}_vs_{other}_geomean"] = statistics.geometric_mean(ratios)
+                summary[f"{name}_vs_{other}_min"] = min(ratios)
+                summary[f"{name}_vs_{other}_max"] = max(ratios)
+    return summary
+
+
 def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
     """A batch that shares nothing: a row. `copy` is the rate of a copy, in bytes a second."""
     case = PlainCase(contexts, geometry)
@@ -646,7 +659,8 @@ def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
     read = sum(contexts) * case.token_bytes
     shape = f"{len(contexts)} x {contexts[0]}" if len(set(contexts)) == 1 else f"ragged, {len(contexts)} requests"
     row: Row = {"geometry": geometry, "shape": shape, "bytes": read, "floor_us": round(read / copy * 1e6, 1)}
-    row["taken"] = read >= configs.HOPPER_BYTES
+    group = case.q_heads // case.kv_heads
+    row["taken"] = configs.shared_decode_pays(len(contexts), sum(contexts), 0, 0, group, case.token_bytes, 90)
     return row | {name: round(value, 2) for name, value in measured.items()}
 
 
@@ -697,14 +711,7 @@ def plain_decode(geometries: Geometries = ALL) -> None:
             rows.append(measure_plain(contexts, geometry, rate[1]))
             console.print(rows[-1])
             torch.cuda.empty_cache()
-    taken, left = ([row for row in rows if row["taken"] is yes] for yes in (True, False))
-    summary: dict[str, float] = {}
-    for name, some in (("taken", taken), ("left", left)):
-        for other in ("fa3_slots", "fa3_page1"):
-            ratios = over(some, other)
-            if ratios:
-                summary[f"{name}_vs_{other}_geomean"] = statistics.geometric_mean(ratios)
-                summary[f"{name}_vs_{other}_min"] = min(ratios)
+    summary = summarize_plain(rows)
     results.write("plain_decode", summary, rows)
     console.print(summary)
 

@@ -276,7 +276,8 @@ class Bench:
                     said = "started"
             except RuntimeError as error:
                 lines = [line for line in str(error).splitlines() if "memory" in line.lower()]
-                said = lines[-1].strip() if lines else "did not start"
+                # What it tried, and what there was; what follows is advice.
+                said = ". ".join(lines[-1].strip().split(". ")[:3]) if lines else "did not start"
             self.note("pair", "a second server of SGLang as it ships", said=said)
 
 

@@ -26,9 +26,10 @@ UNEVEN = 1.3
 #: again where all its requests do, as they come from the cache in part; a query head's work with one key; and what it
 #: loses with all that a batch reads. And bytes that are read while its further kernels start.
 SHARED_AGAIN, SHARED_COMPUTE, SHARED_MARGIN, SHARED_OVERHEAD_BYTES = 0.6, 0.01, 0.03, 16 << 20
-#: On an H200, from so many bytes a layer on, it is as fast as FlashAttention-3 over the same layout even where nothing
-#: is shared: 0.975 to 1.13 times, over five geometries.
-HOPPER_BYTES = 32 << 20
+#: On an H200, for so many requests or more, and from so many bytes a layer on, it is as fast as FlashAttention-3 over
+#: the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single long request is not
+#: always: few programs merge what many have read. Between one and 8 requests was not measured.
+HOPPER_REQUESTS, HOPPER_BYTES = 8, 32 << 20
 
 
 @functools.cache
@@ -102,14 +103,17 @@ def decode(rows: int, head_dim: int, capability: int) -> Config:
     return Config(block_m, 32 if head_dim > 128 else 64, 4, 3, capability >= 90, 2)
 
 
-def shared_decode_pays(tokens: int, shared: int, saved: int, group: int, token_bytes: int, capability: int = 0) -> bool:
-    """Whether shared decode is faster for a batch of `tokens` tokens in all, of which `shared` are read by several
-    requests, and `saved` read again by others where each reads its own. A token takes `token_bytes` in a layer.
+def shared_decode_pays(
+    requests: int, tokens: int, shared: int, saved: int, group: int, token_bytes: int, capability: int = 0
+) -> bool:
+    """Whether shared decode is faster for a batch of so many requests with `tokens` tokens in all, of which `shared`
+    are read by several requests, and `saved` read again by others where each reads its own. A token takes `token_bytes`
+    in a layer.
 
     Counted in tokens read from memory. Each on its own, requests that share a run read it at about the same time, so
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
-    if capability == 90 and tokens * token_bytes >= HOPPER_BYTES:
+    if capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
         return True
     read = shared + saved
     once = shared + SHARED_COMPUTE * group * read + SHARED_OVERHEAD_BYTES / token_bytes + SHARED_MARGIN * tokens

@@ -40,7 +40,13 @@ class BatchSharing:
             self._follow(slots)
         sharing = self.sharing
         self.pays = shared_decode_pays(
-            tokens, sharing.shared_tokens, sharing.saved_tokens, self.group, self.token_bytes, self.capability
+            len(slots),
+            tokens,
+            sharing.shared_tokens,
+            sharing.saved_tokens,
+            self.group,
+            self.token_bytes,
+            self.capability,
         )
         self.seconds += time.perf_counter() - start
 

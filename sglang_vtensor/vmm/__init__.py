@@ -10,7 +10,8 @@ __all__ = ["Handle", "OutOfMemory", "Unsupported", "VMMError", "VirtualMemory", 
 
 
 def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory:
-    """The virtual memory of a torch device: `"cpu"` or `"cuda[:index]"`.
+    """The virtual memory of a torch device: `"cpu"`, `"cuda:N"`, or `"cuda"`, which is torch's current one in this
+    thread: of several ranks each has its own.
 
     `capacity_bytes` bounds what `create` hands out on the host; on a GPU the device itself is the bound.
     Raises `Unsupported` where the device has no virtual memory management, or is of another kind.
@@ -23,14 +24,15 @@ def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory
     if kind == "cuda":
         from sglang_vtensor.vmm.cuda import CudaVirtualMemory
 
-        return CudaVirtualMemory(int(index or 0))
+        return CudaVirtualMemory(int(index) if index else None)
     raise Unsupported("open_vmm", f"device {device!r} has no virtual memory here; use 'cuda', 'cuda:N' or 'cpu'")
 
 
 def page_units(device: str) -> tuple[int, int]:
     """What pages on a torch device are multiples of: the granularity in bytes, and the kernels' tile in tokens.
 
-    Opens nothing: on a GPU no context is made, so that a process may ask that is not to hold device memory.
+    Opens nothing: on a GPU no context is made, so that a process may ask that is not to hold device memory. `"cuda"` is
+    the first one here: the GPUs that serve one model are of one kind.
     Raises `Unsupported` as `open_vmm` does.
     """
     kind, _, index = device.partition(":")

@@ -44,13 +44,15 @@ def granularity_of(index: int) -> int:
 
 
 class CudaVirtualMemory(VirtualMemory):
-    """Pages of one GPU, local to this process."""
+    """Pages of one GPU (None: torch's current one), local to this process."""
 
     tile_tokens = TILE_TOKENS
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int | None) -> None:
         if not torch.cuda.is_available():
             raise Unsupported("cuInit", "no NVIDIA GPU is visible to PyTorch; the host backend runs without one")
+        if index is None:
+            index = torch.cuda.current_device()
         self.granularity = granularity_of(index)
         self._driver = driver = _driver()
         self.device = torch.device("cuda", index)

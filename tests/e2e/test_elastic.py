@@ -147,7 +147,7 @@ def test_sleep_lets_what_runs_end_and_what_arrives_wait(pair):
     later = [Request(f"w{n}", prompt(40 * S), 10 * S) for n in range(4)]
     expected = reference.run([first, *([[]] * 4), later])
     seen = Do(asleep)
-    got = ours.run([first, *([[]] * 5), [SLEEP], *([[]] * 3), later, *([[]] * 60), [seen], [WAKE]])
+    got = ours.run([first, *([[]] * 5), [SLEEP], *([[]] * 3), later, *([[]] * 60 * S), [seen], [WAKE]])
     same(expected, got)
     assert all(got[f"r{n}"].retractions == 0 for n in range(4))
     ours.check()

@@ -114,11 +114,12 @@ def test_joining_and_leaving_touches_what_has_changed():
 def test_what_pays(requests, of_all, own, pays):
     """With 4 query heads a KV head and 4 KiB a token, as Llama-3-8B has in a layer."""
     tokens, saved = requests * (of_all + own), max(0, requests - 1) * of_all
-    assert shared_decode_pays(tokens, of_all, saved, group=4, token_bytes=4096) is pays
+    assert shared_decode_pays(requests, tokens, of_all, saved, group=4, token_bytes=4096) is pays
 
 
 def test_what_pays_on_hopper_though_nothing_is_shared():
     plain = {"shared": 0, "saved": 0, "group": 4, "token_bytes": 4096}
-    assert shared_decode_pays(64 * 1280, **plain, capability=90)
-    assert not shared_decode_pays(8 * 300, **plain, capability=90), "measured: 14 microseconds for 11"
-    assert not shared_decode_pays(64 * 1280, **plain, capability=80), "not measured"
+    assert shared_decode_pays(64, 64 * 1280, **plain, capability=90)
+    assert not shared_decode_pays(8, 8 * 300, **plain, capability=90), "measured: 14 microseconds for 12"
+    assert not shared_decode_pays(1, 32768, **plain, capability=90), "with 4 KV heads: 39 for 31"
+    assert not shared_decode_pays(64, 64 * 1280, **plain, capability=80), "not measured"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_vtensor.vmm import OutOfMemory, Unsupported, VMMError, open_vmm
+from sglang_vtensor.vmm import OutOfMemory, Unsupported, VMMError, cuda, open_vmm
 from sglang_vtensor.vmm.cuda import _from_dlpack
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
@@ -152,3 +152,17 @@ def test_two_threads_never_get_the_same_page(vmm):
         vmm.release(handle)
     assert vmm.created_bytes == 0
     assert os.fstat(vmm._fd).st_blocks == 0
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:0", 0), ("cuda:2", 2)])
+def test_cuda_without_a_number_is_the_gpu_of_the_rank(monkeypatch, device, index):
+    """SGLang names no number: each rank has made its GPU the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def stop(asked):
+        raise Unsupported("cuDeviceGet", f"GPU {asked} was asked for")
+
+    monkeypatch.setattr(cuda, "granularity_of", stop)
+    with pytest.raises(Unsupported, match=f"GPU {index} was asked for"):
+        open_vmm(device)
