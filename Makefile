@@ -5,10 +5,13 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# Bytecode is kept, also where the environment says otherwise: each process that a test starts would compile SGLang and
+# what it imports anew, for 20 s.
+unexport PYTHONDONTWRITEBYTECODE
 SETUP := .venv/.setup-done
 
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
-BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py shared_decode.py)
+BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py ranks.py)
 
 .PHONY: demo test test-e2e test-core test-behind-core test-gpu lint bench lock setup clean
 

@@ -1,0 +1,71 @@
+"""A server of two ranks on the host backend: they schedule alike, whatever is asked of them, and answer as one rank of
+SGLang without the plugin does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import pytest
+
+from benchmarks.serving import server
+from sglang_vtensor.server_client import ask as ask_for
+from sglang_vtensor.server_client import server_stats
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.harness import Request
+from tests.over_http import conversation
+
+
+@pytest.fixture
+def two_ranks(models, tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    arguments = ["--kv-backend", "vtensor", "--tp", "2", "--disable-custom-all-reduce"]
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # one node has both ranks
+            environment.setenv("SGLANG_NCCL_SO_PATH", "none")  # SGLang would take NCCL for the host's tensors
+            environment.setenv("TORCHDYNAMO_DISABLE", "1")  # a minute of compiling
+            started = server("vtensor", models["gqa"], tmp_path / "ranks.log", arguments=arguments, host=True)
+            url, _ = running.enter_context(started)
+        yield url
+
+
+def test_two_ranks_answer_as_one_does(two_ranks, schedulers):
+    reference = schedulers()
+    prompt = Prompts(31)
+    system = prompt(90)
+    turns = [[system + prompt(10 + 9 * n) for n in range(5)]] + [[prompt(12 + n) for n in range(5)] for _ in range(2)]
+    expected, histories = [], [[] for _ in turns[0]]
+    for number, turn in enumerate(turns):
+        histories = [history + said for history, said in zip(histories, turn, strict=True)]
+        asked = [Request(f"t{number}c{n}", tokens, 20) for n, tokens in enumerate(histories)]
+        expected.append(reference.generate(*asked))
+        histories = [history + one.tokens for history, one in zip(histories, expected[-1], strict=True)]
+
+    def compare(what):
+        got = conversation(two_ranks, turns, expected, new=20)
+        for number, (theirs, mine) in enumerate(zip(expected, got, strict=True)):
+            for n, (one, other) in enumerate(zip(theirs, mine, strict=True)):
+                assert_same(one, other, tie=TIE["float32"], what=f"{what}, turn {number}, conversation {n}")
+
+    compare("at first")
+    (stats,) = server_stats(two_ranks)
+    assert stats["adoptions"] > 0
+    assert stats["tree_tokens"] >= sum(map(len, histories)) - 4 * len(system) - 20 * len(histories)
+
+    # Less than all of them need at once: what does not fit waits, on both ranks alike.
+    ask_for(two_ranks, "limit", {"limit": 24 * stats["page_bytes"]})
+    compare("with a limit")
+    (stats,) = server_stats(two_ranks)
+    assert stats["backed_bytes"] <= 24 * stats["page_bytes"]
+
+    ask_for(two_ranks, "sleep")
+    until = time.monotonic() + 20
+    while server_stats(two_ranks)[0]["pages_backed"] > 1 and time.monotonic() < until:
+        time.sleep(0.1)
+    (stats,) = server_stats(two_ranks)
+    assert (stats["pages_backed"], stats["sleeping"]) == (1, 1)
+    ask_for(two_ranks, "wake")
+    ask_for(two_ranks, "limit", {"limit": (stats["pages_capacity"] + 1) * stats["page_bytes"]})
+    compare("awake again")
