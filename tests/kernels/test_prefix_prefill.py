@@ -133,6 +133,8 @@ def test_every_key_of_every_row_is_planned_once(lengths, group, kv_heads, slots,
 def test_a_program_goes_through_a_list(config, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 3)
     new, contexts = [300, 1, 70, 129], [300, 2000, 1000, 900]
+    if DEVICE == "cpu":  # interpreted
+        new, contexts = [150, 1, 35, 65], [150, 1000, 500, 450]
     batch = Batch.random(new, contexts, q_heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, seed=12)
     out, lse, plan = run(batch, config=config)
     assert plan.work.shape[0] * 2 > 3 * 3
