@@ -12,9 +12,9 @@ import pytest
 from benchmarks.serving import server
 from sglang_vtensor.server_client import ask as ask_for
 from sglang_vtensor.server_client import server_stats
-from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.conversations import asking, assert_same_answers, conversation
+from tests.e2e.compare import TIE, Prompts
 from tests.harness import Request
-from tests.over_http import conversation
 
 
 @pytest.fixture
@@ -36,23 +36,22 @@ def test_two_ranks_answer_as_one_does(two_ranks, schedulers):
     prompt = Prompts(31)
     system = prompt(90)
     turns = [[system + prompt(10 + 9 * n) for n in range(5)]] + [[prompt(12 + n) for n in range(5)] for _ in range(2)]
-    expected, histories = [], [[] for _ in turns[0]]
-    for number, turn in enumerate(turns):
-        histories = [history + said for history, said in zip(histories, turn, strict=True)]
-        asked = [Request(f"t{number}c{n}", tokens, 20) for n, tokens in enumerate(histories)]
-        expected.append(reference.generate(*asked))
-        histories = [history + one.tokens for history, one in zip(histories, expected[-1], strict=True)]
+    new = 20
+
+    def one_rank(prompts):
+        return reference.generate(*[Request(f"p{n}", prompt, new) for n, prompt in enumerate(prompts)])
+
+    expected = conversation(one_rank, turns)
 
     def compare(what):
-        got = conversation(two_ranks, turns, expected, new=20)
-        for number, (theirs, mine) in enumerate(zip(expected, got, strict=True)):
-            for n, (one, other) in enumerate(zip(theirs, mine, strict=True)):
-                assert_same(one, other, tie=TIE["float32"], what=f"{what}, turn {number}, conversation {n}")
+        got = conversation(asking(two_ranks, new), turns, expected)
+        assert_same_answers(expected, got, tie=TIE["float32"], what=f"{what},")
 
     compare("at first")
     (stats,) = server_stats(two_ranks)
     assert stats["adoptions"] > 0
-    assert stats["tree_tokens"] >= sum(map(len, histories)) - 4 * len(system) - 20 * len(histories)
+    said = sum(len(tokens) + new for turn in turns for tokens in turn)
+    assert stats["tree_tokens"] >= said - 4 * len(system) - new * len(turns[0])
 
     # Less than all of them need at once: what does not fit waits, on both ranks alike.
     ask_for(two_ranks, "limit", {"limit": 24 * stats["page_bytes"]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from benchmarks.serving import server
 from sglang_vtensor.server_client import server_stats
-from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.over_http import conversation
+from tests.conversations import asking, assert_same_answers, conversation
+from tests.e2e.compare import TIE, Prompts
 
 COMMON = ["--tp", "2", "--load-format", "auto", "--mem-fraction-static", "0.3", "--cuda-graph-max-bs-decode", "16"]
 COMMON += ["--disable-custom-all-reduce"]  # whether the GPUs reach each other directly is not what is tested
@@ -20,15 +20,13 @@ def test_two_ranks_answer_as_sglang_does(models, tmp_path):
         url,
         _,
     ):
-        expected = conversation(url, turns)
+        expected = conversation(asking(url, 40), turns)
     with server("vtensor", models["gqa"], tmp_path / "ours.log", arguments=["--kv-backend", "vtensor", *COMMON]) as (
         url,
         _,
     ):
-        got = conversation(url, turns, expected)
+        got = conversation(asking(url, 40), turns, expected)
         (stats,) = server_stats(url)
-    for number, (theirs, mine) in enumerate(zip(expected, got, strict=True)):
-        for n, (one, other) in enumerate(zip(theirs, mine, strict=True)):
-            assert_same(one, other, tie=TIE["bfloat16"], what=f"turn {number}, conversation {n}")
+    assert_same_answers(expected, got, tie=TIE["bfloat16"])
     assert all(answer.cached >= 700 for turn in got[1:] for answer in turn)
     assert stats["adoptions"] > 0
