@@ -179,9 +179,13 @@ def ours(case: Case, decode: bool, **options: Any) -> Call:
 
 def fa3(case: Case | Paged, page: int) -> Call:
     """FlashAttention-3 as SGLang calls it, on pages of that size."""
+    return fa3_on(case, *case.paged(page))
+
+
+def fa3_on(case: Case | Paged, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Call:
+    """FlashAttention-3 on K and V `(layers, pages, page, kv_heads, dim)`, by a page table."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    k, v, table = case.paged(page)
     longest = max(case.new)
     return lambda layer: flash_attn_with_kvcache(
         q=case.q,
@@ -370,13 +374,13 @@ def rates() -> tuple[float, float]:
     return 2 * 8192**3 / matmul * 1e6, 2 * x.nbytes / copy * 1e6
 
 
-def agree(case: Case, calls: dict[str, Call]) -> None:
-    """Raise `AssertionError` if the contestants do not compute the same thing."""
+def agree(what: str, calls: dict[str, Call]) -> None:
+    """Raise `AssertionError` if the contestants do not compute the same thing as the first of them."""
     outs = {name: call(0).float() for name, call in calls.items()}
     base = next(iter(outs.values()))
     for name, out in outs.items():
         error = float((out.view_as(base) - base).norm() / base.norm())
-        assert error < 2e-2, f"{case.geometry} {case.label()}: {name} differs by {error:.3g}"
+        assert error < 2e-2, f"{what}: {name} differs by {error:.3g}"
 
 
 def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, rate: tuple[float, float]) -> list[Row]:
@@ -390,7 +394,8 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
         floor = max(case.operations() / matmul, case.bytes() / copy) * 1e6
         row: Row = {"geometry": geometry, "shape": case.label(), "floor_us": round(floor, 1)}
         first: dict[str, Call] = {"ours": ours(case, decode), "fa3_segments": fa3_segments(case)}
-        agree(case, first)
+        what = f"{geometry} {case.label()}"
+        agree(what, first)
         graphs = {name: graph(call, case.rotation) for name, call in first.items()}
         for page in (1, 64, 128):
             paged = {f"fa3_page{page}": fa3(case, page)}
@@ -400,7 +405,7 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
                 paged["flashinfer_paged"] = flashinfer(case, decode)
                 if not decode:
                     paged["flashinfer_ragged"] = flashinfer(case, decode, ragged=True)
-            agree(case, {"ours": first["ours"]} | paged)
+            agree(what, {"ours": first["ours"]} | paged)
             graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
         measured = times(graphs, case.rotation)
         row |= {name: round(value, 2) for name, value in measured.items()}
@@ -578,7 +583,12 @@ class Paged:
     def paged(self, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As of `Case`, for pages of one token."""
         assert page == 1
-        k, v = (self.pool[:, :, part].transpose(0, 1).contiguous().unsqueeze(2) for part in (0, 1))
+        k, v, table = self.slots()
+        return k.contiguous(), v.contiguous(), table
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same where it lies in our pool, at a stride: what SGLang's backend decodes there."""
+        k, v = (self.pool[:, :, part].transpose(0, 1).unsqueeze(2) for part in (0, 1))
         return k, v, self.table
 
 
@@ -611,27 +621,11 @@ class PlainCase(Paged):
         for context in contexts:
             starts.append(starts[-1] + -(-context // PAGE) * PAGE)
         slots = torch.zeros(len(contexts), max(contexts), dtype=torch.int32, device="cuda")
-        for request, (start, context) in enumerate(zip(starts, contexts, strict=False)):
+        for request, (start, context) in enumerate(zip(starts[:-1], contexts, strict=True)):
             slots[request, :context] = torch.arange(start, start + context, device="cuda")
         super().__init__(geometry, contexts, slots, starts[-1])
         for request in range(self.requests):
             self.sharing.join(request, [])
-
-    def by_slot(self) -> Call:
-        """FlashAttention-3 over our pool, as SGLang's backend decodes there: pages of one token, at a stride."""
-        from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-        return lambda layer: flash_attn_with_kvcache(
-            q=self.q,
-            k_cache=self.pool[:, layer, 0].unsqueeze(1),
-            v_cache=self.pool[:, layer, 1].unsqueeze(1),
-            page_table=self.table,
-            cache_seqlens=self.context_lens,
-            cu_seqlens_q=self.starts,
-            max_seqlen_q=1,
-            softmax_scale=self.scale,
-            causal=True,
-        )
 
 
 def summarize_plain(rows: list[Row]) -> dict[str, float]:
@@ -650,17 +644,14 @@ def summarize_plain(rows: list[Row]) -> dict[str, float]:
 def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
     """A batch that shares nothing: a row. `copy` is the rate of a copy, in bytes a second."""
     case = PlainCase(contexts, geometry)
-    calls = {"ours": case.ours(case.decoder()), "fa3_slots": case.by_slot(), "fa3_page1": fa3(case, 1)}
-    expected = calls["fa3_page1"](0).float()
-    for name in ("ours", "fa3_slots"):
-        error = float((calls[name](0).float() - expected).norm() / expected.norm())
-        assert error < 2e-2, f"{geometry}, {len(contexts)} requests: {name} differs by {error:.3g}"
+    calls = {"fa3_page1": fa3(case, 1), "fa3_slots": fa3_on(case, *case.slots()), "ours": case.ours(case.decoder())}
+    agree(f"{geometry}, {len(contexts)} requests", calls)
     measured = times({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
     read = sum(contexts) * case.token_bytes
     shape = f"{len(contexts)} x {contexts[0]}" if len(set(contexts)) == 1 else f"ragged, {len(contexts)} requests"
     row: Row = {"geometry": geometry, "shape": shape, "bytes": read, "floor_us": round(read / copy * 1e6, 1)}
-    group = case.q_heads // case.kv_heads
-    row["taken"] = configs.shared_decode_pays(len(contexts), sum(contexts), 0, 0, group, case.token_bytes, 90)
+    group, capability = case.q_heads // case.kv_heads, configs.capability("cuda")
+    row["taken"] = configs.shared_decode_pays(len(contexts), sum(contexts), 0, 0, group, case.token_bytes, capability)
     return row | {name: round(value, 2) for name, value in measured.items()}
 
 
@@ -674,10 +665,8 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
         decoder.plan(case.each, case.context_lens)
         return case.q
 
-    calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_page1": fa3(case, 1)}
-    expected = calls["fa3_page1"](0).float()
-    error = float((calls["ours"](0).float() - expected).norm() / expected.norm())
-    assert error < 2e-2, f"{name}: ours differs by {error:.3g}"
+    calls: dict[str, Call] = {"fa3_page1": fa3(case, 1), "ours": case.ours(decoder)}
+    agree(name, calls)
     measured = times({contestant: graph(call, case.rotation) for contestant, call in calls.items()}, case.rotation)
     planning = times({"plan": graph(plan, case.rotation)}, case.rotation)["plan"]
     row: Row = {"case": name, "requests": case.requests, "context": case.context, "plan_us": round(planning, 2)}
