@@ -16,8 +16,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 
@@ -28,12 +29,17 @@ from sglang_vtensor.vmm import VirtualMemory, VMMError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: After the driver refused, it is left alone for this long.
 RETRY_SECONDS = 1.0
 #: Whether the device is short for others is asked so often, by the worker.
 LOOK_SECONDS = 1.0
 #: That the driver refuses is said again only after this long: beside another process it may refuse many times a second.
 WARN_SECONDS = 60.0
+#: So long the scheduling thread waits, at most, for what the worker has in hand: a call of the driver takes
+#: microseconds.
+PATIENCE_SECONDS = 10.0
 #: How long a thread with nothing to do leaves the interpreter to the worker at a time: what a request that arrives just
 #: then waits.
 GIVE_WAY_SECONDS = 0.001
@@ -55,6 +61,7 @@ class Stats:
     pages_backed: int
     pages_free: int
     pages_kept: int
+    pages_stuck: int
     pages_owned: int
     backed_bytes: int
     owned_bytes: int
@@ -82,6 +89,7 @@ class Stats:
     fresh_segments: int
     swaps: int
     shortages: int
+    worker_failures: int
     scheduling_seconds: float
     worker_seconds: float
 
@@ -162,6 +170,7 @@ class KVMemory:
         self.prefix_maps = 0
         self.prefix_maps_on_continue = 0
         self.shortages = 0
+        self.worker_failures = 0
         self.retry_seconds = RETRY_SECONDS
         self.scheduling_seconds = 0.0
         self.worker_seconds = 0.0
@@ -173,6 +182,8 @@ class KVMemory:
         self._warn_at = 0.0
         self._look_at = 0.0
         self._device_low = False
+        self._again_at = 0.0  # what the driver did not unmap or release is left alone until then
+        self._took_at = 0.0  # when the worker last took something in hand
         self._wake = threading.Event()
         self._turn = threading.Lock()  # held while the worker does one thing
         self._paused = False
@@ -181,8 +192,7 @@ class KVMemory:
         self._closing = False
         self._thread: threading.Thread | None = None
         if worker:
-            self._thread = threading.Thread(target=self._work, name="vtensor-mapping", daemon=True)
-            self._thread.start()
+            self._start_worker()
             # It is a daemon: it would go on calling the driver while the process takes that down.
             atexit.register(self._stop_worker)
 
@@ -202,7 +212,7 @@ class KVMemory:
 
     def missing_pages(self) -> int:
         """How many of `available_pages` are not to be had now: beyond the allowance, or refused by the driver."""
-        refused = self.pages.available() - self.pages.free_backed if self.short else 0
+        refused = self.pages.available() - self.pages.free_backed if self.short else self.pages.stuck
         return max(self.pages.limit - self.allowance, refused, 0)
 
     def allow(self, pages: int) -> int:
@@ -222,7 +232,7 @@ class KVMemory:
         with self._timed():
             self.pages.forget_tails(max(0, self.allowance - self.pages.owned))
         if self._over():
-            self._wake.set()
+            self._wake_worker()
         return max(0, -self.room())
 
     def owes(self) -> int:
@@ -235,25 +245,44 @@ class KVMemory:
 
     def allocate(self, count: int, *, growing: bool = False) -> list[int] | None:
         """`count` pages, or None where the limit or the device has no room for all of them. `growing` is for what runs
-        already: the allowance does not hold it up, so that it comes to its end."""
+        already: the allowance does not hold it up, so that it comes to its end.
+
+        Kept pages that the limit has no room for beside them are forgotten, also where the driver then refuses: so it
+        depends on `count` alone, and ranks stay alike.
+        """
         if not count:
             return []
         with self._timed():
             if count > self.room(growing=growing):
                 return None
+            self.pages.make_room(count)
             pages = self._allocate(count)
-            while pages is None and self.pages.moving and count <= self.pages.available():
-                self._settled.wait()
+            while pages is None and self.pages.moving and self._wait_for_worker():
                 pages = self._allocate(count)
             self._used_at = time.monotonic()
         if pages is not None:
             self.pages_allocated += count
             if self.pages.ready < self._kept_ready:
-                self._wake.set()
+                self._wake_worker()
         return pages
 
+    def _wait_for_worker(self) -> bool:
+        """Wait until the worker has let go of something. False if it will not, or has kept what it has in hand for
+        longer than any call of the driver takes: then whoever waits is to do without."""
+        left = self._took_at + PATIENCE_SECONDS - time.monotonic()
+        if left <= 0:
+            return False
+        if not self._settled.wait(left):
+            logger.error(
+                "the mapping worker has had a page or a segment in hand for %g s: a call of the driver does not "
+                "return. Requests that need it wait; restart the server if this goes on",
+                PATIENCE_SECONDS,
+            )
+            return False
+        return True
+
     def _allocate(self, count: int) -> list[int] | None:
-        if count > self.pages.free_backed and self.short and time.monotonic() < self._retry_at:
+        if count > self.pages.ready and self.short and time.monotonic() < self._retry_at:
             return None
         was = self.pages.refusal
         pages = self.pages.allocate(count)
@@ -312,6 +341,13 @@ class KVMemory:
         with self._timed():
             self.pages.forget(tail)
 
+    def forget_tails(self, count: int) -> int:
+        """Forget `count` kept pages, the longest kept first. Returns how many there were."""
+        with self._timed():
+            before = self.pages.tails
+            self.pages.forget_tails(max(0, before - count))
+            return before - self.pages.tails
+
     def copy_tokens(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of one page to another, K and V of all layers, on the current stream. A token's bytes
         lie together, so that is one run of bytes."""
@@ -334,7 +370,7 @@ class KVMemory:
             unused = set(self.pages.unused_pages())
             owned = [page for page in range(1, self.pages.num_pages) if page not in unused]
             self.pages.free(owned, self.next_epoch)
-        self._wake.set()
+        self._wake_worker()
 
     # Segments.
 
@@ -347,11 +383,12 @@ class KVMemory:
         """
         with self._timed():
             while segment is not None and segment.in_hand:
-                self._settled.wait()
+                if not self._wait_for_worker():
+                    raise VMMError("lease", f"the mapping worker does not let go of segment {segment.index}")
             parked = None
             if segment is None:
-                while self.segments.exhausted() and self.segments.in_hand:
-                    self._settled.wait()
+                while self.segments.exhausted() and self.segments.in_hand and self._wait_for_worker():
+                    pass
                 held = self.segments.take()
             elif segment.owner is None:
                 held = segment
@@ -382,6 +419,12 @@ class KVMemory:
         with self._timed():
             return 0 if segment is None else self.segments.common(segment, pages)
 
+    def shows(self, segment: Segment, pages: Sequence[int]) -> bool:
+        """Whether a batch may read `pages` from a leased segment as it is: they lie there in order, page by page, and
+        the worker is not about to unmap one (it may have begun while the segment was parked)."""
+        with self._timed():
+            return not segment.in_hand and self.segments.common(segment, pages) == len(pages)
+
     def lease_later(self, segment: Segment | None, pages: Sequence[int]) -> Segment | None:
         """As `lease`, for a batch that does not read the segment: the worker maps what is missing. To be leased before
         it is read. None where no segment is idle."""
@@ -393,7 +436,7 @@ class KVMemory:
             elif segment.owner is not None:
                 segment = self.segments.adopt(segment)
             self.segments.follow(segment, list(pages))
-        self._wake.set()
+        self._wake_worker()
         return segment
 
     def pin_padding(self) -> Segment:
@@ -406,7 +449,7 @@ class KVMemory:
         it shows `pages`, which is the whole path."""
         with self._timed():
             self.segments.park(segment, pages, owner)
-        self._wake.set()
+        self._wake_worker()
 
     def prepare(self, pages: Sequence[int], owner: object) -> Segment | None:
         """A segment parked at `owner`, a request that still waits, for the worker to map the prefix it will share.
@@ -415,18 +458,18 @@ class KVMemory:
         """
         with self._timed():
             segment = self.segments.prepare(pages, owner)
-        self._wake.set()
+        self._wake_worker()
         return segment
 
     def release(self, segment: Segment) -> None:
         with self._timed():
             self.segments.release(segment)
-        self._wake.set()
+        self._wake_worker()
 
     def drop(self, segment: Segment) -> None:
         with self._timed():
             self.segments.drop(segment)
-        self._wake.set()
+        self._wake_worker()
 
     # Epochs.
 
@@ -445,7 +488,7 @@ class KVMemory:
         if epoch > self.segments.completed:
             self.segments.completed = epoch
             if self.segments.pending() or self._over():
-                self._wake.set()
+                self._wake_worker()
 
     # The worker.
 
@@ -453,55 +496,66 @@ class KVMemory:
         """One turn of what needs not be done now. True if it did something, and there may be more.
 
         The driver is called without the lock: the page or the segment is in this thread's hands meanwhile, and nobody
-        else's.
+        else's. Whatever comes of the call, it is let go of; what the driver did not unmap or release is tried again
+        after `retry_seconds`, and everything else goes on.
         """
-        with self._lock:
-            segment = self.segments.begin_reclaim()
-        if segment is not None:
+        retried = time.monotonic() >= self._again_at
+        if retried and (segment := self._take_in_hand(self.segments.begin_reclaim)) is not None:
             self._reclaim(segment)
             return True
-        with self._lock:
-            untidy = self.segments.begin_tidy()
-        if untidy is not None:
+        if (untidy := self._take_in_hand(self.segments.begin_tidy)) is not None:
             self._tidy(*untidy)
             return True
-        with self._lock:
-            page = self._page_to_back()
-        if page is not None:
+        if (page := self._take_in_hand(self._page_to_back)) is not None:
             return self._back(page)
         self._look_at_device()
-        with self._lock:
-            page = self._page_to_trim()
-        if page is not None:
-            self.pages.release_page(page)
-            with self._settled:
-                self.pages.finish_trim(page)
-                self._settled.notify()
+        if retried and (page := self._take_in_hand(self._page_to_trim)) is not None:
+            self._trim(page)
             return True
         return False
 
+    def _take_in_hand(self, begin: Callable[[], T | None]) -> T | None:
+        with self._lock:
+            taken = begin()
+            if taken is not None:
+                self._took_at = time.monotonic()
+            return taken
+
+    @contextlib.contextmanager
+    def _calling_driver(self, let_go: Callable[[], None]) -> Iterator[None]:
+        """A call of the driver for what is in hand, which is let go of behind it, whatever came of it."""
+        try:
+            yield
+        except VMMError as error:
+            self.worker_failures += 1
+            self._again_at = time.monotonic() + self.retry_seconds
+            logger.error("%s; the mapping worker tries it again in %g s", error, self.retry_seconds)
+        finally:
+            with self._settled:
+                let_go()
+                self._settled.notify_all()
+
     def _reclaim(self, segment: Segment) -> None:
         left = len(segment.pages)
-        try:
+        with self._calling_driver(lambda: self.segments.finish_reclaim(segment, left)):
             for left in self.segments.unmap_segment(segment):  # noqa: B007
                 with self._lock:
                     pass  # the driver has a lock too: whoever maps for a batch goes first
-        finally:
-            with self._settled:
-                self.segments.finish_reclaim(segment, left)
-                self._settled.notify()
+
+    def _trim(self, page: int) -> None:
+        with self._calling_driver(lambda: self.pages.finish_trim(page)):
+            self.pages.release_page(page)
 
     def _tidy(self, segment: Segment, page: int | None) -> None:
+        """If it fails, the segment stays as it is: whoever leases it maps, or unmaps, the rest."""
         done = False
-        try:
+
+        def let_go() -> None:
+            self.segments.finish_tidy(segment, page, done=done)
+
+        with self._calling_driver(let_go):
             self.segments.tidy_segment(segment, page)
             done = True
-        except VMMError as error:
-            logger.debug("segment %d stays as it is: %s", segment.index, error)
-        finally:
-            with self._settled:
-                self.segments.finish_tidy(segment, page, done=done)
-                self._settled.notify()
 
     @property
     def _kept_ready(self) -> int:
@@ -513,28 +567,30 @@ class KVMemory:
     def _page_to_back(self) -> int | None:
         if self._device_low:
             return None
-        available, there = max(0, self.allowance - self.pages.owned), self.pages.ready
+        there = self.pages.ready
+        available = max(0, self.allowance - self.pages.owned - self.pages.tails)
         wanted = min(self._kept_ready, available)
         if self.short:  # one page more than there is tells whether the driver gives again
-            there = self.pages.free_backed
             wanted = min(max(wanted, there + 1), available)
         if there >= wanted or (self.short and time.monotonic() < self._retry_at):
             return None
         return self.pages.begin_back()
 
     def _back(self, page: int) -> bool:
-        handle, refusal = None, None
+        created, refusal = False, None
         try:
-            handle = self.pages.create_page(page)
+            self.pages.create_page(page)
+            created = True
         except VMMError as error:
             refusal = error
-        with self._settled:
-            was = self.pages.refusal
-            self.pages.finish_back(page, handle)
-            self.pages.refusal = refusal
-            self._answered(was)
-            self._settled.notify()
-        return handle is not None
+        finally:
+            with self._settled:
+                was = self.pages.refusal
+                self.pages.finish_back(page, created=created)
+                self.pages.refusal = refusal
+                self._answered(was)
+                self._settled.notify_all()
+        return created
 
     def _look_at_device(self) -> None:
         """Once in a while, whether the device is short of memory for somebody else."""
@@ -545,10 +601,13 @@ class KVMemory:
 
     def _page_to_trim(self) -> int | None:
         if self._over() or self._device_low:
-            return self.pages.begin_trim(0, self.segments.completed)
-        if time.monotonic() - self._used_at < self.idle_seconds:
-            return None
-        return self.pages.begin_trim(self._kept_ready, self.segments.completed)
+            keep = 0
+        elif time.monotonic() - self._used_at < self.idle_seconds:
+            keep = self.pages.ready
+        else:
+            keep = self._kept_ready
+        page = self.pages.begin_trim(keep, self.segments.completed)
+        return self.pages.begin_again() if page is None else page
 
     def trim(self) -> int:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""
@@ -565,6 +624,8 @@ class KVMemory:
         """
         if self._thread is None:
             return
+        if not self._thread.is_alive():
+            self._wake_worker()
         if self._working or self._wake.is_set() or time.monotonic() >= self._due_at:
             time.sleep(GIVE_WAY_SECONDS)
 
@@ -578,19 +639,35 @@ class KVMemory:
                 yield
         finally:
             self._paused = False
-            self._wake.set()
+            self._wake_worker()
+
+    def _start_worker(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="vtensor-mapping", daemon=True)
+        self._thread.start()
+
+    def _wake_worker(self) -> None:
+        """There is something to do. A worker that died, of whatever got past `_work`, is replaced."""
+        self._wake.set()
+        if self._thread is not None and not self._thread.is_alive() and not self._closing:
+            self.worker_failures += 1
+            logger.error("the mapping worker died, and a new one is started: look for its traceback above")
+            self._start_worker()
 
     def _work(self) -> None:
-        self.vmm.attach_thread()
+        attached = False
         while not self._closing:
             self._working = True
             start = time.perf_counter()
             try:
+                if not attached:
+                    self.vmm.attach_thread()
+                    attached = True
                 if self._take_turn():
                     self.worker_seconds += time.perf_counter() - start
                     continue
-            except VMMError:
-                # A driver that cannot unmap is broken; say so each time, and keep serving from what is mapped.
+            except Exception:
+                # The scheduling thread does without it what a batch needs; only what is given back waits for it.
+                self.worker_failures += 1
                 logger.exception("the mapping worker failed; it tries again in %g s", self.retry_seconds)
             self._due_at = time.monotonic() + self.retry_seconds
             self._working = False
@@ -632,6 +709,7 @@ class KVMemory:
                 pages_backed=pages.backed,
                 pages_free=pages.free_backed,
                 pages_kept=pages.tails,
+                pages_stuck=pages.stuck,
                 pages_owned=pages.owned,
                 backed_bytes=pages.backed * pages.page_bytes,
                 owned_bytes=pages.owned * pages.page_bytes,
@@ -659,6 +737,7 @@ class KVMemory:
                 fresh_segments=self.segments.fresh,
                 swaps=self.segments.swaps,
                 shortages=self.shortages,
+                worker_failures=self.worker_failures,
                 scheduling_seconds=self.scheduling_seconds,
                 worker_seconds=self.worker_seconds,
             )
@@ -667,7 +746,7 @@ class KVMemory:
         """Every invariant that the two pools can check. Raises `AssertionError`."""
         with self._settled:
             while self.segments.in_hand:  # the worker has counted what it is about to map
-                self._settled.wait()
+                assert self._wait_for_worker(), "the worker does not let go of a segment"
             self.pages.check_integrity()
             self.segments.check_integrity()
             for segment in self.segments.segments:
@@ -685,7 +764,7 @@ class KVMemory:
         self._closing = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE_SECONDS)
 
     def _timed(self) -> _Timed:
         return _Timed(self)

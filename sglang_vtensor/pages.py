@@ -3,17 +3,21 @@
     unbacked --back--> free --allocate--> owned
         ^               | ^                 |
         +----- trim ----+ +------ free -----+
+        +--- again --- stuck: the driver did not take its memory back
 
 A page has one owner at a time: a request while it is being written, then the tree node that caches it. Sharing needs
 no count here, because the tree counts who reads a node (SGLang's lock_ref), and a node gives a page up only when
 nobody does.
 
-A page that no node can cache, because it is not full, may be kept when its owner gives it up: it is free, and handed
-out after all others, and until then whoever continues its text may claim it with what stands in it (`Tail`).
+A page that no node can cache, because it is not full, may be kept when its owner gives it up: it is free, and until it
+is forgotten whoever continues its text may claim it with what stands in it (`Tail`). When it is forgotten depends on
+what is owned and kept, never on what a driver or the worker did: ranks with one history keep the same ones
+(invariant 8).
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import heapq
 from collections import OrderedDict, deque
@@ -29,11 +33,13 @@ class PageState(enum.IntEnum):
     OWNED = 2
     #: On its way from unbacked to free or back, in the hands of whoever calls the driver for it.
     MOVING = 3
+    #: It was to give its memory back, and a call of the driver failed. Nobody gets it before that was tried again.
+    STUCK = 4
 
 
 @dataclass(eq=False)
 class Tail:
-    """A free page whose bytes are still what its last owner wrote. `page` is None once it was handed out."""
+    """A free page whose bytes are still what its last owner wrote. `page` is None once it was forgotten."""
 
     page: int | None
 
@@ -59,16 +65,16 @@ class PagePool:
         self.refusal: VMMError | None = None
         self._state = bytearray(num_pages)
         self._handles: list[Handle] = [Handle(0)] * num_pages
+        self._mapped = bytearray(num_pages)  # whether the page's handle is mapped at its place
         self._aliases = [0] * num_pages  # mappings of a page in segments: it cannot be released before they go
         self._freed_at = [0] * num_pages  # the epoch that was the newest when the page was freed
         self._free: deque[int] = deque()  # last freed first handed out: the oldest end is what trim takes
         self._tails: OrderedDict[int, Tail] = OrderedDict()  # by page, the longest kept first; free, but not in `_free`
-        #: Whether tails are handed out when the driver refuses. Ranks that must stay alike turn it off.
-        self.tails_when_refused = True
+        self._stuck: deque[int] = deque()  # the one that was tried last is the last
         self._unbacked = list(range(1, num_pages))  # a heap: low addresses first
         self._owned = 0
         self.moving = 0
-        self._handles[0] = self.create_page(0)
+        self.create_page(0)
         self._state[0] = PageState.OWNED
 
     # What there is.
@@ -92,16 +98,21 @@ class PagePool:
         return len(self._tails)
 
     @property
+    def stuck(self) -> int:
+        """Pages whose memory the driver did not take back when it was last asked to."""
+        return len(self._stuck)
+
+    @property
     def backed(self) -> int:
         """Pages that hold memory, the padding page included; not those on their way."""
-        return 1 + self._owned + self.free_backed
+        return 1 + self._owned + self.free_backed + self.stuck
 
     def available(self) -> int:
         """How many pages `allocate` may hand out before the limit is reached."""
         return max(0, self.limit - self._owned)
 
     def handle(self, page: int) -> Handle:
-        if not self._handles[page]:
+        if not self._mapped[page]:
             raise VMMError("map", f"page {page} is {PageState(self._state[page]).name}, not backed")
         return self._handles[page]
 
@@ -117,25 +128,23 @@ class PagePool:
 
     # Hand out and take back.
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, now owned by the caller; None if the limit has no room for all of them, if the driver gives
-        none (`refusal` says why), or if the last ones are `moving`.
+    def make_room(self, count: int) -> None:
+        """Forget the tails, longest kept first, that `count` more owned pages leave no room for below the limit."""
+        self.forget_tails(max(0, self.available() - count))
 
-        Tails go last, the longest kept first. After None nothing is owned that was not before, and nothing forgotten.
-        Pages that were created on the way stay backed and free.
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages, now owned by the caller; None if the limit has no room for all of them beside the tails, if
+        the driver gives none (`refusal` says why), or if the last ones are `moving`.
+
+        After None nothing is owned that was not before. Pages that were created on the way stay backed and free.
         """
-        if count > self.available():
+        if count > self.available() - self.tails:
             return None
         if count > len(self._free):
-            try:
+            with contextlib.suppress(VMMError):
                 self.back(count - len(self._free))
-            except VMMError:
-                if not self.tails_when_refused:
-                    return None
-        if count > self.free_backed:
+        if count > len(self._free):
             return None  # the rest is refused, or in the worker's hands
-        while count > len(self._free):
-            self.forget(next(iter(self._tails.values())))
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._state[page] = PageState.OWNED
@@ -165,7 +174,7 @@ class PagePool:
         return tail
 
     def claim(self, tail: Tail) -> int | None:
-        """The page of a tail, now the caller's, bytes and all; None if it was handed out, or the limit is reached."""
+        """The page of a tail, now the caller's, bytes and all; None if it was forgotten, or the limit is reached."""
         page = tail.page
         if page is None or not self.available():
             return None
@@ -194,13 +203,14 @@ class PagePool:
         """Create `count` more pages and map them into the identity region. Raises `VMMError` (`OutOfMemory` where the
         device is full) at the first that fails: those before it are backed and free, that one is as it was. If they
         cannot be cleared, for which is waited once, all of them are as they were."""
-        created: list[tuple[int, Handle]] = []
+        created: list[int] = []
         refusal = None
         while len(created) < count and (page := self.begin_back()) is not None:
             try:
-                created.append((page, self._create(page)))
+                self._create(page)
+                created.append(page)
             except VMMError as error:
-                self.finish_back(page, None)
+                self.finish_back(page, created=False)
                 refusal = error
                 break
         try:
@@ -208,12 +218,12 @@ class PagePool:
                 self.vmm.wait_cleared()
         except VMMError as error:
             refusal = error
-            for page, handle in created:
-                self._destroy(page, handle)
-                self.finish_back(page, None)
+            for page in created:
+                self._take_down(page)
+                self.finish_back(page, created=False)
         else:
-            for page, handle in created:
-                self.finish_back(page, handle)
+            for page in created:
+                self.finish_back(page, created=True)
         if refusal is not None:
             self.refusal = refusal
             raise refusal
@@ -227,25 +237,36 @@ class PagePool:
         self.moving += 1
         return page
 
-    def finish_back(self, page: int, handle: Handle | None) -> None:
-        """The page in hand has memory now, and is free; or has none (`handle` is None), and is as before."""
-        self.moving -= 1
-        if handle is None:
-            self._state[page] = PageState.UNBACKED
-            heapq.heappush(self._unbacked, page)
+    def finish_back(self, page: int, *, created: bool) -> None:
+        """The page in hand has memory now, and is free; or it was not created, and is as before (or stuck)."""
+        if not created:
+            self._let_go(page)
             return
-        self._handles[page] = handle
+        self.moving -= 1
         self._state[page] = PageState.FREE
         self._free.appendleft(page)
         self.creates += 1
         self.refusal = None
 
+    def _let_go(self, page: int) -> None:
+        """The page in hand is to have no memory. If it has some yet, that is tried again later."""
+        self.moving -= 1
+        if self._handles[page]:
+            self._state[page] = PageState.STUCK
+            self._stuck.append(page)
+        else:
+            self._state[page] = PageState.UNBACKED
+            heapq.heappush(self._unbacked, page)
+
     def trim(self, keep: int, completed: int) -> int:
-        """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many."""
+        """Give free pages back to the driver, the longest free first, until `keep` are left. Returns how many. Raises
+        `VMMError` at the first that the driver does not take: that page is stuck."""
         released = 0
         while (page := self.begin_trim(keep, completed)) is not None:
-            self.release_page(page)
-            self.finish_trim(page)
+            try:
+                self.release_page(page)
+            finally:
+                self.finish_trim(page)
             released += 1
         return released
 
@@ -264,60 +285,65 @@ class PagePool:
                 return page
         return None
 
+    def begin_again(self) -> int | None:
+        """Take in hand a page that is stuck, as `begin_trim` does; None if there is none."""
+        if not self._stuck:
+            return None
+        page = self._stuck.popleft()
+        self._state[page] = PageState.MOVING
+        self.moving += 1
+        return page
+
     def finish_trim(self, page: int) -> None:
-        """The page in hand has no memory any more."""
-        self.moving -= 1
-        self._handles[page] = Handle(0)
-        self._state[page] = PageState.UNBACKED
-        heapq.heappush(self._unbacked, page)
-        self.releases += 1
+        """The page in hand has no memory any more; or, where `release_page` failed, it is stuck."""
+        self._let_go(page)
+        self.releases += self._state[page] == PageState.UNBACKED
 
     def count_alias(self, page: int, change: int) -> None:
         """Note that a segment maps the page (+1) or no longer does (-1)."""
         self._aliases[page] += change
         assert self._aliases[page] >= 0, f"page {page} lost a mapping it never had"
 
-    def create_page(self, page: int) -> Handle:
-        """Create the memory of a page in hand, map it at its place and clear it. On failure nothing is left of it."""
-        handle = self._create(page)
+    def create_page(self, page: int) -> None:
+        """Create the memory of a page in hand, map it at its place and clear it. On failure nothing is left of it, or
+        what the driver does not take back either (`finish_back` sees that)."""
+        self._create(page)
         try:
             self.vmm.wait_cleared()
         except VMMError:
-            self._destroy(page, handle)
+            self._take_down(page)
             raise
-        return handle
 
-    def _create(self, page: int) -> Handle:
+    def _create(self, page: int) -> None:
         """As `create_page`; its clearing is only begun."""
-        handle = self.vmm.create(self.page_bytes)
+        self._handles[page] = self.vmm.create(self.page_bytes)
         try:
-            self.vmm.map(self.address(page), self.page_bytes, handle)
-        except VMMError:
-            self.vmm.release(handle)
-            raise
-        try:
+            self.vmm.map(self.address(page), self.page_bytes, self._handles[page])
+            self._mapped[page] = 1
             self.vmm.clear(self.address(page), self.page_bytes)
         except VMMError:
-            self._destroy(page, handle)
+            self._take_down(page)
             raise
-        return handle
 
-    def _destroy(self, page: int, handle: Handle) -> None:
-        # The mapping goes first: a handle released while mapped keeps its memory (invariant 4).
-        self.vmm.unmap(self.address(page), self.page_bytes)
-        self.vmm.release(handle)
+    def _take_down(self, page: int) -> None:
+        """As `release_page`, behind another failure, which is the one to be told."""
+        with contextlib.suppress(VMMError):
+            self.release_page(page)
 
     def release_page(self, page: int) -> None:
-        """Unmap a page in hand from its place and release its memory."""
-        self._destroy(page, self._handles[page])
+        """Unmap a page in hand from its place and release its memory. After a failure, it goes on where that was."""
+        # The mapping goes first: a handle released while mapped keeps its memory (invariant 4).
+        if self._mapped[page]:
+            self.vmm.unmap(self.address(page), self.page_bytes)
+            self._mapped[page] = 0
+        self.vmm.release(self._handles[page])
+        self._handles[page] = Handle(0)
 
     def close(self) -> None:
         """Unmap and release everything, owned or not. The pool is not to be used after."""
         for page, handle in enumerate(self._handles):
             if handle:
-                self.vmm.unmap(self.address(page), self.page_bytes)
-                self.vmm.release(handle)
-                self._handles[page] = Handle(0)
+                self.release_page(page)
         self.vmm.free(self.base, self.num_pages * self.page_bytes)
 
     def check_integrity(self) -> None:
@@ -331,10 +357,14 @@ class PagePool:
         assert all(tail.page == page for page, tail in self._tails.items())
         assert counts[PageState.UNBACKED] == len(self._unbacked) == len(set(self._unbacked))
         assert counts[PageState.MOVING] == self.moving
+        assert counts[PageState.STUCK] == len(self._stuck) == len(set(self._stuck))
+        assert self._owned + self.tails <= self.limit, (self._owned, self.tails, self.limit)
         settled = [page for page in range(self.num_pages) if self._state[page] != PageState.MOVING]
         for page in settled:
             backed = self._state[page] != PageState.UNBACKED
             assert bool(self._handles[page]) == backed, f"page {page}: {self.state(page).name}, handle {backed}"
             assert backed or not self._aliases[page], f"page {page} is unbacked but mapped in {self._aliases[page]}"
+            usable = self._state[page] in (PageState.FREE, PageState.OWNED)
+            assert self._mapped[page] or not usable, f"page {page}: {self.state(page).name}, and not mapped"
         handles = [self._handles[page] for page in settled if self._handles[page]]
         assert len(handles) == len(set(handles)) == self.backed

@@ -263,7 +263,9 @@ def _secure(
         batch.tree_cache.evict(EvictParams(num_tokens=short * runtime.page_tokens))
     if _attempt(runtime, records, wanted, map_segments, growing):
         return True
-    batch.tree_cache.evict(EvictParams(num_tokens=total * runtime.page_tokens))
+    # Whatever was refused, and on whichever rank: all of them give up the same, kept pages first.
+    evict = total - runtime.memory.forget_tails(total)
+    batch.tree_cache.evict(EvictParams(num_tokens=evict * runtime.page_tokens))
     return _attempt(runtime, records, wanted, map_segments, growing)
 
 

@@ -117,7 +117,6 @@ class Runtime:
     def use_group(self, group: torch.distributed.ProcessGroup | None) -> None:
         """The ranks that schedule the same batches, on the host's process group; None for a single one."""
         self._group = group if group is not None and group.size() > 1 else None
-        self.memory.pages.tails_when_refused = self._group is None
 
     @property
     def several_ranks(self) -> bool:

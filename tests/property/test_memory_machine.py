@@ -6,6 +6,9 @@ through its own addresses: if an alias is stale, the stamps differ.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+
 import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, settings
@@ -17,6 +20,9 @@ from sglang_vtensor.segments import SegmentState
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
 
+# Hundreds of histories fail hundreds of calls, each of which is said.
+logging.getLogger("sglang_vtensor.manager").setLevel(logging.CRITICAL)
+
 LAYOUT = KVLayout(1, 1, 64, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
 CAPACITY, CONTEXT_PAGES, RUNNING, PARKED = 24, 6, 4, 3
 DEVICE_PAGES = 20  # fewer than the capacity: running out must be an answer
@@ -26,6 +32,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.vmm = FaultyVirtualMemory(capacity_bytes=DEVICE_PAGES * LAYOUT.page_bytes)
+        self.vmm.fail_calls = self.vmm.CALLS
         self.memory = KVMemory(
             self.vmm,
             LAYOUT,
@@ -37,6 +44,7 @@ class MemoryMachine(RuleBasedStateMachine):
             idle_seconds=0.0,
             worker=False,
         )
+        self.memory.retry_seconds = 0.0
         self.keys, _ = self.memory.identity_views(0)
         self.by_segment, _ = self.memory.segment_views(0)
         self.owned: dict[int, int] = {}  # page -> stamp
@@ -204,7 +212,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """Whoever continues it finds it as it was, or not at all."""
         tail, stamp = entry = data.draw(st.sampled_from(self.kept))
         self.kept.remove(entry)
-        there = tail.page is not None and self.memory.available_pages() > 0
+        there = tail.page is not None
         page = self.memory.claim(tail)
         assert (page is not None) == there
         if page is None:
@@ -220,17 +228,24 @@ class MemoryMachine(RuleBasedStateMachine):
         else:
             self.memory.free([page])
 
-    @rule()
-    def housekeep(self) -> None:
-        self.memory.housekeep()
+    @rule(fail=st.none() | st.integers(1, 3), turns=st.integers(1, 6))
+    def housekeep(self, fail: int | None, turns: int) -> None:
+        """The worker's part, in which any call of the driver may fail."""
+        self.arm(fail)
+        for _ in range(turns):
+            self.memory.housekeep()
+        self.arm(None)
 
-    @rule()
-    def trim(self) -> None:
-        self.memory.trim()
+    @rule(fail=st.none() | st.integers(1, 3))
+    def trim(self, fail: int | None) -> None:
+        self.arm(fail)
+        with contextlib.suppress(VMMError):
+            self.memory.trim()
+        self.arm(None)
 
     @rule(limit=st.integers(1, CAPACITY))
     def set_limit(self, limit: int) -> None:
-        self.memory.pages.limit = limit
+        self.memory.allow(limit)
 
     @invariant()
     def sums_agree(self) -> None:
@@ -256,7 +271,9 @@ class MemoryMachine(RuleBasedStateMachine):
             self.give_up([page for page in request["pages"] if all(page not in r["pages"] for r in self.requests)])
         self.memory.segments.drop_parked()
         self.memory.complete(self.memory.launch())
-        self.memory.trim()
+        self.memory.reserve_pages = 0
+        while self.memory.housekeep():
+            pass
         assert self.memory.pages.owned == 0
         assert self.memory.segments.mappings() == 0
         self.memory.close()

@@ -164,7 +164,8 @@ def test_a_segment_in_hand_is_neither_unmapped_nor_lost(pool, pages, vmm):
     assert segment.state is SegmentState.RETIRED
     pages.free(ids)
     assert pages.begin_trim(0, 0) == ids[1], "the page in hand stays"
-    pages.finish_back(ids[1], pages._handles[ids[1]])
+    pages.release_page(ids[1])
+    pages.finish_trim(ids[1])
     pool.tidy_segment(*in_hand)
     pool.finish_tidy(*in_hand, done=True)
     pool.check_integrity()

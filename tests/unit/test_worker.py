@@ -1,0 +1,161 @@
+"""The mapping worker when a call of the driver fails, raises what nobody expects, or does not return."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+
+import pytest
+
+from sglang_vtensor import manager
+from sglang_vtensor.vmm import VMMError
+from tests.unit.faults import FaultyVirtualMemory
+from tests.unit.test_manager import make
+from tests.waiting import wait_for
+
+PAGES = 16
+
+
+@contextlib.contextmanager
+def serving(vmm):
+    """A memory whose worker gives back at once what is free, and tries again soon."""
+    memory = make(vmm, worker=True, capacity_pages=PAGES, idle_seconds=0.0)
+    memory.retry_seconds = 0.02
+    try:
+        yield memory
+    finally:
+        memory.close()
+        assert vmm.created_bytes == 0
+
+
+def peak(memory):
+    """A request takes every page, reads some of them from a segment, and ends."""
+    pages = memory.allocate(PAGES)
+    assert pages is not None
+    segment = memory.lease(None, pages[:6])
+    memory.complete(memory.launch())
+    memory.park(segment, pages[:4], "leaf")  # it shows two pages too many: they are unmapped, or stay where that fails
+    wait_for(lambda: not memory.segments.pending() and not memory.segments.in_hand)
+    memory.drop(segment)
+    memory.free(pages)
+    memory.complete(memory.launch())
+
+
+@pytest.mark.parametrize("error", [VMMError("call", "injected", "INJECTED"), RuntimeError("injected"), SystemExit()])
+@pytest.mark.parametrize("call", ["unmap", "release"])
+@pytest.mark.parametrize("at", [1, 2, 4, 7])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_call_that_fails_once_is_tried_again(call, at, error, caplog):
+    vmm = FaultyVirtualMemory()
+    original, left = getattr(vmm, call), at
+
+    def fails_once(*args):
+        nonlocal left
+        if threading.current_thread().name == "vtensor-mapping":
+            left -= 1
+            if left == 0:
+                raise error
+        return original(*args)
+
+    with serving(vmm) as memory:
+        setattr(vmm, call, fails_once)
+        peak(memory)
+
+        def given_back():
+            memory.give_way()  # as an idle server does
+            return left <= 0 and memory.pages.backed == 1
+
+        wait_for(given_back)
+        memory.check_integrity()
+        assert (memory.pages.moving, memory.pages.stuck, memory.segments.in_hand) == (0, 0, 0)
+        assert memory.stats().worker_failures == 1
+        peak(memory)
+        wait_for(lambda: memory.pages.backed == 1)
+        memory.check_integrity()
+    assert any(record.levelno == logging.ERROR and "mapping worker" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("call", ["unmap", "release"])
+def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are(call, caplog):
+    vmm = FaultyVirtualMemory()
+    original, bad = getattr(vmm, call), None
+
+    def refuses_one(first, *args):
+        nonlocal bad
+        bad = first if bad is None else bad
+        if first == bad:
+            raise VMMError(call, "injected", "INJECTED")
+        original(first, *args)
+
+    with serving(vmm) as memory:
+        pages = memory.allocate(PAGES)
+        setattr(vmm, call, refuses_one)
+        memory.free(pages)
+        memory.complete(memory.launch())
+        wait_for(lambda: memory.pages.backed == 2 and memory.pages.stuck == 1)
+        assert memory.missing_pages() == 1
+        assert memory.allocate(PAGES) is None
+        assert len(memory.allocate(PAGES - 1)) == PAGES - 1
+        setattr(vmm, call, original)
+        wait_for(lambda: memory.pages.stuck == 0)
+        assert len(memory.allocate(1)) == 1
+        memory.check_integrity()
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    """A driver whose next `release`, `map` or `unmap` in the worker does not return before `go` is set."""
+    monkeypatch.setattr(manager, "PATIENCE_SECONDS", 0.2)
+    vmm, begun, go = FaultyVirtualMemory(), threading.Event(), threading.Event()
+
+    def hang(call):
+        original = getattr(vmm, call)
+
+        def hangs(*args):
+            if threading.current_thread().name == "vtensor-mapping":
+                begun.set()
+                assert go.wait(30)
+            return original(*args)
+
+        setattr(vmm, call, hangs)
+
+    yield vmm, hang, begun, go
+    go.set()
+
+
+def test_the_scheduling_thread_does_without_a_page_that_the_worker_does_not_let_go_of(hanging, caplog):
+    vmm, hang, begun, go = hanging
+    with serving(vmm) as memory:
+        pages = memory.allocate(PAGES)
+        hang("release")
+        memory.free(pages)
+        memory.complete(memory.launch())
+        assert begun.wait(10)
+        for _ in range(3):
+            start = time.monotonic()
+            assert memory.allocate(PAGES) is None
+            assert time.monotonic() - start < 5
+        assert len(memory.allocate(PAGES - 1)) == PAGES - 1
+        assert "does not return" in caplog.text
+        go.set()
+        wait_for(lambda: memory.pages.moving == 0)
+        assert len(memory.allocate(1)) == 1
+        memory.check_integrity()
+
+
+def test_a_lease_does_without_a_segment_that_the_worker_does_not_let_go_of(hanging):
+    vmm, hang, begun, go = hanging
+    with serving(vmm) as memory:
+        pages = memory.allocate(4)
+        hang("map")
+        segment = memory.prepare(pages, "waiting")
+        assert begun.wait(10)
+        with pytest.raises(VMMError, match="does not let go of segment"):
+            memory.lease(segment, pages)
+        assert segment.owner == "waiting", "it may be adopted later"
+        go.set()
+        wait_for(lambda: not segment.in_hand)
+        assert memory.lease(segment, pages) is segment
+        memory.check_integrity()
