@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import traceback
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -193,9 +194,53 @@ def _build(kwargs: dict[str, Any]) -> Any:
         return queue(req, *args, **more)
 
     scheduler._add_request_to_queue = remember
+    if hasattr(scheduler.token_to_kv_pool_allocator, "runtime"):
+        _check_every_batch(scheduler)
     for channel in (scheduler.ipc_channels.send_to_tokenizer, scheduler.ipc_channels.send_to_detokenizer):
         channel.socket = None  # a sender without a socket drops what it is given
     return scheduler
+
+
+def _check_every_batch(scheduler: Any) -> None:
+    """Before each batch, every invariant, and that what it reads is its requests' own. `scheduler.reads` counts the
+    requests of batches by how they were read; a request whose batches were not all read alike is `mixed` too."""
+    runtime, launch = scheduler.token_to_kv_pool_allocator.runtime, scheduler.run_batch
+    scheduler.reads, scheduler.draw_reads = Counter(), None
+    ways: dict[str, set[bool]] = {}
+
+    def checked(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = batch.forward_mode
+        if mode.is_extend() or mode.is_decode():
+            scheduler.tree_cache.check_integrity()
+            slots = [req.req_pool_idx for req in batch.reqs]
+            table = scheduler.req_to_token_pool.req_to_token
+            by_segments = runtime.check_batch(slots, batch.seq_lens_cpu.tolist(), table, decode=mode.is_decode())
+            kind = "decode" if mode.is_decode() else "extend"
+            scheduler.reads[f"{kind} by {'segments' if by_segments else 'pages'}"] += len(slots)
+            for req in batch.reqs:
+                before = ways.setdefault(req.rid, set())
+                scheduler.reads["mixed"] += before == {not by_segments}
+                before.add(by_segments)
+        result = launch(batch, *args, **kwargs)
+        if scheduler.draw_reads is not None:
+            runtime.decode_reads_segments = scheduler.draw_reads.random() < 0.5
+        return result
+
+    scheduler.run_batch = checked
+
+
+def draw_reads(scheduler: Any, seed: int | None) -> dict[str, int]:
+    """From now on it is drawn at random, batch by batch, whether segments or pages are read (None: as it is shipped).
+    Returns how many requests of batches were read in which way since the last call. For the host backend."""
+    runtime = scheduler.token_to_kv_pool_allocator.runtime
+    reads, scheduler.reads = dict(scheduler.reads), Counter()
+    scheduler.draw_reads = rng = None if seed is None else random.Random(seed)
+    if rng is None:
+        runtime.__dict__.pop("waits_for", None)
+        runtime.decode_reads_segments = True
+    else:
+        runtime.waits_for = lambda batch, new_pages: rng.choice((0, 1 << 30))
+    return reads
 
 
 def _ready(scheduler: Any) -> None:

@@ -288,7 +288,6 @@ def _attempt(
     for record, count in zip(records, wanted, strict=True):
         if count:
             del record.pages[-count:]
-            record.stale = record.segment is not None  # it may show pages that the record has no more
     runtime.memory.free(pages)
     return False
 

@@ -39,8 +39,8 @@ class _Work:
 
 
 class HostAttentionBackend(AttentionBackend):
-    """Reads every request's context from its segment, in extend and in decode; in extend by slot, where
-    `Runtime.by_pages` says so: then with a copy."""
+    """Reads every request's context from its segment, in extend and in decode; or by slot, with a copy, as a GPU's
+    kernels read pages: in extend where `Runtime.by_pages` says so, in decode without `decode_reads_segments`."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -62,14 +62,15 @@ class HostAttentionBackend(AttentionBackend):
         segments = self.runtime.segment_of[forward_batch.req_pool_indices.numpy()].tolist()
         contexts = forward_batch.seq_lens.tolist()
         new = [1] * len(contexts)
+        by_slot = not self.runtime.decode_reads_segments
         if not forward_batch.forward_mode.is_decode():
             new = forward_batch.extend_seq_lens.tolist()
-        by_pages = self.runtime.by_pages and not forward_batch.forward_mode.is_decode()
+            by_slot = self.runtime.by_pages
         self.work, first = [], 0
         requests = forward_batch.req_pool_indices.tolist()
         for request, segment, count, context in zip(requests, segments, new, contexts, strict=True):
             mask = None if count in (1, context) else _causal_mask(count, context)
-            slots = self.table[request, :context].to(torch.int64) if by_pages else None
+            slots = self.table[request, :context].to(torch.int64) if by_slot else None
             self.work.append(_Work(segment, slots, first, count, context, mask))
             first += count
 

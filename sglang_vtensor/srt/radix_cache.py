@@ -273,7 +273,7 @@ class VTensorRadixCache(RadixCache):
             memory.free(record.pages[record.protected : matched] + record.pages[full + 1 : written])
             if full < written:
                 self._keep_tail(leaf, RadixKey(tokens[len(key) :], req.extra_key), record.pages[full])
-            self._park(record, leaf, full, swapped=matched > record.protected)
+            self._park(record.segment, leaf)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
 
@@ -281,7 +281,7 @@ class VTensorRadixCache(RadixCache):
         """The request goes on: its full pages go to the tree, which it reads them from now.
 
         Where the tree has equal pages already (the same prompt twice in a batch), the request's own are freed, and the
-        tree's take their place in its record: its segment shows freed pages until it is fitted again.
+        tree's take their place in its record: its segment shows freed pages until it is mapped again.
         """
         if self.disable:
             return
@@ -297,7 +297,6 @@ class VTensorRadixCache(RadixCache):
             self.req_to_token_pool.write((req.req_pool_idx, slice(start, len(indices))), indices[start:])
             self.runtime.memory.free(record.pages[record.protected : matched])
             record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
-            record.stale = True
         record.protected = full
         if self.runtime.sharing is not None:
             self.runtime.sharing.changed(req.req_pool_idx)
@@ -332,26 +331,22 @@ class VTensorRadixCache(RadixCache):
             self.runtime.memory.forget(node.tails.pop(0)[1])
         node.tails.append((key, self.runtime.memory.keep(page)))
 
-    def _park(self, record: RequestPages, leaf: TreeNode, pages: int, *, swapped: bool) -> None:
-        segment = record.segment
+    def _park(self, segment: Segment | None, node: TreeNode) -> None:
+        """Leave a request's segment at the node that it ends at, for the turn that continues it; or let go of it, if
+        there is one already, or if it shows other pages than the tree has (the tree had equal ones)."""
         if segment is None:
             return
-        if swapped or record.stale or not pages or self.parked_segment(leaf) is not None:
-            self.runtime.memory.release(segment)
+        memory, path = self.runtime.memory, self.path_pages(node)
+        agree = memory.shown(segment, path) == min(len(segment.pages), len(path))
+        if not path or not agree or self.parked_segment(node) is not None:
+            memory.release(segment)
             return
-        self.runtime.memory.park(segment, record.pages[:pages], leaf)
-        leaf.segment = segment
+        memory.park(segment, path, node)
+        node.segment = segment
 
     def give_back(self, req: Req, record: RequestPages) -> None:
         """A request that is put off leaves its segment at the node that it matched: it, or another, comes back."""
-        segment, node = record.segment, req.last_node
-        if segment is None:
-            return
-        if not record.protected or self.parked_segment(node) is not None:
-            self.runtime.memory.release(segment)
-            return
-        self.runtime.memory.park(segment, record.pages[: record.protected], node)
-        node.segment = segment
+        self._park(record.segment, req.last_node)
 
     # Eviction.
 

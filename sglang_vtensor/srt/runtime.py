@@ -42,9 +42,9 @@ class RequestPages:
 
     pages: list[int]
     protected: int
+    #: It may show other pages, or fewer: those that the tree swapped since, or that were evicted while the request
+    #: waited. Nothing reads it before `Runtime.map_request` has compared it with `pages`.
     segment: Segment | None = None
-    #: The tree swapped equal pages of its own in: the segment shows the old ones until it is fitted again.
-    stale: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -140,15 +140,18 @@ class Runtime:
         return pages * self.page_tokens
 
     def map_request(self, slot: int, *, shared: int = 0, adopt: Segment | None = None) -> None:
-        """Lease (adopt, extend, reconcile) the segment of a request that the next batch reads."""
+        """Lease (adopt, extend, reconcile) the segment of a request that the next batch reads.
+
+        Every batch that reads segments passes here. What a segment shows is compared page by page with what the request
+        has: it may have been mapped ahead of an eviction, or for pages that the tree swapped for equal ones.
+        """
         record = self.requests[slot]
         segment = record.segment
-        if segment is None or record.stale or len(segment.pages) < len(record.pages):
+        if segment is None or not self.memory.shows(segment, record.pages):
             record.segment = segment = self.memory.lease(segment or adopt, record.pages, shared=shared)
-            record.stale = False
-            self.segment_of[slot] = segment.index
         else:
             segment.busy_until = self.memory.next_epoch
+        self.segment_of[slot] = segment.index
 
     def map_extend(self, batch: Sequence[Extend], new_pages: int) -> None:
         """Segments for an extend batch that has got `new_pages`.
@@ -156,7 +159,7 @@ class Runtime:
         What was not mapped ahead would be mapped now, with everything waiting for it. If that is much, the batch reads
         pages, and the worker maps, for the next chunk or turn.
         """
-        self.by_pages = self.extend_reads_pages and self._waits_for(batch, new_pages) > MAX_MAPS_AHEAD
+        self.by_pages = self.extend_reads_pages and self.waits_for(batch, new_pages) > MAX_MAPS_AHEAD
         for extend in batch:
             slot, adopt = extend.slot, extend.adopt
             record = self.requests[slot]
@@ -164,13 +167,11 @@ class Runtime:
                 adopt = None  # given up since for a request before this one, which found no idle segment
             if not self.by_pages:
                 self.map_request(slot, shared=extend.shared, adopt=adopt)
-            elif not record.stale:
+            else:
                 record.segment = self.memory.lease_later(record.segment or adopt, record.pages)
-                if record.segment is not None:
-                    self.segment_of[slot] = record.segment.index  # mapped in time, it is read as it is
         self.extends_by_pages += self.by_pages
 
-    def _waits_for(self, batch: Sequence[Extend], new_pages: int) -> int:
+    def waits_for(self, batch: Sequence[Extend], new_pages: int) -> int:
         """Pages that the segments of these requests do not show yet; without the new ones, if segments are worth
         that."""
         missing = 0
@@ -270,7 +271,19 @@ class Runtime:
         self.memory.check_integrity()
         own = [page for record in self.requests.values() for page in record.pages[record.protected :]]
         assert len(own) == len(set(own)), "two requests own one page"
-        for record in self.requests.values():
-            if record.segment is not None and not record.stale:
-                common = self.memory.segments.common(record.segment, record.pages)
-                assert common == min(len(record.segment.pages), len(record.pages)), (record, common)
+
+    def check_batch(self, slots: Sequence[int], contexts: Sequence[int], table: torch.Tensor, *, decode: bool) -> bool:
+        """Whether the batch that is about to be launched reads segments. Raises `AssertionError` where that, or
+        SGLang's table of slots, shows any of its requests (`contexts` tokens each) what is not its own."""
+        tokens = self.page_tokens
+        by_segments = self.decode_reads_segments if decode else self.extend_reads_segments and not self.by_pages
+        for slot, context in zip(slots, contexts, strict=True):
+            pages = self.requests[slot].pages[: self.memory.layout.pages_for(context)]
+            positions = torch.arange(context)
+            own = torch.tensor(pages)[positions // tokens] * tokens + positions % tokens
+            assert table[slot, :context].cpu().tolist() == own.tolist(), f"slot {slot}: table and pages disagree"
+            if by_segments:
+                segment = self.memory.segments.segments[self.segment_of[slot]]
+                assert segment is self.requests[slot].segment, (slot, segment)
+                assert segment.pages[: len(pages)] == pages, (slot, segment, pages)
+        return by_segments

@@ -1,13 +1,19 @@
-"""Random histories on the real scheduler: conversations go on, branch, repeat, are aborted, in a pool too small."""
+"""Random histories on the real scheduler: conversations go on, branch, repeat, are aborted, in a pool too small.
+
+Whether a batch reads segments or pages is drawn, so that a request's chunks and steps are read in every order. Before
+each batch the harness checks that what it reads is its requests' own.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.e2e.compare import TIE, Prompts, assert_same, having
-from tests.harness import Abort, Request
+from tests.harness import Abort, Request, draw_reads
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
 STEPS = st.lists(
@@ -34,6 +40,8 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
     @settings(max_examples=examples, deadline=None, suppress_health_check=slow)
     @given(seed=st.integers(0, 1 << 30), rounds=st.lists(STEPS, min_size=1, max_size=3))
     def run(seed, rounds):
+        for way, count in ours.call(draw_reads, seed).items():
+            reads[way] += count
         prompt = Prompts(seed)
         chats = [prompt(20 + 9 * n) for n in range(3)]
         chats += [chat[:11] + prompt(25) for chat in chats]
@@ -63,5 +71,12 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
                 if rid in expected:
                     chats[chat] = tokens + expected[rid].tokens
 
-    with having(ours, AWAITED_TOKENS=8, MAX_MAPS_AHEAD=1):
-        run()
+    reads: Counter[str] = Counter()
+    try:
+        with having(ours, AWAITED_TOKENS=8):
+            run()
+    finally:
+        reads.update(ours.call(draw_reads, None))
+    print(f"requests of batches, by how they were read: {dict(reads)}")
+    ways = ("extend by segments", "extend by pages", "decode by segments", "decode by pages", "mixed")
+    assert all(reads[way] for way in ways), reads

@@ -8,6 +8,7 @@ shows, must read back as exactly that, through splits, duplicates, evictions, re
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -18,11 +19,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
-from sglang_vtensor.srt.runtime import RequestPages, Runtime
+from sglang_vtensor.srt.runtime import Extend, RequestPages, Runtime
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
 POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
+
+
+#: Reads of all histories, by what was read.
+READS: Counter[str] = Counter()
 
 
 def content(tokens) -> int:
@@ -54,6 +59,7 @@ class TreeMachine(RuleBasedStateMachine):
             worker=False,
         )
         self.runtime = Runtime(self.memory, ROWS + 1)
+        self.runtime.extend_reads_segments = self.runtime.extend_reads_pages = True
         kvcache = SimpleNamespace(page_size=page_tokens, dtype=torch.float32, device="cpu", runtime=self.runtime)
         allocator = VTensorAllocator(CAPACITY_TOKENS, kvcache)
         self.rows = ReqToTokenPool(ROWS, CONTEXT, "cpu", False)
@@ -152,13 +158,21 @@ class TreeMachine(RuleBasedStateMachine):
         self.write(req, len(tokens))
         return True
 
-    def read(self, req: SimpleNamespace) -> None:
-        """A batch reads the request's segment."""
-        record = self.runtime.requests[req.req_pool_idx]
+    def read(self, req: SimpleNamespace, new: int, *, by_pages: bool) -> None:
+        """A batch reads the request's segment, or its pages."""
+        slot = req.req_pool_idx
+        record = self.runtime.requests[slot]
         adopt = self.tree.segment_for(req) if record.segment is None else None
-        self.runtime.map_request(req.req_pool_idx, adopt=adopt)
+        self.runtime.waits_for = lambda batch, new_pages: 1 << 30 if by_pages else 0
+        self.runtime.map_extend([Extend(slot, 0, adopt, new, req.written)], 0)
+        assert self.runtime.by_pages == by_pages
+        self.runtime.check_batch([slot], [req.written], self.rows.req_to_token, decode=False)
         tokens = req.origin_input_ids + req.output_ids
-        shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
+        if by_pages:
+            shown = self.keys[self.rows.req_to_token[slot, : req.written].long(), 0, 0].tolist()
+        else:
+            shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
+        READS["pages" if by_pages else "segments"] += 1
         assert shown == [float(content(tokens[: i + 1])) for i in range(req.written)]
         self.memory.complete(self.memory.launch())
 
@@ -192,9 +206,9 @@ class TreeMachine(RuleBasedStateMachine):
         for _ in range(turns):
             self.memory.housekeep()
 
-    @rule(data=st.data())
+    @rule(data=st.data(), by_pages=st.booleans())
     @precondition(lambda self: self.waiting and len(self.requests) < ROWS)
-    def start(self, data) -> None:
+    def start(self, data, by_pages: bool) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -222,7 +236,7 @@ class TreeMachine(RuleBasedStateMachine):
         if not begun:
             self.end(req, insert=False)
             return
-        self.read(req)
+        self.read(req, len(tokens) - prefix, by_pages=by_pages)
         self.requests.append(req)
         self.spoken = [*self.spoken[-11:], tokens]
 
@@ -232,19 +246,21 @@ class TreeMachine(RuleBasedStateMachine):
         """The prefill's result is processed: full pages go to the tree, equal ones are swapped."""
         self.tree.cache_unfinished_req(data.draw(st.sampled_from(self.requests)))
 
-    @rule(data=st.data(), token=st.integers(0, 3))
+    @rule(data=st.data(), more=st.lists(st.integers(0, 3), min_size=1, max_size=16), by_pages=st.booleans())
     @precondition(lambda self: self.requests)
-    def decode(self, data, token: int) -> None:
+    def go_on(self, data, more: list[int], by_pages: bool) -> None:
+        """A step of decode, or a chunk."""
         req = data.draw(st.sampled_from(self.requests))
-        if req.written + 1 >= CONTEXT:
+        more = more[: CONTEXT - 1 - req.written]
+        if not more:
             return
-        req.output_ids.append(token)
-        if not self.grow(req, req.written + 1):
-            req.output_ids.pop()
+        req.output_ids.extend(more)
+        if not self.grow(req, req.written + len(more)):
+            del req.output_ids[-len(more) :]
             self.requests.remove(req)
             self.end(req, insert=False)
             return
-        self.read(req)
+        self.read(req, len(more), by_pages=by_pages)
 
     @rule(data=st.data(), insert=st.booleans())
     @precondition(lambda self: self.requests)
@@ -323,4 +339,12 @@ TreeMachine.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
-TestTree = TreeMachine.TestCase
+
+
+class TestTree(TreeMachine.TestCase):
+    def runTest(self) -> None:
+        READS.clear()
+        super().runTest()
+        print(f"reads: {dict(READS)}")
+        assert READS["pages"]
+        assert READS["segments"]
