@@ -2,21 +2,25 @@
 
 Each server has one file in a folder of its user in shared memory, writes only its own, and reads those of the others.
 There is no lock between them: a server holds an exclusive `flock` on its file for as long as it lives, so a file on
-which somebody else gets one belongs to a dead server, however it died, and is removed.
+which somebody else gets one belongs to a dead server, however it died.
 
     /dev/shm/sglang-vtensor-<uid>/          mode 0700
-        <device>.<pid>.<number>             mode 0600: MAGIC, VERSION, and the fields of `Record`, int64 each
+        <device>.<32 random hex digits>     mode 0600: MAGIC, VERSION, and the fields of `Record`, int64 each
+
+A file has a name that no other process can have: containers that share the folder count their processes from 1, each
+of them. It is removed by its owner, or by whoever holds its lock after that died. If anybody else removes it, as
+systemd does with a user's shared memory when that user logs out, its owner makes another one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import logging
 import mmap
 import os
 import re
+import secrets
 import stat
 import struct
 import time
@@ -29,7 +33,8 @@ logger = logging.getLogger(__name__)
 MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 1
 #: The folder is listed so often; known files are read whenever asked.
 LIST_SECONDS = 1.0
-_numbers = itertools.count()
+#: A file that nobody has locked yet is being made by its owner, unless it is so old.
+MAKING_SECONDS = 60.0
 
 
 class NoNeighbours(RuntimeError):
@@ -51,7 +56,8 @@ class Record:
     wanted: int = 0
 
 
-_SIZE = 8 * (2 + len(fields(Record)))
+_RECORD = f"<{len(fields(Record))}q"
+_SIZE = 16 + struct.calcsize(_RECORD)
 
 
 def default_folder() -> Path:
@@ -70,24 +76,26 @@ class Neighbours:
         self._others: dict[str, mmap.mmap] = {}
         self._warned: set[str] = set()
         self._listed_at = -LIST_SECONDS
-        _check_folder(self.folder)
-        self._name = f"{self._device}.{os.getpid()}.{next(_numbers)}"
-        self._file, self._map = self._create()
+        self._path, self._file, self._map = self._create(Record())
+        self._remove_what_the_dead_left()
 
-    def _create(self) -> tuple[int, mmap.mmap]:
-        path = self.folder / self._name
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # of a dead process that had our number
+    def _create(self, record: Record) -> tuple[Path, int, mmap.mmap]:
+        _check_folder(self.folder)
+        path = self.folder / f"{self._device}.{secrets.token_hex(16)}"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise NoNeighbours(f"cannot make {path}: {error}") from error
+        try:
             # Locked before it has a size: a file without one is not looked at. One who looks holds it for a moment.
             fcntl.flock(file, fcntl.LOCK_EX)
             os.ftruncate(file, _SIZE)
+            shared = mmap.mmap(file, _SIZE)
         except OSError as error:
+            os.close(file)
             raise NoNeighbours(f"cannot make {path}: {error}") from error
-        shared = mmap.mmap(file, _SIZE)
-        shared[:] = struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(Record()))
-        return file, shared
+        shared[:] = struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(record))
+        return path, file, shared
 
     def tell(self, record: Record) -> None:
         """Let the others know."""
@@ -100,38 +108,62 @@ class Neighbours:
         if now - self._listed_at >= LIST_SECONDS:
             self._listed_at = now
             self._list()
-        return [Record(*struct.unpack_from(f"<{len(fields(Record))}q", shared, 16)) for shared in self._others.values()]
+        return [Record(*struct.unpack_from(_RECORD, shared, 16)) for shared in self._others.values()]
 
     def _list(self) -> None:
         """Look who is there, and remove what the dead have left."""
+        self._see_that_mine_is_there()
         found: dict[str, mmap.mmap] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for path in self.folder.iterdir():
-                if path.name != self._name and path.name.startswith(f"{self._device}."):
-                    shared = self._look(path)
-                    if shared is not None:
-                        found[path.name] = shared
+        for path in self._files(f"{self._device}."):
+            shared = self._look(path)
+            if shared is not None:
+                found[path.name] = shared
         for name in set(self._others) - set(found):
             self._others[name].close()
         self._others = found
 
+    def _files(self, prefix: str = "") -> list[Path]:
+        """The files of others whose names begin with `prefix`."""
+        try:
+            return [path for path in self.folder.iterdir() if path != self._path and path.name.startswith(prefix)]
+        except OSError:
+            return []  # somebody removed the folder: `_see_that_mine_is_there` makes it again, or says why not
+
+    def _see_that_mine_is_there(self) -> None:
+        """Make my file again if somebody removed it: without it the others do not know of this server."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.lstat(), os.fstat(self._file)):
+                return
+        mine = Record(*struct.unpack_from(_RECORD, self._map, 16))
+        try:
+            path, file, shared = self._create(mine)
+        except NoNeighbours as error:
+            if "removed" not in self._warned:
+                self._warned.add("removed")
+                logger.warning(
+                    "%s was removed, and other servers on this device do not know of this one until it is there "
+                    "again: %s",
+                    self._path,
+                    error,
+                )
+            return
+        self._map.close()
+        os.close(self._file)
+        self._path, self._file, self._map = path, file, shared
+
+    def _remove_what_the_dead_left(self) -> None:
+        """Once, and whatever device they were on: nobody may ever come to theirs again."""
+        for path in self._files():
+            opened = _open_living(path)
+            if opened is not None:
+                os.close(opened)
+
     def _look(self, path: Path) -> mmap.mmap | None:
         """The memory of a living server's file; None for what is none."""
+        file = _open_living(path)
+        if file is None:
+            return None
         try:
-            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None  # it ended just now
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
-                # Nobody holds it: its server is dead, or is making it right now, which a size of zero tells.
-                if os.fstat(file).st_size or _age(file) > 60:
-                    with contextlib.suppress(FileNotFoundError):
-                        path.unlink()
-                return None
             if path.name in self._others:
                 return self._others[path.name]
             if os.fstat(file).st_size < _SIZE:
@@ -156,12 +188,31 @@ class Neighbours:
     def close(self) -> None:
         """Leave. What others have of it they lose at their next look."""
         with contextlib.suppress(FileNotFoundError):
-            (self.folder / self._name).unlink()
+            self._path.unlink()
         for shared in self._others.values():
             shared.close()
         self._others = {}
         self._map.close()
         os.close(self._file)
+
+
+def _open_living(path: Path) -> int | None:
+    """Open the file of a living server. None for any other: what a dead one left is removed."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None  # it ended just now, or is no file of a server's
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return file
+    # Nobody else holds it: its server is dead, or is making it right now, which a size of zero tells. It is removed
+    # while this process has the lock, so that of two who look one removes it, and no name is ever used again.
+    if os.fstat(file).st_size or _age(file) > MAKING_SECONDS:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    os.close(file)
+    return None
 
 
 def _check_folder(folder: Path) -> None:

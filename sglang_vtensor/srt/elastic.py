@@ -64,6 +64,8 @@ class Elastic:
 
     def _neighbours(self) -> Neighbours | None:
         memory = self.runtime.memory
+        if memory.vmm.identity is None:
+            return None
         if self.runtime.several_ranks:
             logger.info("memory is not shared with other servers of a GPU: ranks would need to give it up alike")
             return None

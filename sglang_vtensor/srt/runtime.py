@@ -283,7 +283,8 @@ class Runtime:
             own = torch.tensor(pages)[positions // tokens] * tokens + positions % tokens
             assert table[slot, :context].cpu().tolist() == own.tolist(), f"slot {slot}: table and pages disagree"
             if by_segments:
-                segment = self.memory.segments.segments[self.segment_of[slot]]
-                assert segment is self.requests[slot].segment, (slot, segment)
-                assert segment.pages[: len(pages)] == pages, (slot, segment, pages)
+                segment, read = self.requests[slot].segment, self.segment_of[slot]
+                assert segment is not None, f"slot {slot} reads segment {read}, and has none"
+                assert segment.index == read, f"slot {slot} reads segment {read}, and has {segment}"
+                assert segment.pages[: len(pages)] == pages, f"slot {slot}: {segment}, and its pages are {pages}"
         return by_segments

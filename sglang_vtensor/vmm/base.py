@@ -37,8 +37,8 @@ class VirtualMemory(abc.ABC):
     """
 
     device: torch.device
-    #: The device's name in every process alike.
-    identity: str
+    #: The device's name in every process alike; None where no other process can be on it.
+    identity: str | None
     granularity: int
     #: Kernels of this device load K and V in whole tiles of this many tokens, counted from a context's start: they
     #: touch what lies between the last token and the end of its tile, so that must be mapped too (invariant 5).

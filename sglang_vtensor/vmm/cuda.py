@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+import uuid
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ def granularity_of(index: int) -> int:
     )
 
 
+def identity_of(driver: Any, index: int) -> str:
+    """A name of a GPU, or of the MIG slice that stands for one: slices of one GPU have memories of their own.
+
+    Source: CUDA Driver API, cuDeviceGetUuid, which answers for a device in MIG mode with the slice's UUID. The device
+    properties of CUDA's runtime may name the GPU instead.
+    """
+    device = _call(driver, "cuDeviceGet", f"GPU {index}", index)
+    return f"cuda-{uuid.UUID(bytes=bytes(_call(driver, 'cuDeviceGetUuid', f'GPU {index}', device).bytes))}"
+
+
 class CudaVirtualMemory(VirtualMemory):
     """Pages of one GPU (None: torch's current one), local to this process."""
 
@@ -56,7 +67,7 @@ class CudaVirtualMemory(VirtualMemory):
         self.granularity = granularity_of(index)
         self._driver = driver = _driver()
         self.device = torch.device("cuda", index)
-        self.identity = f"cuda-{torch.cuda.get_device_properties(index).uuid}"
+        self.identity = identity_of(driver, index)
         with torch.cuda.device(self.device):
             torch.cuda.current_stream()  # makes the primary context, which every call below runs in
             torch.empty(1, device=self.device)

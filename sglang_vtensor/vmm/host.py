@@ -41,7 +41,7 @@ class HostVirtualMemory(VirtualMemory):
     def __init__(self, *, capacity_bytes: int | None = None) -> None:
         self.device = torch.device("cpu")
         # Every process has host memory to itself, unless it is told that some share a device.
-        self.identity = os.environ.get("VTENSOR_HOST_DEVICE", f"host-{os.getpid()}")
+        self.identity = os.environ.get("VTENSOR_HOST_DEVICE")
         self.granularity = mmap.PAGESIZE
         self.capacity_bytes = capacity_bytes
         self.created_bytes = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -16,16 +18,27 @@ from hypothesis import given
 
 from sglang_vtensor import neighbours
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
+from sglang_vtensor.vmm.cuda import identity_of
 
 OTHER = """
-import sys, time
+import os, sys
 from pathlib import Path
+from sglang_vtensor import neighbours
 from sglang_vtensor.neighbours import Neighbours, Record
+neighbours.LIST_SECONDS = 0.0
 there = Neighbours("gpu", Path(sys.argv[1]))
-there.tell(Record(backed=70, wanted=7))
-print("told", flush=True)
-time.sleep(60)
+there.tell(Record(backed=int(sys.argv[2]), wanted=7))
+print("told as process", os.getpid(), flush=True)
+for line in sys.stdin:
+    print(sorted(other.backed for other in there.others()), flush=True)
+there.close()
 """
+
+
+def start_other(folder, backed, *, before=()):
+    """Another server, in a process of its own, that answers each line with what it sees of the others."""
+    command = [*before, sys.executable, "-c", OTHER, str(folder), str(backed)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -52,9 +65,9 @@ def test_they_hear_each_other_and_nobody_else(folder):
 
 def test_a_killed_one_leaves_nothing(folder):
     one = Neighbours("gpu", folder)
-    other = subprocess.Popen([sys.executable, "-c", OTHER, str(folder)], stdout=subprocess.PIPE, text=True)
+    other = start_other(folder, 70)
     try:
-        assert other.stdout.readline() == "told\n"
+        assert other.stdout.readline() == f"told as process {other.pid}\n"
         assert one.others() == [Record(backed=70, wanted=7)]
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
@@ -63,6 +76,103 @@ def test_a_killed_one_leaves_nothing(folder):
     finally:
         other.kill()
         one.close()
+
+
+#: Each container counts its processes from 1.
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+HAS_NAMESPACES = subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine does not let processes make namespaces")
+def test_two_containers_with_one_folder(folder):
+    """The same numbers of processes in both: neither takes the other's place, when it comes nor when it goes."""
+    here = Neighbours("gpu", folder)
+    two = [start_other(folder, backed, before=CONTAINER) for backed in (10, 20)]
+    try:
+        assert [other.stdout.readline() for other in two] == ["told as process 1\n"] * 2
+        here.tell(Record(backed=1))
+        assert sorted(other.backed for other in here.others()) == [10, 20]
+        for other, sees in zip(two, ([1, 20], [1, 10]), strict=True):
+            print("look", file=other.stdin, flush=True)
+            assert other.stdout.readline() == f"{sees}\n"
+        two[0].stdin.close()
+        assert two[0].wait(20) == 0
+        assert [other.backed for other in here.others()] == [20]
+        print("look", file=two[1].stdin, flush=True)
+        assert two[1].stdout.readline() == "[1]\n"
+    finally:
+        for other in two:
+            other.stdin.close()
+            other.wait(20)
+    assert here.others() == []
+    here.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_that_somebody_removes_is_made_again(folder, caplog):
+    one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
+    one.tell(Record(backed=5, wanted=1))
+    for path in folder.iterdir():
+        path.unlink()
+    one.others()
+    assert two.others() == [Record(backed=5, wanted=1)]
+    assert one.others() == [Record()]
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    folder.write_text("no folder")
+    assert one.others() == []
+    assert one.others() == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "one warning"
+    assert "was removed, and other servers on this device do not know of this one" in caplog.text
+    folder.unlink()
+    one.others()
+    two.others()
+    assert one.others() == [Record()]
+    assert two.others() == [Record(backed=5, wanted=1)]
+    one.close()
+    two.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_what_the_dead_left_is_removed_whatever_device_they_were_on(folder):
+    other = start_other(folder, 70)
+    assert other.stdout.readline().startswith("told")
+    living = Neighbours("gpu-3", folder)
+    other.kill()
+    other.wait()
+    assert len(list(folder.iterdir())) == 2
+    come = Neighbours("gpu-2", folder)
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"gpu-2", "gpu-3"}
+    come.close()
+    living.close()
+
+
+def test_of_two_that_find_a_dead_ones_file_one_removes_it(folder):
+    """Whoever has its lock: the other one must not remove what may be somebody's by then."""
+    one = Neighbours("gpu", folder)
+    stale = folder / "gpu.0"
+    stale.write_bytes(b"x" * 56)
+    with stale.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        one.others()
+        assert stale.exists()
+    one.others()
+    assert not stale.exists()
+    one.close()
+
+
+def test_slices_of_one_gpu_are_told_apart():
+    """In MIG mode the driver answers with the slice's UUID; each slice has memory of its own."""
+    codes = SimpleNamespace(CUDA_SUCCESS=0)
+    uuids = [bytes(range(16)), bytes(range(1, 17))]
+    driver = SimpleNamespace(
+        CUresult=codes,
+        cuDeviceGet=lambda index: (0, index),
+        cuDeviceGetUuid=lambda device: (0, SimpleNamespace(bytes=uuids[device])),
+    )
+    names = [identity_of(driver, index) for index in range(2)]
+    assert names == ["cuda-00010203-0405-0607-0809-0a0b0c0d0e0f", "cuda-01020304-0506-0708-090a-0b0c0d0e0f10"]
 
 
 def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
