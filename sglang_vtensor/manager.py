@@ -35,7 +35,7 @@ T = TypeVar("T")
 RETRY_SECONDS = 1.0
 #: Whether the device is short for others is asked so often, by the worker.
 LOOK_SECONDS = 1.0
-#: That the driver refuses is said again only after this long: beside another process it may refuse many times a second.
+#: Minimum time between two warnings of one kind: beside another process the driver may refuse many times a second.
 WARN_SECONDS = 60.0
 #: So long the scheduling thread waits, at most, for what the worker has in hand: a call of the driver takes
 #: microseconds.
@@ -184,6 +184,8 @@ class KVMemory:
         self._device_low = False
         self._again_at = 0.0  # what the driver did not unmap or release is left alone until then
         self._took_at = 0.0  # when the worker last took something in hand
+        self._warn_of_worker_at = 0.0
+        self._missed_at = 0.0  # of which of these times it was said that it does not let go
         self._wake = threading.Event()
         self._turn = threading.Lock()  # held while the worker does one thing
         self._paused = False
@@ -257,7 +259,8 @@ class KVMemory:
                 return None
             self.pages.make_room(count)
             pages = self._allocate(count)
-            while pages is None and self.pages.moving and self._wait_for_worker():
+            patience = _patience()
+            while pages is None and self.pages.moving and self._wait_for_worker(patience):
                 pages = self._allocate(count)
             self._used_at = time.monotonic()
         if pages is not None:
@@ -266,20 +269,20 @@ class KVMemory:
                 self._wake_worker()
         return pages
 
-    def _wait_for_worker(self) -> bool:
-        """Wait until the worker has let go of something. False if it will not, or has kept what it has in hand for
-        longer than any call of the driver takes: then whoever waits is to do without."""
-        left = self._took_at + PATIENCE_SECONDS - time.monotonic()
-        if left <= 0:
-            return False
-        if not self._settled.wait(left):
+    def _wait_for_worker(self, until: float) -> bool:
+        """Wait until the worker has let go of something. False at `until`, and where the worker has kept what it has in
+        hand for longer than any call of the driver takes: then whoever waits is to do without."""
+        left = min(until, self._took_at + PATIENCE_SECONDS) - time.monotonic()
+        if left > 0 and self._settled.wait(left):
+            return True
+        if self._missed_at != self._took_at:
+            self._missed_at = self._took_at
             logger.error(
-                "the mapping worker has had a page or a segment in hand for %g s: a call of the driver does not "
-                "return. Requests that need it wait; restart the server if this goes on",
+                "for %g s the mapping worker has not let go of a page or a segment that is needed: a call of the "
+                "driver does not return. Requests wait until there is another one; restart the server if this goes on",
                 PATIENCE_SECONDS,
             )
-            return False
-        return True
+        return False
 
     def _allocate(self, count: int) -> list[int] | None:
         if count > self.pages.ready and self.short and time.monotonic() < self._retry_at:
@@ -382,12 +385,13 @@ class KVMemory:
         the request held it still holds, and the parked one is still parked.
         """
         with self._timed():
+            patience = _patience()
             while segment is not None and segment.in_hand:
-                if not self._wait_for_worker():
+                if not self._wait_for_worker(patience):
                     raise VMMError("lease", f"the mapping worker does not let go of segment {segment.index}")
             parked = None
             if segment is None:
-                while self.segments.exhausted() and self.segments.in_hand and self._wait_for_worker():
+                while self.segments.exhausted() and self.segments.in_hand and self._wait_for_worker(patience):
                     pass
                 held = self.segments.take()
             elif segment.owner is None:
@@ -528,8 +532,11 @@ class KVMemory:
             yield
         except VMMError as error:
             self.worker_failures += 1
-            self._again_at = time.monotonic() + self.retry_seconds
-            logger.error("%s; the mapping worker tries it again in %g s", error, self.retry_seconds)
+            now = time.monotonic()
+            self._again_at = now + self.retry_seconds
+            if now >= self._warn_of_worker_at:
+                self._warn_of_worker_at = now + WARN_SECONDS
+                logger.error("%s; the mapping worker tries it again every %g s", error, self.retry_seconds)
         finally:
             with self._settled:
                 let_go()
@@ -744,9 +751,10 @@ class KVMemory:
 
     def check_integrity(self) -> None:
         """Every invariant that the two pools can check. Raises `AssertionError`."""
+        patience = _patience()
         with self._settled:
             while self.segments.in_hand:  # the worker has counted what it is about to map
-                assert self._wait_for_worker(), "the worker does not let go of a segment"
+                assert self._wait_for_worker(patience), "the worker does not let go of a segment"
             self.pages.check_integrity()
             self.segments.check_integrity()
             for segment in self.segments.segments:
@@ -768,6 +776,11 @@ class KVMemory:
 
     def _timed(self) -> _Timed:
         return _Timed(self)
+
+
+def _patience() -> float:
+    """Until when the scheduling thread waits for the worker, from now on."""
+    return time.monotonic() + PATIENCE_SECONDS
 
 
 class _Timed:

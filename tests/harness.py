@@ -203,7 +203,10 @@ def _build(kwargs: dict[str, Any]) -> Any:
 
 def _check_every_batch(scheduler: Any) -> None:
     """Before each batch, every invariant, and that what it reads is its requests' own. `scheduler.reads` counts the
-    requests of batches by how they were read; a request whose batches were not all read alike is `mixed` too."""
+    requests of batches by how they were read; a request whose batches were not all read alike is `mixed` too.
+
+    On a GPU only what the host knows is checked, as everything else would wait for the device.
+    """
     runtime, launch = scheduler.token_to_kv_pool_allocator.runtime, scheduler.run_batch
     scheduler.reads, scheduler.draw_reads = Counter(), None
     ways: dict[str, set[bool]] = {}
@@ -211,9 +214,10 @@ def _check_every_batch(scheduler: Any) -> None:
     def checked(batch: Any, *args: Any, **kwargs: Any) -> Any:
         mode = batch.forward_mode
         if mode.is_extend() or mode.is_decode():
-            scheduler.tree_cache.check_integrity()
+            if not ON_GPU:
+                scheduler.tree_cache.check_integrity()
             slots = [req.req_pool_idx for req in batch.reqs]
-            table = scheduler.req_to_token_pool.req_to_token
+            table = None if ON_GPU else scheduler.req_to_token_pool.req_to_token
             by_segments = runtime.check_batch(slots, batch.seq_lens_cpu.tolist(), table, decode=mode.is_decode())
             kind = "decode" if mode.is_decode() else "extend"
             scheduler.reads[f"{kind} by {'segments' if by_segments else 'pages'}"] += len(slots)

@@ -28,9 +28,16 @@ class Gauge(NamedTuple):
 #: `Runtime.stats` as gauges: pages and segments by state, bytes by what they are for.
 GAUGES = {
     "vtensor_pages": Gauge(
-        "Pages by state; kept ones are free, but hold the unfinished end of a cached text.",
+        "Pages by state; kept ones are free, but hold the unfinished end of a cached text; stuck ones are those whose "
+        "memory the driver does not take back.",
         "state",
-        {"live": "pages_live", "cached": "pages_cached", "free": "pages_free", "kept": "pages_kept"},
+        {
+            "live": "pages_live",
+            "cached": "pages_cached",
+            "free": "pages_free",
+            "kept": "pages_kept",
+            "stuck": "pages_stuck",
+        },
     ),
     "vtensor_bytes": Gauge(
         "Device memory: backed by pages, and owned by requests and cached prefixes.",
@@ -73,6 +80,7 @@ COUNTERS = {
     "vtensor_shared_bytes_saved": ("shared_bytes_saved", "Bytes of K and V that were read once instead of again."),
     "vtensor_grouping_seconds": ("grouping_seconds", "What following who shares what took of the scheduling thread."),
     "vtensor_shortages": ("shortages", "How often the driver began to refuse memory."),
+    "vtensor_worker_failures": ("worker_failures", "Calls of the driver that failed in the mapping worker."),
 }
 
 

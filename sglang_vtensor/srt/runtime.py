@@ -272,16 +272,21 @@ class Runtime:
         own = [page for record in self.requests.values() for page in record.pages[record.protected :]]
         assert len(own) == len(set(own)), "two requests own one page"
 
-    def check_batch(self, slots: Sequence[int], contexts: Sequence[int], table: torch.Tensor, *, decode: bool) -> bool:
+    def check_batch(
+        self, slots: Sequence[int], contexts: Sequence[int], table: torch.Tensor | None, *, decode: bool
+    ) -> bool:
         """Whether the batch that is about to be launched reads segments. Raises `AssertionError` where that, or
-        SGLang's table of slots, shows any of its requests (`contexts` tokens each) what is not its own."""
+        SGLang's table of slots (if it is given), shows any of its requests (`contexts` tokens each) what is not its
+        own."""
         tokens = self.page_tokens
         by_segments = self.decode_reads_segments if decode else self.extend_reads_segments and not self.by_pages
         for slot, context in zip(slots, contexts, strict=True):
             pages = self.requests[slot].pages[: self.memory.layout.pages_for(context)]
-            positions = torch.arange(context)
-            own = torch.tensor(pages)[positions // tokens] * tokens + positions % tokens
-            assert table[slot, :context].cpu().tolist() == own.tolist(), f"slot {slot}: table and pages disagree"
+            assert len(pages) * tokens >= context, f"slot {slot}: {len(pages)} pages for {context} tokens"
+            if table is not None:
+                positions = torch.arange(context)
+                own = torch.tensor(pages)[positions // tokens] * tokens + positions % tokens
+                assert table[slot, :context].cpu().tolist() == own.tolist(), f"slot {slot}: not its pages in the table"
             if by_segments:
                 segment, read = self.requests[slot].segment, self.segment_of[slot]
                 assert segment is not None, f"slot {slot} reads segment {read}, and has none"

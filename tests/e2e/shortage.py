@@ -69,6 +69,24 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
     memory.vmm.create = create
 
 
+def worker_holds(scheduler: Any, pages: int) -> None:
+    """So many free pages are in the worker's hands, in a call of the driver that does not return; 0: it returns."""
+    memory = _memory(scheduler)
+    with memory._turn:  # between two turns of the real one
+        while (page := next(iter(_HELD), None)) is not None:
+            _HELD.remove(page)
+            memory.pages.release_page(page)
+            memory.pages.finish_trim(page)
+        memory._took_at = 0.0  # long ago: nobody waits for it
+        for _ in range(pages):
+            page = memory.pages.begin_trim(0, memory.segments.completed)
+            if page is not None:
+                _HELD.append(page)
+
+
+_HELD: list[int] = []
+
+
 def share_device(scheduler: Any, pages: int) -> None:
     """The device has room for this many pages of all servers that are neighbours, padding pages included."""
     memory, neighbours = _memory(scheduler), scheduler.vtensor_elastic.neighbours

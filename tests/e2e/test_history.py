@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.e2e.compare import TIE, Prompts, assert_same, having
-from tests.harness import Abort, Request, draw_reads
+from tests.harness import Abort, Do, Request, draw_reads
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
 STEPS = st.lists(
@@ -80,3 +80,42 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
     print(f"requests of batches, by how they were read: {dict(reads)}")
     ways = ("extend by segments", "extend by pages", "decode by segments", "decode by pages", "mixed")
     assert all(reads[way] for way in ways), reads
+
+
+def first_chunk_by_pages(scheduler):
+    """Of request b, the first chunk reads pages and all others segments: on a GPU, who else is in its batches decides
+    that."""
+    chunked = scheduler.chunked_req
+    pages = chunked is None or chunked.rid != "b"
+    scheduler.token_to_kv_pool_allocator.runtime.waits_for = lambda batch, new_pages: 1 << 20 if pages else 0
+
+
+def test_a_prefix_that_was_mapped_while_a_request_waited_and_then_evicted_in_part(schedulers):
+    """What it then reads is its own, and so is what later requests find of it in the tree."""
+    limits = {"max_total_tokens": 1024, "max_running_requests": 1, "chunked_prefill_size": 64}
+    reference = schedulers(**limits)
+    ours = schedulers(kv_backend="vtensor", page_size=16, vtensor_max_parked=1, **limits)
+    prompt = Prompts(5)
+    stem = prompt(640)
+    scripts = [
+        [[Request("whole", stem, 1)]],
+        [[Request("start", stem[:160] + prompt(40), 1)]],
+        # The busy one takes the memory of all of the stem but its start, which was read last; b waits meanwhile.
+        [[Request("busy", prompt(100), 560)], [], [Request("b", stem + prompt(5), 40)]],
+        [[Request("later", stem + prompt(9), 40)]],
+    ]
+    watch = Do(first_chunk_by_pages)
+    before = ours.stats()
+    try:
+        for script in scripts:
+            expected = reference.run(script)
+            got = ours.run([[watch, *turn] for turn in script] + [[watch]] * 760)
+            for rid, theirs in expected.items():
+                assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+                assert abs(theirs.logprobs[0] - got[rid].logprobs[0]) < 1e-3, rid
+            ours.check()
+    finally:
+        ours.call(draw_reads, None)
+    gained = {key: value - before[key] for key, value in ours.stats().items()}
+    assert gained["prepared_segments"] > 0
+    assert gained["extends_by_pages"] > 0

@@ -1,8 +1,9 @@
 """Pages, segments and the radix tree together, against a model that is plainly right: what a token's KV must be.
 
-The KV of a token depends on all tokens up to it, and on nothing else. So the model of the whole cache is one function:
-`content(tokens[: i + 1])`. Requests write it by slot; whatever the tree then says is cached, and whatever a segment
-shows, must read back as exactly that, through splits, duplicates, evictions, retractions and adopted addresses.
+The KV of a token depends on its namespace and on all tokens up to it, and on nothing else. So the model of the whole
+cache is one function: `content(namespace, tokens[: i + 1])`. Requests write it by slot; whatever the tree then says is
+cached, and whatever a segment shows, must read back as exactly that, through splits, duplicates, evictions, retractions
+and adopted addresses.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
 READS: Counter[str] = Counter()
 
 
-def content(tokens) -> int:
-    return hash(tuple(tokens)) % 1_000_003
+#: SGLang's `extra_key`: None, or what a LoRA adapter or a salt makes of it.
+NAMESPACES = [None, "a", "b"]
+
+
+def content(namespace, tokens) -> int:
+    return hash((NAMESPACES.index(namespace), *tokens)) % 1_000_003
 
 
 def common(one: list[int], other: list[int]) -> int:
@@ -81,15 +86,15 @@ class TreeMachine(RuleBasedStateMachine):
         self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
 
     def cached(self):
-        """Every text of which the tree says that it is there, with what follows in unfinished pages."""
+        """Every text of which the tree says that it is there, with what follows in unfinished pages; and whose."""
         stack = [(self.tree.root_node, [])]
         while stack:
             node, before = stack.pop()
             text = before + list(node.key.token_ids)
-            yield text
+            yield node.key.extra_key, text
             for key, tail in node.tails:
                 if tail.page is not None and self.tokens_a_page > 1:
-                    yield text + list(key.token_ids)
+                    yield key.extra_key, text + list(key.token_ids)
             stack += [(child, text) for child in node.children.values()]
 
     # What SGLang's scheduler does, in its order.
@@ -114,7 +119,7 @@ class TreeMachine(RuleBasedStateMachine):
         for i in range(req.written, upto):
             slot = record.pages[i // self.tokens_a_page] * self.tokens_a_page + i % self.tokens_a_page
             self.rows.req_to_token[req.req_pool_idx, i] = slot
-            self.keys[slot] = float(content(tokens[: i + 1]))
+            self.keys[slot] = float(content(req.extra_key, tokens[: i + 1]))
         req.written = upto
 
     def grow(self, req: SimpleNamespace, upto: int) -> bool:
@@ -128,7 +133,7 @@ class TreeMachine(RuleBasedStateMachine):
         record = self.runtime.requests[req.req_pool_idx]
         tokens = list(req.origin_input_ids)
         whole = record.protected * self.tokens_a_page
-        expected = [float(content(tokens[: i + 1])) for i in range(whole, whole + partial.tokens)]
+        expected = [float(content(req.extra_key, tokens[: i + 1])) for i in range(whole, whole + partial.tokens)]
         assert 0 < partial.tokens < self.tokens_a_page
         source = self.keys[partial.page * self.tokens_a_page :][: partial.tokens, 0, 0]
         assert source.tolist() == expected, "a page does not begin as its tokens say"
@@ -173,12 +178,17 @@ class TreeMachine(RuleBasedStateMachine):
         else:
             shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
         READS["pages" if by_pages else "segments"] += 1
-        assert shown == [float(content(tokens[: i + 1])) for i in range(req.written)]
+        assert shown == [float(content(req.extra_key, tokens[: i + 1])) for i in range(req.written)]
         self.memory.complete(self.memory.launch())
 
-    @rule(data=st.data(), cut=st.integers(0, CONTEXT), more=st.lists(st.integers(0, 3), min_size=1, max_size=16))
+    @rule(
+        data=st.data(),
+        cut=st.integers(0, CONTEXT),
+        more=st.lists(st.integers(0, 3), min_size=1, max_size=16),
+        namespace=st.sampled_from([None, None, *NAMESPACES]),
+    )
     @precondition(lambda self: len(self.waiting) < 4)
-    def arrive(self, data, cut: int, more: list[int]) -> None:
+    def arrive(self, data, cut: int, more: list[int], namespace: str | None) -> None:
         """A request queues. While it waits, the worker maps what it will share."""
         tokens = (data.draw(st.sampled_from(self.spoken))[:cut] + more)[: CONTEXT - 8]
         self.arrived += 1
@@ -186,7 +196,7 @@ class TreeMachine(RuleBasedStateMachine):
             rid=str(self.arrived),
             origin_input_ids=array("q", tokens),
             output_ids=array("q"),
-            extra_key=None,
+            extra_key=namespace,
             priority=0,
             written=0,
             kv=None,
@@ -216,14 +226,15 @@ class TreeMachine(RuleBasedStateMachine):
         self.waiting.remove(req)
         tokens = list(req.origin_input_ids)
         match = self.tree.match_prefix(
-            MatchPrefixParams(key=RadixKey(req.origin_input_ids, None, limit=len(tokens) - 1), req=req)
+            MatchPrefixParams(key=RadixKey(req.origin_input_ids, req.extra_key, limit=len(tokens) - 1), req=req)
         )
         partial = req.vtensor_partial
         prefix = len(match.device_indices) - (partial.tokens if partial else 0)
         assert self.keys[match.device_indices[:prefix], 0, 0].tolist() == [
-            float(content(tokens[: i + 1])) for i in range(prefix)
+            float(content(req.extra_key, tokens[: i + 1])) for i in range(prefix)
         ]
-        longest = max((common(tokens[:-1], text) for text in self.cached()), default=0)
+        mine = [text for namespace, text in self.cached() if namespace == req.extra_key]
+        longest = max((common(tokens[:-1], text) for text in mine), default=0)
         assert prefix + (partial.tokens if partial else 0) == longest, "reuse is exact to the token"
         req.req_pool_idx = self.rows.free_slots.pop()
         req.last_node, req.cache_protected_len, req.written = match.last_device_node, prefix, prefix
@@ -317,7 +328,8 @@ class TreeMachine(RuleBasedStateMachine):
             tokens = before + list(node.key.token_ids)
             if node is not self.tree.root_node:
                 got = self.keys[node.value, 0, 0].tolist()
-                assert got == [float(content(tokens[: i + 1])) for i in range(len(before), len(tokens))]
+                whose = node.key.extra_key
+                assert got == [float(content(whose, tokens[: i + 1])) for i in range(len(before), len(tokens))]
             stack += [(child, tokens) for child in node.children.values()]
 
     def teardown(self) -> None:
