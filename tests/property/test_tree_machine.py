@@ -8,9 +8,11 @@ and adopted addresses.
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -31,12 +33,22 @@ POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
 READS: Counter[str] = Counter()
 
 
+#: What is said: the start of one of these. Some of them begin alike.
+SAYINGS = [[0, 1, 2, 3] * 6, [0, 1, 2, 2] * 6, [0, 3] * 12, [2, 1, 1, 3, 0, 0] * 4]
+SAID = st.builds(lambda saying, count: SAYINGS[saying][:count], st.integers(0, len(SAYINGS) - 1), st.integers(1, 24))
+WHICH = st.integers(0, 11)
+#: So many tokens of a prompt are computed at first.
+CHUNK = st.sampled_from([1, 3, 8, CONTEXT, CONTEXT])
 #: SGLang's `extra_key`: None, or what a LoRA adapter or a salt makes of it.
 NAMESPACES = [None, "a", "b"]
 
 
 def content(namespace, tokens) -> int:
     return hash((NAMESPACES.index(namespace), *tokens)) % 1_000_003
+
+
+def one_of(things: list[Any], which: int) -> Any:
+    return things[which % len(things)]
 
 
 def common(one: list[int], other: list[int]) -> int:
@@ -128,8 +140,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.write(req, upto)
         return True
 
-    def begin(self, req: SimpleNamespace, partial) -> bool:
-        """The first pages of a request, whose first one may begin as another does."""
+    def begin(self, req: SimpleNamespace, partial, upto: int) -> bool:
+        """The first pages of a request, whose first one begins as another does."""
         record = self.runtime.requests[req.req_pool_idx]
         tokens = list(req.origin_input_ids)
         whole = record.protected * self.tokens_a_page
@@ -145,7 +157,7 @@ class TreeMachine(RuleBasedStateMachine):
             record.pages.append(page)
         else:
             self.tree.inc_lock_ref(partial.node)
-        taken = self.take(req, len(tokens))
+        taken = self.take(req, upto)
         if partial.tail is None:
             self.tree.dec_lock_ref(partial.node)
         if not taken:
@@ -160,7 +172,7 @@ class TreeMachine(RuleBasedStateMachine):
             start, start + partial.tokens
         )
         req.written = whole + partial.tokens
-        self.write(req, len(tokens))
+        self.write(req, upto)
         return True
 
     def read(self, req: SimpleNamespace, new: int, *, by_pages: bool) -> None:
@@ -172,7 +184,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.runtime.map_extend([Extend(slot, 0, adopt, new, req.written)], 0)
         assert self.runtime.by_pages == by_pages
         self.runtime.check_batch([slot], [req.written], self.rows.req_to_token, decode=False)
-        tokens = req.origin_input_ids + req.output_ids
+        tokens = req.get_fill_ids()
         if by_pages:
             shown = self.keys[self.rows.req_to_token[slot, : req.written].long(), 0, 0].tolist()
         else:
@@ -182,15 +194,19 @@ class TreeMachine(RuleBasedStateMachine):
         self.memory.complete(self.memory.launch())
 
     @rule(
-        data=st.data(),
+        which=WHICH,
         cut=st.integers(0, CONTEXT),
-        more=st.lists(st.integers(0, 3), min_size=1, max_size=16),
-        namespace=st.sampled_from([None, None, *NAMESPACES]),
+        more=SAID,
+        namespace=st.sampled_from([None] * 6 + NAMESPACES),
+        by_pages=st.none() | st.booleans(),
+        chunk=CHUNK,
     )
     @precondition(lambda self: len(self.waiting) < 4)
-    def arrive(self, data, cut: int, more: list[int], namespace: str | None) -> None:
-        """A request queues. While it waits, the worker maps what it will share."""
-        tokens = (data.draw(st.sampled_from(self.spoken))[:cut] + more)[: CONTEXT - 8]
+    def arrive(
+        self, which: int, cut: int, more: list[int], namespace: str | None, by_pages: bool | None, chunk: int
+    ) -> None:
+        """A request queues, and begins at once, or waits (None): meanwhile the worker maps what it will share."""
+        tokens = (one_of(self.spoken, which)[:cut] + more)[: CONTEXT - 8]
         self.arrived += 1
         req = SimpleNamespace(
             rid=str(self.arrived),
@@ -201,28 +217,67 @@ class TreeMachine(RuleBasedStateMachine):
             written=0,
             kv=None,
         )
-        req.get_fill_ids = lambda: req.origin_input_ids + req.output_ids
+        req.get_fill_ids = lambda: (req.origin_input_ids + req.output_ids)[: req.written]
         self.waiting.append(req)
         self.tree.prepare(self.waiting)
+        if by_pages is not None and len(self.requests) < ROWS:
+            self.begin_waiting(req, chunk, by_pages=by_pages)
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.waiting)
-    def abort_waiting(self, data) -> None:
-        self.waiting.remove(data.draw(st.sampled_from(self.waiting)))
+    @rule(which=WHICH)
+    @precondition(lambda self: len(self.waiting) > 2)
+    def abort_waiting(self, which: int) -> None:
+        self.waiting.remove(one_of(self.waiting, which))
         self.tree.prepare(self.waiting)
 
-    @rule(turns=st.integers(1, 4))
+    @rule(turns=st.sampled_from([1, 2, 4, 48]))
+    @precondition(lambda self: self.arrived)
     def housekeep(self, turns: int) -> None:
         for _ in range(turns):
             self.memory.housekeep()
 
-    @rule(data=st.data(), by_pages=st.booleans())
-    @precondition(lambda self: self.waiting and len(self.requests) < ROWS)
-    def start(self, data, by_pages: bool) -> None:
+    @rule(which=WHICH, at=WHICH, by_pages=st.booleans(), chunk=CHUNK)
+    @precondition(lambda self: len(self.requests) < ROWS and self.shared_and_waiting())
+    def lose_a_part(self, which: int, at: int, by_pages: bool, chunk: int) -> None:
+        """What a waiting request shares was mapped for it; then somebody reads the start of that, the rest is evicted,
+        and the request begins."""
+        req, pages = one_of(self.shared_and_waiting(), which)
+        self.housekeep(48)
+        start, whole = (1 + at % (pages - 1)) * self.tokens_a_page, pages * self.tokens_a_page
+        self.look_up(req, start)
+        end = self.look_up(req, whole)
+        self.look_up(req, start)
+        tokens = next((n for n in range(CAPACITY_TOKENS) if end in self.next_to_go(n)), 0)
+        if tokens:
+            self.evict(tokens)
+        self.begin_waiting(req, chunk, by_pages=by_pages)
+
+    def look_up(self, req: SimpleNamespace, tokens: int):
+        """The node at which the request's first tokens end: they have nodes of their own from now on."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        req = data.draw(st.sampled_from(self.waiting))
+        key = RadixKey(req.origin_input_ids[:tokens], req.extra_key)
+        return self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+
+    def shared_and_waiting(self) -> list[tuple[SimpleNamespace, int]]:
+        """The requests that wait, and would find two whole pages or more; with their number."""
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        page = self.tokens_a_page
+        keys = [RadixKey(req.origin_input_ids, req.extra_key).page_aligned(page) for req in self.waiting]
+        found = [(req, len(self.tree._find(key)[1])) for req, key in zip(self.waiting, keys, strict=True)]
+        return [(req, pages) for req, pages in found if pages > 1]
+
+    @rule(which=WHICH, by_pages=st.booleans(), chunk=CHUNK)
+    @precondition(lambda self: self.waiting and len(self.requests) < ROWS)
+    def start(self, which: int, by_pages: bool, chunk: int) -> None:
+        self.begin_waiting(one_of(self.waiting, which), chunk, by_pages=by_pages)
+
+    def begin_waiting(self, req: SimpleNamespace, chunk: int, *, by_pages: bool) -> None:
+        """Its first chunk is computed: all of what it says, or so many tokens."""
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
         self.waiting.remove(req)
         tokens = list(req.origin_input_ids)
         match = self.tree.match_prefix(
@@ -243,40 +298,41 @@ class TreeMachine(RuleBasedStateMachine):
         pages = self.tree.path_pages(req.last_node)
         assert len(pages) * self.tokens_a_page == prefix
         self.runtime.requests[req.req_pool_idx] = RequestPages(pages, len(pages))
-        begun = self.begin(req, partial) if partial else self.grow(req, len(tokens))
+        upto = min(len(tokens), longest + chunk)
+        begun = self.begin(req, partial, upto) if partial else self.grow(req, upto)
         if not begun:
             self.end(req, insert=False)
             return
-        self.read(req, len(tokens) - prefix, by_pages=by_pages)
+        self.read(req, upto - prefix, by_pages=by_pages)
         self.requests.append(req)
         self.spoken = [*self.spoken[-11:], tokens]
 
-    @rule(data=st.data())
+    @rule(which=WHICH)
     @precondition(lambda self: self.requests)
-    def stash(self, data) -> None:
+    def stash(self, which: int) -> None:
         """The prefill's result is processed: full pages go to the tree, equal ones are swapped."""
-        self.tree.cache_unfinished_req(data.draw(st.sampled_from(self.requests)))
+        self.tree.cache_unfinished_req(one_of(self.requests, which))
 
-    @rule(data=st.data(), more=st.lists(st.integers(0, 3), min_size=1, max_size=16), by_pages=st.booleans())
+    @rule(which=WHICH, more=SAID, by_pages=st.booleans())
     @precondition(lambda self: self.requests)
-    def go_on(self, data, more: list[int], by_pages: bool) -> None:
-        """A step of decode, or a chunk."""
-        req = data.draw(st.sampled_from(self.requests))
-        more = more[: CONTEXT - 1 - req.written]
-        if not more:
+    def go_on(self, which: int, more: list[int], by_pages: bool) -> None:
+        """The next chunk; or, behind the last one, a step of decode, or several."""
+        req = one_of(self.requests, which)
+        if req.written == len(req.origin_input_ids) + len(req.output_ids):
+            req.output_ids.extend(more[: CONTEXT - 1 - req.written])
+        new = min(len(more), len(req.origin_input_ids) + len(req.output_ids) - req.written)
+        if not new:
             return
-        req.output_ids.extend(more)
-        if not self.grow(req, req.written + len(more)):
-            del req.output_ids[-len(more) :]
+        if not self.grow(req, req.written + new):
             self.requests.remove(req)
             self.end(req, insert=False)
             return
-        self.read(req, len(more), by_pages=by_pages)
+        self.read(req, new, by_pages=by_pages)
 
-    @rule(data=st.data(), insert=st.booleans())
+    @rule(which=WHICH, insert=st.booleans())
     @precondition(lambda self: self.requests)
-    def finish(self, data, insert: bool) -> None:
-        req = data.draw(st.sampled_from(self.requests))
+    def finish(self, which: int, insert: bool) -> None:
+        req = one_of(self.requests, which)
         self.requests.remove(req)
         self.spoken = [*self.spoken[-11:], list(req.get_fill_ids())]
         self.end(req, insert=insert)
@@ -286,7 +342,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.written)
         self.rows.free_slots.append(req.req_pool_idx)
 
-    @rule(tokens=st.integers(1, CAPACITY_TOKENS))
+    @rule(tokens=st.integers(1, 16) | st.integers(1, CAPACITY_TOKENS))
+    @precondition(lambda self: self.tree.root_node.children)
     def evict(self, tokens: int) -> None:
         doomed = self.next_to_go(tokens)
         before = set(self.tree.nodes())
@@ -309,7 +366,7 @@ class TreeMachine(RuleBasedStateMachine):
         return gone
 
     @rule()
-    @precondition(lambda self: not self.requests)
+    @precondition(lambda self: not self.requests and self.arrived % 4 == 3)
     def flush(self) -> None:
         self.tree.reset()
         self.runtime.clear()
@@ -354,9 +411,69 @@ TreeMachine.TestCase.settings = settings(
 
 
 class TestTree(TreeMachine.TestCase):
+    """Histories that hypothesis draws, and shrinks where they fail."""
+
     def runTest(self) -> None:
         READS.clear()
         super().runTest()
         print(f"reads: {dict(READS)}")
         assert READS["pages"]
         assert READS["segments"]
+
+
+def busy_history(rng: random.Random) -> None:
+    """A long history in which much is shared, evicted and read: every rule is as likely as a server makes it."""
+    machine = TreeMachine()
+    machine.build(rng.choice([1, 1, 4, 8]), rng.choice(POLICIES))
+
+    def which() -> int:
+        return rng.randrange(12)
+
+    def said() -> list[int]:
+        return rng.choice(SAYINGS)[: rng.randint(1, 24)]
+
+    def by_pages() -> bool:
+        return rng.random() < 0.5
+
+    def chunk() -> int:
+        return rng.choice([1, 3, 8, CONTEXT])
+
+    def arrive() -> None:
+        begins = rng.choice([None, None, True, False])
+        machine.arrive(which(), rng.randint(0, CONTEXT), said(), rng.choice([None] * 6 + NAMESPACES), begins, chunk())
+
+    steps = {
+        arrive: (6, lambda: len(machine.waiting) < 4),
+        lambda: machine.start(which(), by_pages(), chunk()): (3, lambda: machine.waiting and room()),
+        lambda: machine.lose_a_part(which(), which(), by_pages(), chunk()): (
+            3,
+            lambda: room() and machine.shared_and_waiting(),
+        ),
+        lambda: machine.go_on(which(), said(), by_pages()): (9, lambda: machine.requests),
+        lambda: machine.stash(which()): (3, lambda: machine.requests),
+        lambda: machine.finish(which(), rng.random() < 0.8): (3, lambda: machine.requests),
+        lambda: machine.housekeep(rng.choice([1, 2, 4, 48])): (4, lambda: True),
+        lambda: machine.evict(rng.randint(1, 24)): (1, lambda: machine.tree.root_node.children),
+    }
+
+    def room() -> bool:
+        return len(machine.requests) < ROWS
+
+    for _ in range(60):
+        able = [(step, weight) for step, (weight, possible) in steps.items() if possible()]
+        rng.choices([step for step, _ in able], [weight for _, weight in able])[0]()
+        machine.everything_agrees()
+    machine.teardown()
+
+
+def test_busy_histories():
+    READS.clear()
+    for seed in range(300):
+        try:
+            busy_history(random.Random(seed))
+        except BaseException:
+            print(f"the history of seed {seed} fails")
+            raise
+    print(f"reads: {dict(READS)}")
+    assert READS["pages"] > 1000
+    assert READS["segments"] > 1000
