@@ -33,6 +33,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_vtensor.srt.options import Options
     from sglang_vtensor.srt.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -91,14 +92,15 @@ def _init_server_args(original: Callable[..., None], self: ServerArgs, *args: An
     options = Options(**given) if given else _parsed.get() or Options()
     options.attach(self)
     if options.kv_backend == "vtensor":
-        _choose_attention(kwargs, options.vtensor_prefill_kernel)
+        _choose_attention(kwargs, options)
     elif kwargs.get("attention_backend") == ATTENTION_BACKEND:
         raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
     original(self, *args, **kwargs)
 
 
-def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
-    """Segments, unless the user chose a backend by name. Raises `Refused` for one that cannot run here.
+def _choose_attention(kwargs: dict[str, Any], given: Options) -> None:
+    """Segments, unless the user chose a backend by name, or deterministic inference. Raises `Refused` for what cannot
+    run here.
 
     On the host one backend does both halves; on a GPU segments are for extend, and decode is SGLang's own choice.
     """
@@ -107,6 +109,7 @@ def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
 
     from sglang_vtensor.srt import options
 
+    prefill_kernel = given.vtensor_prefill_kernel
     host = current_platform.device_name == "cpu" and current_platform.is_out_of_tree()
     if not host and not torch.cuda.is_available():
         raise options.Refused(
@@ -123,6 +126,13 @@ def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
                 f"--{option.replace('_', '-')} {value} does not run on {'host memory' if host else 'strided K and V'}: "
                 f"use {' or '.join(allowed)}, or leave it out"
             )
+    deterministic = [
+        option for option in ("enable_deterministic_inference", "rl_on_policy_target") if kwargs.get(option)
+    ]
+    if deterministic:
+        ours_named = kwargs.get("prefill_attention_backend") == options.ATTENTION_BACKEND
+        _leave_to_sglang(f"--{deterministic[0].replace('_', '-')}", given, host=host, ours_named=ours_named)
+        return
     if any(kwargs.get(option) is not None for option in named):
         if prefill_kernel != "auto" and kwargs.get("prefill_attention_backend") != options.ATTENTION_BACKEND:
             raise options.Refused(
@@ -139,6 +149,27 @@ def _choose_attention(kwargs: dict[str, Any], prefill_kernel: str) -> None:
         )
     else:
         kwargs["prefill_attention_backend"] = options.ATTENTION_BACKEND
+
+
+def _leave_to_sglang(option: str, given: Options, *, host: bool, ours_named: bool) -> None:
+    """Deterministic inference wants sums whose order does not depend on the batch: SGLang's own kernels can do that, by
+    slot. Ours divide the work by what is in the batch. Raises `Refused` where ours were asked for, or are all there is.
+    """
+    from sglang_vtensor.srt.options import Options, Refused
+
+    if host:
+        raise Refused(
+            f"--kv-backend vtensor does not support {option} on host memory: SGLang has no deterministic attention "
+            "there. Leave it out, or run on a GPU"
+        )
+    if ours_named or given.vtensor_prefill_kernel != Options.vtensor_prefill_kernel:
+        named = "--prefill-attention-backend vtensor" if ours_named else "--vtensor-prefill-kernel"
+        raise Refused(f"{named} is not deterministic, and {option} is given: leave one of the two out")
+    logger.warning(
+        "%s: attention is SGLang's own, by slot, and shared decode is off, as their sums depend on what else is in a "
+        "batch. Reuse and memory are as without it.",
+        option,
+    )
 
 
 def _choose_page_size(self: ServerArgs) -> None:
@@ -256,11 +287,17 @@ def _limit_requests(original: Callable[..., int], self: Any, *args: Any, **kwarg
 
 def _build_pool(self: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
     from sglang_vtensor.srt.kv_pool import VTensorKVPool
-    from sglang_vtensor.srt.options import Options
+    from sglang_vtensor.srt.options import NO_FP8, Options, Refused
 
+    layout = _layout(self)
+    if self.kv_cache_dtype != layout.dtype:  # SGLang knows it when the weights are there
+        raise Refused(
+            f"this checkpoint asks for a KV cache of {self.kv_cache_dtype}, and {NO_FP8}, here {layout.dtype}: give "
+            "--kv-cache-dtype bfloat16, or run with --kv-backend default"
+        )
     return VTensorKVPool(
         sizes.max_total_num_tokens,
-        layout=_layout(self),
+        layout=layout,
         options=Options.of(self.server_args),
         device=self.device,
         max_running=req_to_token_pool.req_to_token.shape[0] - 1,
@@ -316,6 +353,8 @@ def _wants_shared_decode(server_args: ServerArgs) -> bool:
     # On the host, which is not for speed, nothing is lost.
     if Options.of(server_args).vtensor_shared_decode == "off" or server_args.device == "cpu":
         return False
+    if server_args.enable_deterministic_inference:
+        return False  # `_leave_to_sglang` said so
     if server_args.prefill_attention_backend != ATTENTION_BACKEND:
         logger.warning(
             "Shared decode is off, as an attention backend was named: each request reads its whole context. Leave the "
@@ -345,14 +384,18 @@ def _shared_decode(runner: Any) -> Any:
 
 
 def _capture_both(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Each size twice: for SGLang's own decode, and for shared decode where that has room for so many requests."""
     original(self, *args, **kwargs)
     backend = _shared_decode(self)
     if backend is not None:
+        sizes = self.capture_bs
+        self.capture_bs = [size for size in sizes if backend.has_room_for(size)]
         backend.capturing = True
         try:
             original(self, *args, **kwargs)
         finally:
             backend.capturing = False
+            self.capture_bs = sizes
 
 
 def _label_graph_key(

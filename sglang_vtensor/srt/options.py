@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 KV_BACKENDS = ("default", "vtensor")
 ATTENTION_BACKEND = "vtensor"
+#: Why a quantized KV cache is refused.
+NO_FP8 = "pages hold keys and values of the model's own type only"
 #: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
 HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
@@ -219,11 +223,27 @@ def refuse_unsupported(args: ServerArgs) -> None:
     if any(hasattr(config, mark) for mark in ("mamba_d_state", "ssm_state_size", "linear_num_key_heads", "mamba2")):
         refuse(name, "its state-space (Mamba, linear-attention) layers keep a state, not K and V", default)
     if args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
-        refuse(
-            f"--kv-cache-dtype {args.kv_cache_dtype}",
-            "a quantized KV cache keeps scales beside the tokens",
-            "Use --kv-cache-dtype auto.",
-        )
+        refuse(f"--kv-cache-dtype {args.kv_cache_dtype}", NO_FP8, "Use --kv-cache-dtype auto.")
+    if args.kv_cache_dtype == "auto" and asks_for_fp8_kv(model):
+        refuse("the FP8 KV cache that this checkpoint asks for", NO_FP8, "Give --kv-cache-dtype bfloat16.")
+
+
+def asks_for_fp8_kv(model: Any) -> bool:
+    """Whether a checkpoint's own configuration asks for an FP8 KV cache, in the forms that SGLang reads of ModelOpt
+    (layers/quantization/modelopt_quant.py): in `config.json`, or in an `hf_quant_config.json` beside it."""
+    told = getattr(model.hf_config, "quantization_config", None)
+    if told is not None and not isinstance(told, dict):
+        told = told.to_dict()
+    beside = Path(model.model_path) / "hf_quant_config.json"
+    if told is None and beside.is_file():
+        told = json.loads(beside.read_text())
+    if told is None or "modelopt" not in told.get("quant_method", "modelopt"):
+        return False
+    told = told.get("quantization", told)
+    scheme = told.get("kv_cache_scheme")
+    if isinstance(scheme, dict):
+        return scheme.get("type") == "float" and scheme.get("num_bits") == 8
+    return str(told.get("kv_cache_quant_algo")).upper() == "FP8"
 
 
 def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVLayout:

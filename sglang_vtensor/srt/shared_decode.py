@@ -90,8 +90,9 @@ class SharedDecodeBackend(AttentionBackend):
     # to that once the graph is launched. Inside is the plan, which is made on the device.
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        requests = forward_batch.batch_size
         self.shared = forward_batch.forward_mode.is_decode() and (
-            self.capturing if in_capture else self._tell(forward_batch.batch_size)
+            self.capturing and self.has_room_for(requests) if in_capture else self._tell(requests)
         )
         if self.shared:
             self.decoder.find_pages(self.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
@@ -112,11 +113,15 @@ class SharedDecodeBackend(AttentionBackend):
         else:
             self.inner.init_forward_metadata(forward_batch)
 
+    def has_room_for(self, requests: int) -> bool:
+        """Whether a batch of so many requests, padding included, can be done here."""
+        return requests <= self.decoder.max_requests
+
     def _tell(self, requests: int) -> bool:
         """Whether the batch is done here. If so, the device knows who shares what in it; told on the stream that it
         runs on, behind the batch before."""
         sharing = self.sharing.sharing
-        shared = self.sharing.pays and requests <= self.decoder.max_requests
+        shared = self.sharing.pays and self.has_room_for(requests)
         if shared and self._told != sharing.changes:
             self._told = sharing.changes
             self._fits = self.decoder.fits(sharing.tables)

@@ -15,9 +15,11 @@ from tests.harness import Scheduler
     [
         ({"kv_backend": "paged"}, "--kv-backend 'paged' is unknown: choose from default, vtensor"),
         ({"page_size": 3}, r"--page-size 3 cannot be mapped.*Sizes that fit are the multiples of 2: 2, 4, 8, 16"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: a quantized KV cache.*Use --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: pages hold keys.*Use --kv-cache-dtype auto"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache: pages have no copy on the host"),
         ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
+        ({"enable_deterministic_inference": True}, "--enable-deterministic-inference on host memory: SGLang has no"),
+        ({"rl_on_policy_target": "fsdp"}, "--rl-on-policy-target on host memory: SGLang has no deterministic"),
         ({"attention_backend": "triton"}, "--attention-backend triton does not run on host memory: use vtensor or"),
         ({"vtensor_reserve": "lots"}, "--vtensor-reserve 'lots': give a share below 1, such as 0.02, or bytes"),
         ({"vtensor_idle_seconds": -1.0}, "--vtensor-idle-seconds -1.0"),
@@ -58,8 +60,12 @@ def test_options(models, server_args, message):
             },
             "GptOssForCausalLM: its sliding-window layers",
         ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
+            "the FP8 KV cache that this checkpoint asks for: pages hold keys.*Give --kv-cache-dtype bfloat16",
+        ),
     ],
-    ids=["mla", "sliding-window"],
+    ids=["mla", "sliding-window", "fp8-checkpoint"],
 )
 def test_models(models, tmp_path, config, message):
     model = tmp_path / "model"

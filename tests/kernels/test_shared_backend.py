@@ -215,13 +215,11 @@ def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
 
 
 def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
+    """Larger batches than shared decode has room for have SGLang's graph only."""
     module = patches.load()
-    runner = SimpleNamespace(attn_backend=SimpleNamespace(decode_backend=server.backend))
-    batch = SimpleNamespace(
-        forward_mode=SimpleNamespace(is_decode=lambda: True),
-        batch_size=4,
-        req_pool_indices=torch.zeros(4, dtype=torch.int64, device=DEVICE),
-        seq_lens=torch.ones(4, dtype=torch.int64, device=DEVICE),
+    room = server.backend.decoder.max_requests
+    runner = SimpleNamespace(
+        attn_backend=SimpleNamespace(decode_backend=server.backend), capture_bs=[4, room, room + 1, 640]
     )
     keys = []
 
@@ -229,12 +227,26 @@ def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
         return (size, stream_idx, variant_label)
 
     def capture(self, stream_idx):
-        for label in (None, "lora"):
-            server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
-            keys.append(module._label_graph_key(make_key, self, 4, stream_idx, label))
+        for size in self.capture_bs:
+            batch = SimpleNamespace(
+                forward_mode=SimpleNamespace(is_decode=lambda: True),
+                batch_size=size,
+                req_pool_indices=torch.zeros(size, dtype=torch.int64, device=DEVICE),
+                seq_lens=torch.ones(size, dtype=torch.int64, device=DEVICE),
+            )
+            for label in (None, "lora"):
+                server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+                keys.append(module._label_graph_key(make_key, self, size, stream_idx, label))
 
     module._capture_both(capture, runner, None)
-    assert keys == [(4, None, None), (4, None, "lora"), (4, None, VARIANT), (4, None, f"lora-{VARIANT}")]
+    plain = [(size, None, label) for size in (4, room, room + 1, 640) for label in (None, "lora")]
+    shared = [(size, None, label) for size in (4, room) for label in (VARIANT, f"lora-{VARIANT}")]
+    assert keys == plain + shared
+    assert runner.capture_bs == [4, room, room + 1, 640]
     assert not server.backend.capturing
+    server.backend.capturing = True
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=room + 1)
+    server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    assert not server.backend.shared
     other = SimpleNamespace(attn_backend=server.inner)
     assert module._label_graph_key(make_key, other, 4) == (4, None, None)

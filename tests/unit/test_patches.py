@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import torch
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import affordable_segments
-from sglang_vtensor.srt.options import Options, Refused, parse_share_or_bytes
+from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, parse_share_or_bytes
 
 
 def test_a_known_version_has_its_module():
@@ -81,6 +82,81 @@ def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monk
     assert affordable_segments(layout, context + 4) > most
 
 
+@pytest.fixture
+def on_hopper(monkeypatch):
+    from sglang.srt import platforms
+
+    gpu = SimpleNamespace(device_name="cuda", is_out_of_tree=lambda: False)
+    monkeypatch.setattr(platforms, "current_platform", gpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+DETERMINISTIC = [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}]
+
+
+@pytest.mark.parametrize("asked", DETERMINISTIC)
+@pytest.mark.parametrize("named", [{}, {"attention_backend": "triton"}])
+def test_deterministic_inference_is_left_to_sglangs_kernels(on_hopper, asked, named, caplog):
+    kwargs = asked | named
+    before = dict(kwargs)
+    patches.load()._choose_attention(kwargs, Options(kv_backend="vtensor"))
+    assert kwargs == before, "SGLang chooses, as without the plugin"
+    option = next(iter(asked)).replace("_", "-")
+    assert f"--{option}: attention is SGLang's own, by slot, and shared decode is off" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("asked", DETERMINISTIC)
+@pytest.mark.parametrize(
+    ("options", "named", "message"),
+    [
+        ({"vtensor_prefill_kernel": "triton"}, {}, "--vtensor-prefill-kernel is not deterministic, and --"),
+        ({}, {"prefill_attention_backend": "vtensor"}, "--prefill-attention-backend vtensor is not deterministic"),
+    ],
+)
+def test_deterministic_inference_refuses_kernels_that_are_not(on_hopper, asked, options, named, message):
+    with pytest.raises(Refused, match=message):
+        patches.load()._choose_attention(asked | named, Options(kv_backend="vtensor", **options))
+
+
+def test_without_deterministic_inference_extends_read_segments(on_hopper):
+    kwargs = {"enable_deterministic_inference": False, "rl_on_policy_target": None}
+    patches.load()._choose_attention(kwargs, Options(kv_backend="vtensor"))
+    assert kwargs["prefill_attention_backend"] == "vtensor"
+
+
+def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
+    """SGLang learns of a checkpoint's FP8 KV cache when its weights are there; a pool of another type would be read as
+    FP8 by its kernels."""
+    module = patches.load()
+    layout = KVLayout.choose(layers=2, kv_heads=2, head_dim=64, dtype=torch.bfloat16, granularity=4096, tile_tokens=1)
+    monkeypatch.setattr(module, "_layout", lambda configurator: layout)
+    configurator = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn)
+    with pytest.raises(Refused, match=r"asks for a KV cache of torch\.float8_e4m3fn.*give --kv-cache-dtype bfloat16"):
+        module._build_pool(configurator, sizes=None, req_to_token_pool=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "beside", "asks"),
+    [
+        (None, None, False),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, None, True),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, None, False),
+        ({"quant_algo": "FP8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, None, True),
+        ({"quant_algo": "FP8", "kv_cache_scheme": {"type": "int", "num_bits": 8}}, None, False),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, None, False),
+        (None, {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True),
+        (None, {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}, False),
+    ],
+)
+def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside, asks, tmp_path):
+    if beside is not None:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    hf_config = SimpleNamespace() if config is None else SimpleNamespace(quantization_config=config)
+    assert asks_for_fp8_kv(SimpleNamespace(hf_config=hf_config, model_path=str(tmp_path))) is asks
+
+
 @pytest.mark.parametrize(
     ("server_args", "wanted", "why"),
     [
@@ -88,10 +164,12 @@ def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monk
         ({"vtensor_shared_decode": "off"}, False, ""),
         ({"device": "cpu"}, False, ""),
         ({"prefill_attention_backend": None}, False, "attention backend was named"),
+        ({"prefill_attention_backend": None, "enable_deterministic_inference": True}, False, ""),
     ],
 )
 def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog):
-    args = {"device": "cuda", "prefill_attention_backend": "vtensor"} | server_args
+    args = {"device": "cuda", "prefill_attention_backend": "vtensor", "enable_deterministic_inference": False}
+    args |= server_args
     assert patches.load()._wants_shared_decode(SimpleNamespace(**args)) is wanted
     assert why in caplog.text
     assert bool(why) == bool(caplog.records)
