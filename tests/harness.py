@@ -1,8 +1,9 @@
 """SGLang's real scheduler, with its model, pool, tree and event loop, in a child process and without sockets.
 
 A `Scheduler` takes a script: which requests arrive, and which are aborted, before which turn of the event loop. Batches
-are then the same in every run, so that two servers can be compared token for token. The children are forked from a
-process that has SGLang imported already (20 s), and start in about a second.
+are then the same in every run, so that two servers can be compared token for token. To import SGLang takes 20 s. On the
+host, children are forked from a process that has done so, and start in about a second. Beside a GPU nothing can be
+forked: there some children import it ahead, and wait to be told what to serve.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ if not ON_GPU:
     # Imports only: a thread or a parallel region in the parent would not survive the fork.
     _context.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.models.registry"])
 
+
+#: Children beside a GPU that wait to be told what to serve, and how many there are to be.
+_waiting: deque[tuple[Any, Connection]] = deque()
+WAITING = 4 if ON_GPU else 0
 
 #: Seconds after which a child that does not answer hangs: requests that wait for what never comes, for instance.
 PATIENCE = 300 if ON_GPU else 120
@@ -81,9 +86,12 @@ Script = Sequence[Sequence[Request | Abort | Do]]
 
 
 class Scheduler:
-    """A scheduler of its own in a child process. Keywords are SGLang's `ServerArgs`."""
+    """A scheduler of its own in a child process. Keywords are SGLang's `ServerArgs`. Without `wait` it may not be there
+    yet, and what is wrong with them is told by the first call."""
 
-    def __init__(self, model: Path, *, environment: dict[str, str] | None = None, **server_args: Any) -> None:
+    def __init__(
+        self, model: Path, *, environment: dict[str, str] | None = None, wait: bool = True, **server_args: Any
+    ) -> None:
         args = {
             "model_path": str(model),
             "skip_tokenizer_init": True,
@@ -96,11 +104,10 @@ class Scheduler:
             "sampling_backend": "pytorch",
             **server_args,
         }
-        self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(theirs, args, environment or {}), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.call(_ready)
+        self._process, self._pipe = _child()
+        self._pipe.send((args, environment or {}))
+        if wait:
+            self.call(_ready)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(scheduler, *args)` in the child, between runs. Raises what it raised."""
@@ -147,10 +154,28 @@ class Scheduler:
         self.close()
 
 
+def _child() -> tuple[Any, Connection]:
+    """A process that waits to be told what to serve; and others begin to wait."""
+    while len(_waiting) <= WAITING:
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        _waiting.append((process, ours))
+    return _waiting.popleft()
+
+
 # In the child.
 
 
-def _serve(pipe: Connection, kwargs: dict[str, Any], environment: dict[str, str]) -> None:
+def _serve(pipe: Connection) -> None:
+    if ON_GPU:
+        import sglang.srt.managers.scheduler
+        import sglang.srt.models.registry  # noqa: F401
+    try:
+        kwargs, environment = pipe.recv()
+    except EOFError:
+        os._exit(0)
     os.environ.update(environment)
     scheduler = None
     failure = None

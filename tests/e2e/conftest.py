@@ -25,17 +25,22 @@ KEPT = 12
 
 @pytest.fixture(scope="session")
 def schedulers(models):
-    """`schedulers(model, **server_args)`: the one with these arguments, flushed; started anew if it is not kept."""
+    """`schedulers(model, **server_args)`: the one with these arguments, flushed; started anew if it is not kept.
+    `schedulers.both` gives two, which start at once if they have to."""
     started: dict[tuple, Scheduler] = {}
 
-    def get(model: str = "gqa", **server_args) -> Scheduler:
+    def start(model: str = "gqa", **server_args) -> Scheduler:
         key = (model, *sorted(server_args.items()))
         scheduler = started.pop(key, None)
         if scheduler is None:
             while len(started) >= KEPT:
                 started.pop(next(iter(started))).close()
-            scheduler = Scheduler(models[model], **({"dtype": "float32"} | server_args))
+            scheduler = Scheduler(models[model], wait=False, **({"dtype": "float32"} | server_args))
         started[key] = scheduler
+        return scheduler
+
+    def get(model: str = "gqa", **server_args) -> Scheduler:
+        scheduler = start(model, **server_args)
         assert scheduler.flush()
         return scheduler
 
@@ -44,6 +49,11 @@ def schedulers(models):
         while started:
             started.popitem()[1].close()
 
-    get.close = close
+    def both(one: dict, other: dict) -> tuple[Scheduler, Scheduler]:
+        start(**one)
+        start(**other)
+        return get(**one), get(**other)
+
+    get.both, get.close = both, close
     yield get
     close()

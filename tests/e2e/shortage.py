@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -90,31 +91,37 @@ _HELD: list[int] = []
 def share_device(scheduler: Any, pages: int) -> None:
     """The device has room for this many pages of all servers that are neighbours, padding pages included."""
     memory, neighbours = _memory(scheduler), scheduler.vtensor_elastic.neighbours
+    memory.vmm.headroom_bytes = 0  # it is more than such a device has
     page = memory.layout.page_bytes
     create, release = type(memory.vmm).create, type(memory.vmm).release
-    held = memory.pages.backed
+    held, lock = memory.pages.backed, threading.RLock()  # both threads create and release, and so look at the others
+    look = neighbours.others
+
+    def others() -> list[Any]:
+        with lock:
+            return look()
 
     def free() -> int:
-        return pages * page - held * page - sum(other.backed for other in neighbours.others())
+        return pages * page - held * page - sum(other.backed for other in others())
 
-    def tell() -> None:
+    def hold(change: int) -> None:
+        nonlocal held
+        held += change
         struct.pack_into("<q", neighbours._map, 16, held * page)
 
     def created(nbytes: int) -> Any:
-        nonlocal held
-        if free() < nbytes:
-            raise OutOfMemory("create", f"the device has room for {pages} pages of all servers", "INJECTED")
-        held += 1
-        tell()
+        with lock:
+            if free() < nbytes:
+                raise OutOfMemory("create", f"the device has room for {pages} pages of all servers", "INJECTED")
+            hold(1)
         return create(memory.vmm, nbytes)
 
     def released(handle: Any) -> None:
-        nonlocal held
         release(memory.vmm, handle)
-        held -= 1
-        tell()
+        with lock:
+            hold(-1)
 
-    memory.vmm.create, memory.vmm.release = created, released
+    memory.vmm.create, memory.vmm.release, neighbours.others = created, released, others
     memory.vmm.memory = lambda: (max(0, free()), pages * page)
 
 

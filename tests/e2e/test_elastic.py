@@ -68,7 +68,7 @@ def settle(scheduler, patience=5.0):
 
 @pytest.fixture
 def pair(schedulers):
-    reference, ours = schedulers(**LIMITS), schedulers(**OURS)
+    reference, ours = schedulers.both(LIMITS, OURS)
     yield reference, ours
     ours.run([[WAKE, limit(PAGES)]])
 

@@ -24,7 +24,8 @@ def two(models, tmp_path, schedulers):
     if ON_GPU:
         schedulers.close()  # whoever is on the same GPU is a neighbour, whatever its name
     device = {"VTENSOR_HOST_DEVICE": f"test-{tmp_path.name}-{time.monotonic_ns()}"}
-    servers = [Scheduler(models["gqa"], environment=device, **({"dtype": DTYPE} | OURS), **SHARE) for _ in range(2)]
+    told = {"dtype": DTYPE} | OURS | SHARE
+    servers = [Scheduler(models["gqa"], environment=device, wait=False, **told) for _ in range(2)]
     for server in servers:
         server.call(share_device, DEVICE)
     yield servers

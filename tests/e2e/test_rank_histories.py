@@ -94,7 +94,7 @@ class Ranks:
         self.close()
         self._starts += 1
         store = str(self._folder / f"store{self._starts}")
-        self.both = [Scheduler(self._model, **SERVER) for _ in range(2)]
+        self.both = [Scheduler(self._model, wait=False, **SERVER) for _ in range(2)]
         at_once(self.both, lambda rank, number: rank.call(join, number, store))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from sglang_vtensor import tiny_model
 from tests.e2e.compare import TIE
 from tests.e2e.conftest import schedulers  # noqa: F401
+from tests.harness import Scheduler
 
 
 def pytest_collection_modifyitems(items):
@@ -46,6 +47,20 @@ def models(tmp_path_factory):
     return {"gqa": tiny_model.build(root / "gqa", **geometry)}
 
 
+FLASHINFER = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 4}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flashinfer(request, models):
+    """SGLang with FlashInfer, which compiles its kernels for two minutes: it begins before all other tests."""
+    if not any("test_flashinfer" in item.nodeid for item in request.session.items):
+        yield None
+        return
+    reference = Scheduler(models["gqa"], wait=False, attention_backend="flashinfer", **FLASHINFER)
+    yield reference
+    reference.close()
+
+
 #: What ours is told, and SGLang's own kernel on the other side.
 PAIRS = {
     "segments": ({}, "fa3"),
@@ -64,8 +79,9 @@ def pair(request, schedulers):  # noqa: F811
         common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 8} | server_args
         # By slot with the same kernel, page sizes are the same too, so that only the memory differs.
         page_size = {"page_size": 128} if request.param == "fa3" else {}
-        reference = schedulers(attention_backend=kernel, **page_size, **common)
-        return reference, schedulers(kv_backend="vtensor", **ours_by, **common), TIE["bfloat16"]
+        reference = {"attention_backend": kernel, **page_size, **common}
+        ours = {"kv_backend": "vtensor", **ours_by, **common}
+        return *schedulers.both(reference, ours), TIE["bfloat16"]
 
     get.page_size = 128
     get.segments = request.param in ("segments", "ours")

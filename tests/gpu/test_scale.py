@@ -1,4 +1,4 @@
-"""Batches to 256, contexts to 64k, ten thousand requests, and how often the host waits for the device."""
+"""Batches to 256, contexts to 64k, thousands of requests, and how often the host waits for the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fa3(schedulers):
 
     def get(**server_args):
         common = {"dtype": "bfloat16", "mem_fraction_static": 0.2} | server_args
-        return schedulers(attention_backend="fa3", **common), schedulers(kv_backend="vtensor", **common)
+        return schedulers.both({"attention_backend": "fa3", **common}, {"kv_backend": "vtensor", **common})
 
     return get
 
@@ -45,7 +45,7 @@ def test_contexts_to_64k(fa3):
     assert ours.stats()["prefix_tokens_served"] > 90_000
 
 
-def test_ten_thousand_requests(models, record_property):
+def test_thousands_of_requests(models, record_property):
     """Mixed lengths and aborts in a pool of 64 pages, which evicts all the time; SGLang retracts every 20th batch."""
     ours = Scheduler(
         models["gqa"],
@@ -61,7 +61,7 @@ def test_ten_thousand_requests(models, record_property):
     prompt, rng = Prompts(80), random.Random(80)
     stems = [prompt(rng.randrange(10, 1200)) for _ in range(40)]
     retracted = aborted = finished = 0
-    for wave in range(20):
+    for wave in range(5):
         script, rids = [[Do(only_cheap_checks)]], []
         for turn in range(50):
             arriving: list = []
@@ -79,8 +79,8 @@ def test_ten_thousand_requests(models, record_property):
         finished += len(answers)
         retracted += sum(answer.retractions for answer in answers.values())
     stats = ours.stats()
-    assert finished == 10_000
-    assert retracted > 100
+    assert finished == 2500
+    assert retracted > 25
     assert ours.flush()
     after = ours.stats()
     assert [after[key] for key in ("pages_owned", "segments_leased", "segments_parked", "requests")] == [0, 0, 0, 0]
@@ -113,8 +113,7 @@ def test_the_scheduling_path_waits_for_the_device_no_more_than_sglang(fa3, recor
 def test_another_kernel_within_bfloat16_noise(schedulers, record_property):
     """FlashAttention-3 on segments against SGLang with its Triton kernel: log-probabilities, and agreement."""
     common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 8}
-    reference = schedulers(attention_backend="triton", **common)
-    ours = schedulers(kv_backend="vtensor", **common)
+    reference, ours = schedulers.both({"attention_backend": "triton", **common}, {"kv_backend": "vtensor", **common})
     prompt = Prompts(95)
     stem = prompt(200)
     requests = [Request(f"r{n}", stem + prompt(1 + 29 * n), 24) for n in range(24)]

@@ -21,7 +21,7 @@ LIMITS = {
 
 @pytest.fixture
 def servers(schedulers):
-    return schedulers(attention_backend="fa3", **LIMITS), schedulers(kv_backend="vtensor", **LIMITS)
+    return schedulers.both({"attention_backend": "fa3", **LIMITS}, {"kv_backend": "vtensor", **LIMITS})
 
 
 def requests(seed: int) -> list[Request]:
