@@ -33,7 +33,7 @@ class VirtualMemory(abc.ABC):
 
     A page may be mapped at any number of addresses at once, always whole (the CUDA driver maps no part of a handle).
     Sizes and addresses are in bytes and multiples of `granularity`. No method waits for running kernels: the caller
-    keeps a mapping until nothing in flight reads it (DESIGN, invariant 3).
+    keeps a mapping until nothing in flight reads it (invariant 3).
     """
 
     device: torch.device

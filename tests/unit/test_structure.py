@@ -1,6 +1,7 @@
 """The map of the tree, held to what it says."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -30,6 +31,24 @@ def test_the_core_does_not_know_sglang(path):
 def test_only_the_patches_know_a_version():
     for path in (ROOT / "sglang_vtensor").rglob("*.py"):
         assert "0.5.17" not in path.read_text(), path
+
+
+def test_an_invariant_that_is_named_can_be_looked_up():
+    """And its page names checks and tests that there are."""
+    page = (ROOT / "docs/invariants.md").read_text()
+    known = {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert known == set(range(1, len(known) + 1))
+    named = set()
+    for folder in ("sglang_vtensor", "kernels", "patches", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            named |= {int(number) for number in re.findall(r"invariant\s+(\d+)", path.read_text())}
+    assert named <= known
+    for path in re.findall(r"`(tests/[\w/.]+)`", page):
+        assert (ROOT / path).exists(), path
+    code = "".join(path.read_text() for path in (ROOT / "sglang_vtensor").rglob("*.py"))
+    for owner, check in re.findall(r"`(\w+)\.(\w+)`", page):
+        assert f"class {owner}" in code, owner
+        assert f"def {check}" in code, check
 
 
 @pytest.fixture(scope="session")
