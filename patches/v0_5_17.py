@@ -574,7 +574,6 @@ def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
         "weights_bytes": int(self.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
         "shared_prefixes": self.tree_cache.shared_prefixes(_SHOWN_PREFIXES),
         "live_tokens": _live_tokens(self),
-        "kept_tokens": self.tree_cache.kept_tokens(),
         "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.layout.page_bytes,
         "token_bytes": runtime.memory.layout.stride_bytes,
     }

@@ -61,6 +61,7 @@ class Stats:
     pages_backed: int
     pages_free: int
     pages_kept: int
+    kept_tokens: int
     pages_stuck: int
     pages_owned: int
     backed_bytes: int
@@ -321,10 +322,11 @@ class KVMemory:
         with self._timed():
             self.pages.free(pages, self.next_epoch)
 
-    def keep(self, page: int) -> Tail:
-        """Take back a page that is not full, for the turn that continues its text; until it is needed otherwise."""
+    def keep(self, page: int, tokens: int) -> Tail:
+        """Take back a page that is not full, with `tokens` tokens, for the turn that continues its text; until it is
+        needed otherwise."""
         with self._timed():
-            return self.pages.keep(page, self.next_epoch)
+            return self.pages.keep(page, self.next_epoch, tokens=tokens)
 
     def claim(self, tail: Tail) -> int | None:
         """The page that was kept, with what is in it, now the caller's; None if it is not there any more."""
@@ -716,6 +718,7 @@ class KVMemory:
                 pages_backed=pages.backed,
                 pages_free=pages.free_backed,
                 pages_kept=pages.tails,
+                kept_tokens=pages.kept_tokens,
                 pages_stuck=pages.stuck,
                 pages_owned=pages.owned,
                 backed_bytes=pages.backed * pages.page_bytes,

@@ -39,9 +39,11 @@ class PageState(enum.IntEnum):
 
 @dataclass(eq=False)
 class Tail:
-    """A free page whose bytes are still what its last owner wrote. `page` is None once it was forgotten."""
+    """A free page whose bytes are still what its last owner wrote: `tokens` of them. `page` is None once it was
+    forgotten."""
 
     page: int | None
+    tokens: int = 0
 
 
 class PagePool:
@@ -70,6 +72,8 @@ class PagePool:
         self._freed_at = [0] * num_pages  # the epoch that was the newest when the page was freed
         self._free: deque[int] = deque()  # last freed first handed out: the oldest end is what trim takes
         self._tails: OrderedDict[int, Tail] = OrderedDict()  # by page, the longest kept first; free, but not in `_free`
+        #: Tokens in tails.
+        self.kept_tokens = 0
         self._stuck: deque[int] = deque()  # the one that was tried last is the last
         self._unbacked = list(range(1, num_pages))  # a heap: low addresses first
         self._owned = 0
@@ -163,23 +167,31 @@ class PagePool:
 
     # Tails.
 
-    def keep(self, page: int, epoch: int = 0, tail: Tail | None = None) -> Tail:
-        """Take an owned page back as `free` does, and remember that its bytes may be wanted: as a new tail, or as the
-        one that it was claimed by."""
+    def keep(self, page: int, epoch: int = 0, tail: Tail | None = None, *, tokens: int = 0) -> Tail:
+        """Take an owned page back as `free` does, and remember that its bytes may be wanted: as a new tail of `tokens`
+        tokens, or as the one that it was claimed by."""
         self.free([page], epoch)
         self._free.pop()  # it was the last one freed
-        tail = tail or Tail(None)
+        tail = tail or Tail(None, tokens)
         tail.page = page
         self._tails[page] = tail
+        self.kept_tokens += tail.tokens
         return tail
+
+    def _drop(self, tail: Tail) -> int:
+        """The tail is none any more. Returns the page that it had."""
+        page = tail.page
+        assert page is not None
+        del self._tails[page]
+        tail.page = None
+        self.kept_tokens -= tail.tokens
+        return page
 
     def claim(self, tail: Tail) -> int | None:
         """The page of a tail, now the caller's, bytes and all; None if it was forgotten, or the limit is reached."""
-        page = tail.page
-        if page is None or not self.available():
+        if tail.page is None or not self.available():
             return None
-        del self._tails[page]
-        tail.page = None
+        page = self._drop(tail)
         self._state[page] = PageState.OWNED
         self._owned += 1
         return page
@@ -187,9 +199,7 @@ class PagePool:
     def forget(self, tail: Tail) -> None:
         """Nobody wants the tail any more: its page is free like any other."""
         if tail.page is not None:
-            del self._tails[tail.page]
-            self._free.append(tail.page)
-            tail.page = None
+            self._free.append(self._drop(tail))
 
     def forget_tails(self, keep: int = 0) -> None:
         """Forget the longest kept ones until `keep` are left."""
@@ -355,6 +365,7 @@ class PagePool:
             self.free_backed,
         )
         assert all(tail.page == page for page, tail in self._tails.items())
+        assert self.kept_tokens == sum(tail.tokens for tail in self._tails.values())
         assert counts[PageState.UNBACKED] == len(self._unbacked) == len(set(self._unbacked))
         assert counts[PageState.MOVING] == self.moving
         assert counts[PageState.STUCK] == len(self._stuck) == len(set(self._stuck))

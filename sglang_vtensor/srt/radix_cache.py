@@ -57,8 +57,9 @@ class PagedInsertParams(InsertParams):
 
 class VTensorRadixCache(RadixCache):
     """A node has `pages` (ids, in the order of its tokens), `segment` (parked there, or None, or gone since), `tails`
-    (`(RadixKey, Tail)`, what followed in pages that were not filled) and `firsts` (the first pages of its children, as
-    tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it)."""
+    (`(RadixKey, Tail)`, what followed in pages that were not filled), `firsts` (the first pages of its children, as
+    tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it),
+    `depth` (tokens from the root to its end) and `saved` (tokens that its children need not have each)."""
 
     def __init__(self, params: CacheInitParams) -> None:
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
@@ -73,6 +74,8 @@ class VTensorRadixCache(RadixCache):
         self.computing: list[Req] = []
         #: Leaves that may be evicted, each once, by the rank that it had when it came here; a heap.
         self._order: list[tuple[Any, int, TreeNode]] = []
+        #: Nodes with several children, by the tokens that these save together (`_rate`); sorted.
+        self._shared: list[tuple[int, int, TreeNode]] = []
         self._queued: set[int] = set()
         # Ranks are times and counts, which only grow: one that is out of date comes up too early, and is put back.
         self._ranks_grow = params.eviction_policy.lower() != "mru"
@@ -85,15 +88,18 @@ class VTensorRadixCache(RadixCache):
         self.computing.clear()
         self._order.clear()
         self._queued.clear()
+        self._shared.clear()
         self.root_node.pages = []
-        self._dress(self.root_node)
+        self._dress(self.root_node, 0)
 
-    def _dress(self, node: TreeNode) -> None:
-        """What a node has here beside its pages, while nothing hangs from it."""
+    def _dress(self, node: TreeNode, depth: int) -> None:
+        """What a node has here beside its pages, while nothing hangs from it. It ends `depth` tokens behind the root."""
         node.segment = None
         node.tails = []
         node.firsts = []
         node.gone = False
+        node.depth = depth
+        node.saved = 0
 
     def _first(self, key: RadixKey) -> tuple[str, tuple[int, ...]]:
         return _namespace(key), tuple(key.token_ids[: self.page_size])
@@ -244,8 +250,9 @@ class VTensorRadixCache(RadixCache):
             assert isinstance(params, PagedInsertParams), "only requests insert, and they bring their pages"
             leaf.pages = params.pages[result.prefix_len // self.page_size :]
             self._inserted += 1
-            self._dress(leaf)
+            self._dress(leaf, leaf.parent.depth + len(leaf.key))
             insort(leaf.parent.firsts, self._first(leaf.key))
+            self._rate(leaf.parent)
             assert len(leaf.pages) * self.page_size == len(leaf.key), (leaf.pages, len(leaf.key))
         return result
 
@@ -253,7 +260,8 @@ class VTensorRadixCache(RadixCache):
         upper = super()._split_node(key, child, split_len)
         count = split_len // self.page_size
         upper.pages, child.pages = child.pages[:count], child.pages[count:]
-        self._dress(upper)  # what is parked at the child shows the whole path, and stays there, and so do its tails
+        # What is parked at the child shows the whole path, and stays there, and so do its tails.
+        self._dress(upper, child.depth - len(child.key))
         upper.firsts = [self._first(child.key)]
         return upper
 
@@ -329,7 +337,7 @@ class VTensorRadixCache(RadixCache):
         node.tails = [(known, tail) for known, tail in node.tails if tail.page is not None]
         while len(node.tails) >= MAX_TAILS:
             self.runtime.memory.forget(node.tails.pop(0)[1])
-        node.tails.append((key, self.runtime.memory.keep(page)))
+        node.tails.append((key, self.runtime.memory.keep(page, len(key))))
 
     def _park(self, segment: Segment | None, node: TreeNode) -> None:
         """Leave a request's segment at the node that it ends at, for the turn that continues it; or let go of it, if
@@ -392,6 +400,7 @@ class VTensorRadixCache(RadixCache):
         firsts = leaf.parent.firsts
         del firsts[bisect_left(firsts, self._first(leaf.key))]
         self._delete_leaf(leaf)
+        self._rate(leaf.parent)
         self._record_remove_event(leaf)
         pages: list[int] = leaf.pages
         return pages
@@ -425,24 +434,25 @@ class VTensorRadixCache(RadixCache):
             "tree_evictable_tokens": self.evictable_size(),
         }
 
+    def _rate(self, node: TreeNode) -> None:
+        """The node's children are others now: so is what its branches save by sharing what comes before them."""
+        saved = max(0, len(node.children) - 1) * node.depth
+        if saved == node.saved:
+            return
+        if node.saved:
+            del self._shared[bisect_left(self._shared, (node.saved, node.id))]
+        node.saved = saved
+        if saved:
+            insort(self._shared, (saved, node.id, node))
+
     def shared_prefixes(self, count: int) -> list[dict[str, int]]:
         """The prefixes that branches share, by what that saves: `tokens` of each, how many `branches` go on from there,
         and the bytes that these would take if each had its own (`saved_bytes`)."""
-        found = []
-        stack = [(self.root_node, 0)]
-        while stack:
-            node, tokens = stack.pop()
-            branches = len(node.children)
-            if branches > 1 and tokens:
-                saved = (branches - 1) * tokens * self.runtime.memory.layout.stride_bytes
-                found.append({"tokens": tokens, "branches": branches, "saved_bytes": saved})
-            stack.extend((child, tokens + len(child.key)) for child in node.children.values() if child.children)
-        return heapq.nlargest(count, found, key=lambda prefix: prefix["saved_bytes"])
-
-    def kept_tokens(self) -> int:
-        """Tokens in kept pages, which are not in the tree."""
-        nodes = [self.root_node, *self.nodes()]
-        return sum(len(key) for node in nodes for key, tail in node.tails if tail.page is not None)
+        token_bytes = self.runtime.memory.layout.stride_bytes
+        return [
+            {"tokens": node.depth, "branches": len(node.children), "saved_bytes": saved * token_bytes}
+            for saved, _, node in self._shared[: -count - 1 : -1]
+        ]
 
     def nodes(self) -> list[TreeNode]:
         """Every node but the root."""
@@ -463,7 +473,10 @@ class VTensorRadixCache(RadixCache):
         assert len(owned) == len(set(owned)) == self.runtime.memory.pages.owned, (len(owned), len(set(owned)))
         for node in [self.root_node, *nodes]:
             assert node.firsts == sorted(self._first(child.key) for child in node.children.values())
+            assert node.saved == max(0, len(node.children) - 1) * node.depth
+        assert self._shared == sorted((node.saved, node.id, node) for node in nodes if node.saved)
         for node in nodes:
+            assert node.depth == node.parent.depth + len(node.key)
             assert len(node.pages) * self.page_size == len(node.key) == len(node.value)
             assert node.parent.children[node.key.child_key(self.page_size)] is node
             assert (node.value[:: self.page_size] // self.page_size).tolist() == node.pages
@@ -510,9 +523,6 @@ class VTensorChunkCache(ChunkCache):
 
     def shared_prefixes(self, count: int) -> list[dict[str, int]]:
         return []
-
-    def kept_tokens(self) -> int:
-        return 0
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)

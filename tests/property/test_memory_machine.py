@@ -204,7 +204,7 @@ class MemoryMachine(RuleBasedStateMachine):
             self.requests.remove(request)
             if request["segment"] is not None:
                 self.memory.release(request["segment"])
-        self.kept.append((self.memory.keep(page), self.owned.pop(page)))
+        self.kept.append((self.memory.keep(page, 3), self.owned.pop(page)))
 
     @rule(data=st.data(), back=st.booleans())
     @precondition(lambda self: self.kept)

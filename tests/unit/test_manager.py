@@ -108,7 +108,7 @@ def test_what_requests_have_left_in_their_pages_is_part_of_the_reserve():
     while memory.housekeep():
         pass
     assert memory.pages.ready == 2, "four pages of which a little more than one is empty"
-    kept = [memory.keep(page) for page in memory.allocate(2)]
+    kept = [memory.keep(page, 3) for page in memory.allocate(2)]
     memory.complete(memory.launch())
     while memory.housekeep():
         pass
