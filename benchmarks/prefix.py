@@ -326,6 +326,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
     ours_rows = [row for row in rows if row["contestant"] == "vtensor"]
     if ours_rows:
         summary["mapping_share_worst"] = max(row["mapping_share"] for row in ours_rows)
+        summary["worker_share_worst"] = round(max(row["worker_seconds"] / row["seconds"] for row in ours_rows), 4)
         summary["prefix_maps_on_continue"] = sum(row["prefix_maps_on_continue"] for row in ours_rows)
     return summary
 
@@ -339,7 +340,18 @@ def merged(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table(
-        "workload", "contestant", "req/s", "tokens/s", "TTFT", "p99", "TPOT", "p99", "cached", "mapping", box=None
+        "workload",
+        "contestant",
+        "req/s",
+        "tokens/s",
+        "TTFT",
+        "p99",
+        "TPOT",
+        "p99",
+        "cached",
+        "mapping",
+        "worker",
+        box=None,
     )
     for one in rows:
         shown.add_row(
@@ -350,6 +362,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             *(f"{one[key]:.1f}" for key in ("ttft_median_ms", "ttft_p99_ms", "tpot_median_ms", "tpot_p99_ms")),
             f"{one['cached_share']:.1%}",
             f"{one['mapping_share']:.2%}",
+            f"{one.get('worker_seconds', 0.0) / one['seconds']:.1%}",
         )
     return shown
 

@@ -52,13 +52,18 @@ def host(record: Record) -> str:
 def serving(record: Record) -> str:
     """Whole servers."""
     lines = [
-        "| workload | server | tokens/s | TTFT median | TTFT p99 | mapping, share of time | vtensor / it |",
-        "|---|---|---|---|---|---|---|",
+        "| workload | server | tokens/s | TTFT median | TTFT p99 | mapping, share of time | worker | vtensor / it |",
+        "|---" * 8 + "|",
     ]
 
     def middle(server: str, kind: str, key: str) -> float:
         rows = [row for row in record["rows"] if row["contestant"] == server and row["workload"] == kind]
         return statistics.median(row[key] for row in rows)
+
+    def worker(server: str, kind: str) -> str:
+        if not all("worker_share" in row for row in record["rows"]):
+            return "not counted"
+        return f"{middle(server, kind, 'worker_share'):.2%}"
 
     for kind in dict.fromkeys(row["workload"] for row in record["rows"]):
         for server in dict.fromkeys(row["contestant"] for row in record["rows"]):
@@ -66,7 +71,7 @@ def serving(record: Record) -> str:
             lines.append(
                 f"| {kind} | {server} | {middle(server, kind, 'tokens_per_second'):,.0f} | "
                 f"{middle(server, kind, 'ttft_median_ms'):.0f} ms | {middle(server, kind, 'ttft_p99_ms'):.0f} ms | "
-                f"{middle(server, kind, 'mapping_share'):.2%} | {ratio:.3f} |"
+                f"{middle(server, kind, 'mapping_share'):.2%} | {worker(server, kind)} | {ratio:.3f} |"
             )
     end = source(record)
     if max(row["start"] for row in record["rows"]):  # after one start each, the first contestant has compiled for all
@@ -149,8 +154,8 @@ def plain_decode(record: Record) -> str:
 def prefix(record: Record) -> str:
     """The prefix-caching suite."""
     lines = [
-        "| workload | server | requests/s | tokens/s | TTFT | p99 | TPOT | cached | mapping | vtensor / it |",
-        "|---" * 10 + "|",
+        "| workload | server | requests/s | tokens/s | TTFT | p99 | TPOT | cached | mapping | worker | vtensor / it |",
+        "|---" * 11 + "|",
     ]
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -158,6 +163,10 @@ def prefix(record: Record) -> str:
 
     def middle(workload: str, server: str, key: str) -> float:
         return statistics.median(row[key] for row in rows[workload, server])
+
+    def worker(workload: str, server: str) -> float:
+        """The share of time that the mapping worker was busy for; there is none with SGLang's own memory."""
+        return statistics.median(row.get("worker_seconds", 0.0) / row["seconds"] for row in rows[workload, server])
 
     kinds = list(dict.fromkeys(workload for workload, _ in rows))
     for workload, server in sorted(rows, key=lambda key: (kinds.index(key[0]), key[1] == "vtensor")):
@@ -168,7 +177,7 @@ def prefix(record: Record) -> str:
             f"{middle(workload, server, 'ttft_median_ms'):.0f} ms | "
             f"{middle(workload, server, 'ttft_p99_ms'):.0f} ms | {middle(workload, server, 'tpot_median_ms'):.1f} ms | "
             f"{middle(workload, server, 'cached_share'):.1%} | {middle(workload, server, 'mapping_share'):.2%} | "
-            f"{ratio:.3f} |"
+            f"{worker(workload, server):.1%} | {ratio:.3f} |"
         )
     end = []
     summary = record["summary"]

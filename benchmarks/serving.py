@@ -73,6 +73,7 @@ class Round:
     tokens: int
     first: list[float]
     mapping: float
+    worker: float
 
     def row(self) -> dict[str, float]:
         first = sorted(self.first)
@@ -82,6 +83,7 @@ class Round:
             "ttft_median_ms": round(1000 * statistics.median(first), 1),
             "ttft_p99_ms": round(1000 * first[int(0.99 * (len(first) - 1))], 1),
             "mapping_share": round(self.mapping / self.seconds, 5),
+            "worker_share": round(self.worker / self.seconds, 5),
         }
 
 
@@ -135,15 +137,18 @@ class Client:
 
     def run(self, workload: str, seed: int) -> Round:
         self.first = []
-        before = self.mapping_seconds()
+        before = self.memory_seconds()
         start = time.perf_counter()
         tokens = asyncio.run(WORKLOADS[workload](self, random.Random(seed)))
         seconds = time.perf_counter() - start
-        return Round(seconds, tokens, self.first, self.mapping_seconds() - before)
+        mapping, worker = (now - then for now, then in zip(self.memory_seconds(), before, strict=True))
+        return Round(seconds, tokens, self.first, mapping, worker)
 
-    def mapping_seconds(self) -> float:
+    def memory_seconds(self) -> tuple[float, float]:
+        """What memory cost the scheduling thread so far, and what its worker was busy for; 0 for SGLang's own."""
         state = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"][0]
-        return float(state.get("vtensor", {}).get("scheduling_seconds", 0.0))
+        told = state.get("vtensor", {})
+        return float(told.get("scheduling_seconds", 0.0)), float(told.get("worker_seconds", 0.0))
 
 
 def session() -> aiohttp.ClientSession:
@@ -249,11 +254,13 @@ def main(
                             console.print(rows[-1])
                     console.print(f"{name}: up in {seconds:.1f} s")
     summary: dict[str, float] = {}
-    table = Table("workload", "contestant", "tokens/s", "TTFT median", "TTFT p99", "mapping", "ours / theirs", box=None)
+    table = Table(
+        "workload", "contestant", "tokens/s", "TTFT median", "TTFT p99", "mapping", "worker", "ours / theirs", box=None
+    )
     for kind in workloads:
         for name in names:
             mine = [row for row in rows if row["contestant"] == name and row["workload"] == kind]
-            middle = {key: statistics.median(row[key] for row in mine) for key in Round(1, 1, [0.0], 0).row()}
+            middle = {key: statistics.median(row[key] for row in mine) for key in Round(1, 1, [0.0], 0, 0).row()}
             ours = statistics.median(
                 row["tokens_per_second"] for row in rows if row["contestant"] == "vtensor" and row["workload"] == kind
             )
@@ -267,6 +274,7 @@ def main(
                 f"{middle['ttft_median_ms']:.0f} ms",
                 f"{middle['ttft_p99_ms']:.0f} ms",
                 f"{middle['mapping_share']:.2%}",
+                f"{middle['worker_share']:.2%}",
                 f"{ratio:.3f}",
             )
     kept, before = results.read("serving"), ""

@@ -173,7 +173,8 @@ class KVMemory:
         self.shortages = 0
         self.worker_failures = 0
         self.retry_seconds = RETRY_SECONDS
-        self.scheduling_seconds = 0.0
+        #: What memory costs the scheduling thread, and whatever else that does for memory's sake: `with memory.clock`.
+        self.clock = Clock()
         self.worker_seconds = 0.0
         self._region: torch.Tensor | None = None
         self._lock = threading.RLock()
@@ -636,7 +637,8 @@ class KVMemory:
         if not self._thread.is_alive():
             self._wake_worker()
         if self._working or self._wake.is_set() or time.monotonic() >= self._due_at:
-            time.sleep(GIVE_WAY_SECONDS)
+            with self.clock:
+                time.sleep(GIVE_WAY_SECONDS)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -748,7 +750,7 @@ class KVMemory:
                 swaps=self.segments.swaps,
                 shortages=self.shortages,
                 worker_failures=self.worker_failures,
-                scheduling_seconds=self.scheduling_seconds,
+                scheduling_seconds=self.clock.seconds,
                 worker_seconds=self.worker_seconds,
             )
 
@@ -786,16 +788,35 @@ def _patience() -> float:
     return time.monotonic() + PATIENCE_SECONDS
 
 
+class Clock:
+    """Adds up the seconds spent within `with clock:`, each once, also where these are nested. For one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._start = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._start
+
+
 class _Timed:
-    """Holds the lock, and adds what that took to the time of the scheduling thread."""
+    """Holds the lock; the clock of the scheduling thread runs meanwhile."""
 
     def __init__(self, memory: KVMemory) -> None:
         self._memory = memory
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter()
+        self._memory.clock.__enter__()
         self._memory._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         self._memory._lock.release()
-        self._memory.scheduling_seconds += time.perf_counter() - self._start
+        self._memory.clock.__exit__()

@@ -117,7 +117,6 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
             fresh.append(req)
         records.append(runtime.requests[slot])
-    partials = _Partials(batch, fresh)
 
     def map_segments(new: int) -> None:
         extends = []
@@ -132,14 +131,16 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             extends.append(Extend(slot, shared, adopt, seq_len - prefix_len, seq_len))
         runtime.map_extend(extends, new)
 
-    secured = partials.agreed() and _secure(
-        batch,
-        records,
-        seq_lens,
-        map_segments if runtime.extend_reads_segments else None,
-        growing=len(fresh) < len(batch.reqs),
-    )
-    partials.settle(secured)
+    with runtime.memory.clock:
+        partials = _Partials(batch, fresh)
+        secured = partials.agreed() and _secure(
+            batch,
+            records,
+            seq_lens,
+            map_segments if runtime.extend_reads_segments else None,
+            growing=len(fresh) < len(batch.reqs),
+        )
+        partials.settle(secured)
     if not secured:
         for req in fresh:
             batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
@@ -220,7 +221,8 @@ def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -
             runtime.map_request(req.req_pool_idx)
 
     lengths = [n + 1 for n in seq_lens]
-    return _secure(batch, records, lengths, map_segments if runtime.decode_reads_segments else None, growing=True)
+    with runtime.memory.clock:
+        return _secure(batch, records, lengths, map_segments if runtime.decode_reads_segments else None, growing=True)
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestPages:

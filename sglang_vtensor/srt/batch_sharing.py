@@ -34,20 +34,21 @@ class BatchSharing:
     def begin(self, slots: list[int], tokens: int) -> None:
         """The next batch is a decode step of the requests in these slots, with so many tokens in all."""
         start = time.perf_counter()
-        if len(slots) > self.sharing.requests:
-            self.clear()
-        elif slots != self._batch or self._changed:
-            self._follow(slots)
-        sharing = self.sharing
-        self.pays = shared_decode_pays(
-            len(slots),
-            tokens,
-            sharing.shared_tokens,
-            sharing.saved_tokens,
-            self.group,
-            self.token_bytes,
-            self.capability,
-        )
+        with self.runtime.memory.clock:
+            if len(slots) > self.sharing.requests:
+                self.clear()
+            elif slots != self._batch or self._changed:
+                self._follow(slots)
+            sharing = self.sharing
+            self.pays = shared_decode_pays(
+                len(slots),
+                tokens,
+                sharing.shared_tokens,
+                sharing.saved_tokens,
+                self.group,
+                self.token_bytes,
+                self.capability,
+            )
         self.seconds += time.perf_counter() - start
 
     def _follow(self, slots: list[int]) -> None:

@@ -126,6 +126,10 @@ class Elastic:
     def tick(self, waiting: Sequence[Req]) -> None:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
         want something, or nothing more."""
+        with self.runtime.memory.clock:
+            self._tick(waiting)
+
+    def _tick(self, waiting: Sequence[Req]) -> None:
         now = time.monotonic()
         if self.neighbours is not None and now >= self._look_at:
             self._look_at = now + LOOK_EVERY_SECONDS

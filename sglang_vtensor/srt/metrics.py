@@ -59,7 +59,10 @@ COUNTERS = {
     "vtensor_unmaps": ("unmaps", "Pages unmapped from segments."),
     "vtensor_pages_created": ("pages_created", "Pages that the driver created."),
     "vtensor_pages_released": ("pages_released", "Pages given back to the driver."),
-    "vtensor_scheduling_seconds": ("scheduling_seconds", "What memory took of the scheduling thread, waits included."),
+    "vtensor_scheduling_seconds": (
+        "scheduling_seconds",
+        "What memory took of the scheduling thread: waits, votes and grouping too.",
+    ),
     "vtensor_worker_seconds": ("worker_seconds", "What the mapping worker was busy for."),
     "vtensor_prefix_tokens": ("prefix_tokens_served", "Prompt tokens that were not computed again."),
     "vtensor_prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that began, computed or not."),
@@ -78,7 +81,7 @@ COUNTERS = {
     ),
     "vtensor_decode_steps_plain": ("decode_steps_plain", "Decode steps for which that would not have paid."),
     "vtensor_shared_bytes_saved": ("shared_bytes_saved", "Bytes of K and V that were read once instead of again."),
-    "vtensor_grouping_seconds": ("grouping_seconds", "What following who shares what took of the scheduling thread."),
+    "vtensor_grouping_seconds": ("grouping_seconds", "Of the scheduling thread, what following who shares what took."),
     "vtensor_shortages": ("shortages", "How often the driver began to refuse memory."),
     "vtensor_worker_failures": ("worker_failures", "Calls of the driver that failed in the mapping worker."),
 }

@@ -93,7 +93,7 @@ class VTensorRadixCache(RadixCache):
         self._dress(self.root_node, 0)
 
     def _dress(self, node: TreeNode, depth: int) -> None:
-        """What a node has here beside its pages, while nothing hangs from it. It ends `depth` tokens behind the root."""
+        """What a node has here beside its pages while nothing hangs from it, `depth` tokens from the root to its end."""
         node.segment = None
         node.tails = []
         node.firsts = []
@@ -176,6 +176,10 @@ class VTensorRadixCache(RadixCache):
 
     def prepare(self, waiting: Sequence[Req]) -> None:
         """Let the worker map the shared prefixes of the requests that wait first, each on a segment of its own."""
+        with self.runtime.memory.clock:
+            self._prepare(waiting)
+
+    def _prepare(self, waiting: Sequence[Req]) -> None:
         memory, tokens = self.runtime.memory, self.page_size
         seen = (self._inserted, len(waiting), waiting[0].rid if waiting else None, waiting[-1].rid if waiting else None)
         if seen == self._looked_at:
@@ -208,6 +212,10 @@ class VTensorRadixCache(RadixCache):
 
         It may be put behind others so, but not for long: each time, what it finds in the tree has grown.
         """
+        with self.runtime.memory.clock:
+            return self._awaits(req, begun)
+
+    def _awaits(self, req: Req, begun: Sequence[Req]) -> bool:
         tokens, start = req.full_untruncated_fill_ids, len(req.prefix_indices)
         end = start + AWAITED_TOKENS
         if self.disable or end > req._compute_max_prefix_len(len(tokens)) or req.positional_embed_overrides is not None:

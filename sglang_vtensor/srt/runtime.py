@@ -127,7 +127,8 @@ class Runtime:
         if self._group is None:
             return done
         vote = torch.tensor(int(done))
-        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=self._group)
+        with self.memory.clock:
+            torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=self._group)
         return bool(vote)
 
     def missing_tokens(self) -> int:
@@ -187,8 +188,9 @@ class Runtime:
     def copy_partials(self) -> None:
         """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
         sources, and that may still write to what the targets were before."""
-        for source, target, tokens in self.copies:
-            self.memory.copy_tokens(source, target, tokens)
+        with self.memory.clock:
+            for source, target, tokens in self.copies:
+                self.memory.copy_tokens(source, target, tokens)
         self.copies.clear()
 
     def end_request(self, slot: int, allocated_tokens: int) -> RequestPages:
@@ -214,8 +216,9 @@ class Runtime:
         On the current stream, which runs before the forward pass that reads the table, and after the one before it.
         """
         if self._device_table is not None:
-            segments = torch.from_numpy(self.segment_of[slots].astype(np.int32)).pin_memory()
-            self._device_table[slots_device] = segments.to(self.memory.vmm.device, non_blocking=True)
+            with self.memory.clock:
+                segments = torch.from_numpy(self.segment_of[slots].astype(np.int32)).pin_memory()
+                self._device_table[slots_device] = segments.to(self.memory.vmm.device, non_blocking=True)
 
     def device_segments(self, slots: torch.Tensor) -> torch.Tensor:
         """The segments (int32, on the device) of request slots (on the device)."""
@@ -224,15 +227,17 @@ class Runtime:
 
     def launched(self, stream: torch.cuda.Stream) -> None:
         """A batch was launched on `stream`. Batches that are done by now are told to the memory; nothing waits."""
-        event = torch.cuda.Event()
-        event.record(stream)
-        self._flying.append((self.memory.launch(), event))
-        self.poll()
+        with self.memory.clock:
+            event = torch.cuda.Event()
+            event.record(stream)
+            self._flying.append((self.memory.launch(), event))
+            self.poll()
 
     def poll(self) -> None:
         """Tell the memory which batches are done."""
-        while self._flying and self._flying[0][1].query():
-            self.memory.complete(self._flying.popleft()[0])
+        with self.memory.clock:
+            while self._flying and self._flying[0][1].query():
+                self.memory.complete(self._flying.popleft()[0])
 
     def idle(self) -> None:
         """Between two batches, with none to be made now. What was freed since the last one is read by nobody once all

@@ -20,8 +20,7 @@ from sglang_vtensor.segments import SegmentState
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
 
-# Hundreds of histories fail hundreds of calls, each of which is said.
-logging.getLogger("sglang_vtensor.manager").setLevel(logging.CRITICAL)
+LOGGER = logging.getLogger("sglang_vtensor.manager")
 
 LAYOUT = KVLayout(1, 1, 64, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
 CAPACITY, CONTEXT_PAGES, RUNNING, PARKED = 24, 6, 4, 3
@@ -31,6 +30,7 @@ DEVICE_PAGES = 20  # fewer than the capacity: running out must be an answer
 class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        LOGGER.setLevel(logging.CRITICAL)  # hundreds of histories fail hundreds of calls, each of which is said
         self.vmm = FaultyVirtualMemory(capacity_bytes=DEVICE_PAGES * LAYOUT.page_bytes)
         self.vmm.fail_calls = self.vmm.CALLS
         self.memory = KVMemory(
@@ -262,6 +262,7 @@ class MemoryMachine(RuleBasedStateMachine):
             assert self.keys[page * 8, 0, 0].item() == stamp
 
     def teardown(self) -> None:
+        LOGGER.setLevel(logging.NOTSET)
         for tail, _ in self.kept:
             self.memory.forget(tail)
         for request in list(self.requests):
