@@ -93,7 +93,7 @@ class VTensorRadixCache(RadixCache):
         self._dress(self.root_node, 0)
 
     def _dress(self, node: TreeNode, depth: int) -> None:
-        """What a node has here beside its pages while nothing hangs from it, `depth` tokens from the root to its end."""
+        """What a node has here beside its pages while nothing hangs from it. `depth`: tokens from root to its end."""
         node.segment = None
         node.tails = []
         node.firsts = []

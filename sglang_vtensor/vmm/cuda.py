@@ -8,8 +8,10 @@ One handle is mapped whole or not at all, and every call costs the same whatever
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +46,31 @@ def granularity_of(index: int) -> int:
     )
 
 
+class _Headroom:
+    """What is left on a device beyond the headroom: as `memory` said (free and total bytes), less what was taken since.
+
+    The scheduling thread and the mapping worker both create pages: one of them at a time looks here and takes.
+    """
+
+    def __init__(self, memory: Callable[[], tuple[int, int]]) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._free = 0
+        self._asked_at = -FREE_SECONDS
+
+    def lacks(self, nbytes: int, headroom: int) -> int | None:
+        """None, and `nbytes` are taken; or how many bytes are free, if less than the headroom would be left of them."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._asked_at > FREE_SECONDS or self._free - nbytes < headroom:
+                self._free, _ = self._memory()
+                self._asked_at = now
+            if self._free - nbytes < headroom:
+                return self._free
+            self._free -= nbytes
+            return None
+
+
 def identity_of(driver: Any, index: int) -> str:
     """A name of a GPU, or of the MIG slice that stands for one: slices of one GPU have memories of their own.
 
@@ -75,8 +102,7 @@ class CudaVirtualMemory(VirtualMemory):
         self._access = driver.CUmemAccessDesc()
         self._access.location = self._prop.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._free_bytes = 0
-        self._free_asked_at = 0.0
+        self._headroom = _Headroom(self.memory)
         #: Clears run here, apart from the server's streams, so that waiting for one waits for nothing else; and before
         #: what these have queued, or it would wait for a matrix product of several milliseconds.
         self._stream = torch.cuda.Stream(self.device, priority=-1)
@@ -93,24 +119,14 @@ class CudaVirtualMemory(VirtualMemory):
 
     def create(self, nbytes: int) -> Handle:
         self.check_sizes("cuMemCreate", nbytes=nbytes)
-        if self.headroom_bytes:
-            self._keep_headroom(nbytes)
-        return Handle(int(self._call("cuMemCreate", f"{nbytes} bytes", nbytes, self._prop, 0)))
-
-    def _keep_headroom(self, nbytes: int) -> None:
-        """Raise `OutOfMemory` if a page would leave less than the headroom free."""
-        now = time.monotonic()
-        if now - self._free_asked_at > FREE_SECONDS or self._free_bytes - nbytes < self.headroom_bytes:
-            self._free_bytes, _ = self.memory()
-            self._free_asked_at = now
-        if self._free_bytes - nbytes < self.headroom_bytes:
+        if self.headroom_bytes and (free := self._headroom.lacks(nbytes, self.headroom_bytes)) is not None:
             raise OutOfMemory(
                 "cuMemCreate",
                 f"{nbytes} bytes would leave less than the {self.headroom_bytes} bytes of headroom "
-                f"({self._free_bytes} bytes are free on {self.device})",
+                f"({free} bytes are free on {self.device})",
                 "HEADROOM",
             )
-        self._free_bytes -= nbytes
+        return Handle(int(self._call("cuMemCreate", f"{nbytes} bytes", nbytes, self._prop, 0)))
 
     def release(self, handle: Handle) -> None:
         self._call("cuMemRelease", f"handle {handle:#x}", handle)

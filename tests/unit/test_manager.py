@@ -284,6 +284,33 @@ def test_the_worker_rests_while_a_graph_is_captured():
         memory.close()
 
 
+def test_the_clock_counts_everything_once(monkeypatch):
+    """Calls within calls, what holds no lock, and naps."""
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now, sleep=passes)
+    memory = make(vmm := FaultyVirtualMemory())
+    before = memory.stats().scheduling_seconds
+    monkeypatch.setattr(manager, "time", clock)
+    create = vmm.create
+    vmm.create = lambda nbytes: passes(3.0) or create(nbytes)
+    with memory.clock:
+        passes(10.0)
+        memory.allocate(2)
+        with memory.clock:
+            passes(1.0)
+    assert memory.stats().scheduling_seconds - before == pytest.approx(17.0)
+    passes(100.0)
+    memory._thread, memory._due_at = threading.current_thread(), 0.0
+    memory.give_way()
+    assert memory.stats().scheduling_seconds - before == pytest.approx(17.0 + manager.GIVE_WAY_SECONDS)
+    memory._thread = None
+
+
 def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
     memory = make(worker=True)
     try:

@@ -2,13 +2,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from sglang_vtensor.vmm import OutOfMemory, Unsupported, VMMError, cuda, open_vmm
-from sglang_vtensor.vmm.cuda import _from_dlpack
+from sglang_vtensor.vmm.cuda import _from_dlpack, _Headroom
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
 
@@ -166,3 +167,29 @@ def test_cuda_without_a_number_is_the_gpu_of_the_rank(monkeypatch, device, index
     monkeypatch.setattr(cuda, "granularity_of", stop)
     with pytest.raises(Unsupported, match=f"GPU {index} was asked for"):
         open_vmm(device)
+
+
+def test_two_threads_that_take_of_the_headroom_take_it_once():
+    """The GPU's account of free memory: what one thread took, the other one finds gone, also between two questions."""
+    asked = []
+
+    def memory():
+        asked.append(None)
+        time.sleep(0.001)
+        return 1000 - sum(taken), 1000
+
+    headroom, taken = _Headroom(memory), []
+
+    def take():
+        for _ in range(300):
+            if headroom.lacks(1, 200) is None:
+                taken.append(1)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 800 <= len(taken) <= 803, "each thread may have one in hand that the device does not know of yet"
+    assert headroom.lacks(1, 200) == 1000 - len(taken)
+    assert len(asked) < 500, "it is not asked for each"
