@@ -452,23 +452,29 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
     from sglang_vtensor.srt.allocation import PutOff
 
-    running_batch = kwargs["running_batch"]
-    self.vtensor_elastic.tick(self.waiting_queue)
-    self.vtensor_elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
-    if self.vtensor_elastic.sleeping and self.chunked_req is None:
+    running_batch, elastic = kwargs["running_batch"], self.vtensor_elastic
+    elastic.tick(self.waiting_queue)
+    elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
+    chunked, last, waiting = self.chunked_req, self.last_batch, self.waiting_queue
+    offered, beyond = elastic.offers(waiting, busy=chunked is not None or not running_batch.is_empty())
+    if elastic.sleeping and not offered and chunked is None:
         return None, running_batch
     if running_batch.is_empty():
         running_batch.batch_is_full = False  # no request will end that would set it back
-    chunked, last = self.chunked_req, self.last_batch
     # For `awaits`. The last batch is in flight, unless its results are in the tree already: then none awaits them.
     self.tree_cache.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
     if chunked is not None:
         self.tree_cache.computing.append(chunked)
-    try:
-        result = original(self, *args, **kwargs)
-    except PutOff as put_off:
-        _put_off(self, put_off.reqs, chunked, alone=running_batch.is_empty())
-        result = None, running_batch
+    self.waiting_queue = offered
+    with elastic.beyond_the_limit(beyond and bool(offered)):
+        try:
+            result = original(self, *args, **kwargs)
+        except PutOff as put_off:
+            _put_off(self, put_off.reqs, chunked, alone=running_batch.is_empty())
+            result = None, running_batch
+    if offered is not waiting:
+        others = set(offered)
+        self.waiting_queue = self.waiting_queue + [req for req in waiting if req not in others]
     if _runtime(self).extend_reads_segments:
         self.tree_cache.prepare(self.waiting_queue)  # the batch was made: what waits has time until the next
     return result

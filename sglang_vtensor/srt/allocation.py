@@ -81,6 +81,8 @@ class _Partials:
             for req in self._reqs:
                 req.vtensor_whole_pages = True  # what it would copy from may be just what has to be evicted
             return
+        for req in self._reqs:
+            req.vtensor_whole_pages = False  # should it be retracted, it may begin inside a page again
         tokens = self._runtime.page_tokens
         for req, partial in self._found:
             record = self._runtime.requests[req.req_pool_idx]
@@ -250,7 +252,8 @@ def _secure(
     new. False if there is no memory: then no record has more than before, here and on every other rank. What is
     `growing` runs, and a lowered limit lets it.
 
-    If the pool, or the driver, is short of pages, the tree is evicted of as many first: what it held is backed.
+    If the pool, the limit or the driver is short of pages, the tree is evicted of as many first: what it held is
+    backed.
     """
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     wanted = [
@@ -260,7 +263,7 @@ def _secure(
     total = sum(wanted)
     if not total and map_segments is None:
         return True
-    short = total - runtime.memory.room(growing=growing)
+    short = total - runtime.memory.room()
     if short > 0:
         batch.tree_cache.evict(EvictParams(num_tokens=short * runtime.page_tokens))
     if _attempt(runtime, records, wanted, map_segments, growing):

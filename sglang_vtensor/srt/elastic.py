@@ -1,7 +1,8 @@
 """How much memory a server may hold, changed while it serves: a limit, sleep, neighbours, and prefixes that grow old.
 
 SGLang's sums stay as they are: the pool keeps its size, and what is not to be had is counted as spent when requests are
-admitted (`Runtime.missing_tokens`). Requests that run come to their end whatever the limit; what is cached is evicted.
+admitted (`Runtime.missing_tokens`). Requests that run come to their end whatever the limit, those that were retracted
+meanwhile too; what is cached is evicted.
 
     awake --sleep--> drowsy: what runs comes to its end, what arrives waits --nothing runs--> asleep --wake--> awake
 """
@@ -9,9 +10,10 @@ admitted (`Runtime.missing_tokens`). Requests that run come to their end whateve
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -191,12 +193,38 @@ class Elastic:
             wanted=0 if self.sleeping else wanted * page,
         )
 
+    def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
+        """Those of the waiting requests that may be admitted now, and whether beyond the limit.
+
+        Who ran once, and was retracted, comes to its end whatever the limit. As long as others run it waits for them,
+        within the limit; when none does (`busy` is False), it is admitted before all that have not begun.
+        """
+        memory = self.runtime.memory
+        if memory.allowance == memory.pages.limit:
+            return waiting, False
+        begun = [] if busy else [req for req in waiting if req.is_retracted]
+        if begun or self.sleeping:
+            return begun, True
+        return waiting, False
+
+    @contextlib.contextmanager
+    def beyond_the_limit(self, really: bool) -> Iterator[None]:
+        """What is admitted meanwhile may have all of the capacity, if `really`."""
+        memory = self.runtime.memory
+        allowance = memory.allowance
+        if really:
+            memory.allowance = memory.pages.limit
+        try:
+            yield
+        finally:
+            memory.allowance = allowance
+
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
         memory = self.runtime.memory
         if self.sleeping or self.limit == memory.pages.limit:
             return
-        for req in [req for req in waiting if self._wants(req) > self.limit]:
+        for req in [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]:
             waiting.remove(req)
             message = (
                 f"this request needs {self._wants(req)} pages of KV cache, and the server is limited to {self.limit} "
