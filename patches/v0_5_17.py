@@ -455,8 +455,9 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     running_batch, elastic = kwargs["running_batch"], self.vtensor_elastic
     elastic.tick(self.waiting_queue)
     elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
-    chunked, last, waiting = self.chunked_req, self.last_batch, self.waiting_queue
-    offered, beyond = elastic.offers(waiting, busy=chunked is not None or not running_batch.is_empty())
+    chunked, last = self.chunked_req, self.last_batch
+    busy = chunked is not None or not running_batch.is_empty()
+    offered, beyond = elastic.offers(self.waiting_queue, busy=busy)
     if elastic.sleeping and not offered and chunked is None:
         return None, running_batch
     if running_batch.is_empty():
@@ -465,19 +466,27 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     self.tree_cache.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
     if chunked is not None:
         self.tree_cache.computing.append(chunked)
-    self.waiting_queue = offered
-    with elastic.beyond_the_limit(beyond and bool(offered)):
+
+    def admit(offered: list[Any], beyond: bool) -> Any:
+        waiting, self.waiting_queue = self.waiting_queue, offered
         try:
-            result = original(self, *args, **kwargs)
+            with elastic.beyond_the_limit(beyond):
+                return original(self, *args, **kwargs)
         except PutOff as put_off:
             _put_off(self, put_off.reqs, chunked, alone=running_batch.is_empty())
-            result = None, running_batch
-    if offered is not waiting:
-        others = set(offered)
-        self.waiting_queue = self.waiting_queue + [req for req in waiting if req not in others]
+            return None
+        finally:
+            if offered is not waiting:
+                others = set(offered)
+                self.waiting_queue = self.waiting_queue + [req for req in waiting if req not in others]
+
+    result = admit(offered, beyond)
+    if result is not None and result[0] is None and elastic.bars(self.waiting_queue, busy=busy):
+        running_batch.batch_is_full = False
+        result = admit(self.waiting_queue[:1], True)
     if _runtime(self).extend_reads_segments:
         self.tree_cache.prepare(self.waiting_queue)  # the batch was made: what waits has time until the next
-    return result
+    return result or (None, running_batch)
 
 
 def _put_off(self: Any, reqs: list[Any], chunked: Any, alone: bool) -> None:

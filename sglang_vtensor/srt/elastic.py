@@ -207,6 +207,12 @@ class Elastic:
             return begun, True
         return waiting, False
 
+    def bars(self, waiting: list[Req], *, busy: bool) -> bool:
+        """Whether it is the limit that keeps the first of the waiting requests out, of which none was admitted although
+        nothing runs: SGLang counts the longest answer that it may give. It is to be admitted alone, and may grow."""
+        limited = self.limit < self.runtime.memory.pages.limit
+        return bool(waiting) and not busy and limited and self.pressure is None and not self.sleeping
+
     @contextlib.contextmanager
     def beyond_the_limit(self, really: bool) -> Iterator[None]:
         """What is admitted meanwhile may have all of the capacity, if `really`."""

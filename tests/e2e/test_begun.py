@@ -12,9 +12,9 @@ from tests.harness import ON_GPU, Do, Request
 SHORT, ENOUGH = Do(leave_pages, (20,)), Do(leave_pages, (None,))
 
 
-def eight(seed):
+def eight(seed, tokens=30):
     prompt = Prompts(seed)
-    return [Request(f"r{n}.", prompt(30 * S), 60 * S) for n in range(8)]
+    return [Request(f"r{n}.", prompt(tokens * S), 60 * S) for n in range(8)]
 
 
 def test_who_is_retracted_as_the_server_falls_asleep_comes_to_its_end(pair):  # noqa: F811
@@ -37,14 +37,27 @@ def wake(scheduler):
 
 
 def test_who_is_retracted_under_a_limit_that_it_is_too_long_for_comes_to_its_end(pair):  # noqa: F811
-    """Each of them needs six pages; five is the limit."""
+    """Each of them needs nine pages; five is the limit."""
     reference, ours = pair
-    requests = eight(23)
+    requests = eight(23, tokens=75)
     fresh = Request("fresh", Prompts(24)(20 * S), 5 * S)
     expected = reference.run([requests, *([[]] * 8), [fresh]])
     got = ours.run([requests, *([[]] * 4), [SHORT, limit(5)], *([[]] * 3), [fresh], *([[]] * 20 * S), [ENOUGH]])
     assert sum(answer.retractions for answer in got.values()) > 0, "nobody was retracted"
     same(expected, got)
+    ours.call(settle)
+    assert ours.stats()["pages_backed"] <= 6
+    ours.check()
+
+
+def test_an_answer_that_may_become_too_long_for_the_limit_is_given(pair):  # noqa: F811
+    """SGLang admits a request only where its longest answer has room. Under a limit that may be never: it would wait for
+    ever, and all behind it."""
+    reference, ours = pair
+    prompt = Prompts(27)
+    requests = [Request("long", prompt(60 * S), 70 * S), Request("behind", prompt(20 * S), 5 * S)]
+    expected = reference.run([requests])
+    same(expected, ours.run([[limit(5)], requests]))
     ours.call(settle)
     assert ours.stats()["pages_backed"] <= 6
     ours.check()
