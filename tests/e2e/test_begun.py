@@ -51,8 +51,8 @@ def test_who_is_retracted_under_a_limit_that_it_is_too_long_for_comes_to_its_end
 
 
 def test_an_answer_that_may_become_too_long_for_the_limit_is_given(pair):  # noqa: F811
-    """SGLang admits a request only where its longest answer has room. Under a limit that may be never: it would wait for
-    ever, and all behind it."""
+    """SGLang admits a request only where its longest answer has room. Under a limit that may be never: then it would
+    wait for ever, and all behind it."""
     reference, ours = pair
     prompt = Prompts(27)
     requests = [Request("long", prompt(60 * S), 70 * S), Request("behind", prompt(20 * S), 5 * S)]
