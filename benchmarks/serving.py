@@ -203,7 +203,7 @@ def server(
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--random-seed", "0"]
-    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    command += ["--sampling-backend", "pytorch"]
     environment = dict(os.environ)
     if host:
         command += ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]

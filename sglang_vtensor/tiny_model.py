@@ -8,6 +8,7 @@ chat do. Attention is sharp enough that a wrong K or V changes what comes out.
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import torch
@@ -110,8 +111,11 @@ def _write_tokenizer(folder: Path) -> tuple[list[int], int]:
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-")
+    # Llama's: what decoders.Metaspace does, in steps that llguidance knows.
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    # All that JSON may need, for grammars; the model says none of it unless it is made to.
+    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
     trainer = trainers.BpeTrainer(
         vocab_size=1024, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )

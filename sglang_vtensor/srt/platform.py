@@ -12,6 +12,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_vtensor.srt.options import Refused
+
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
@@ -26,13 +28,20 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        """Replace defaults that would compile kernels for a GPU."""
+        """Replace defaults that need a GPU, or compile kernels for one."""
         server_args.device = "cpu"
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = self.get_default_attention_backend()
         server_args.sampling_backend = "pytorch"
+        if server_args.grammar_backend == "xgrammar":
+            raise Refused(
+                "--grammar-backend xgrammar needs a GPU's pinned memory: the first request with a grammar would end "
+                "the server. Use llguidance, or leave it out."
+            )
+        if server_args.grammar_backend is None:
+            server_args.grammar_backend = "llguidance"
         if getattr(server_args, "kv_backend", "default") == "default" and server_args.page_size not in (None, 1):
-            raise ValueError(
+            raise Refused(
                 f"--page-size {server_args.page_size} needs a GPU with SGLang's own KV cache: its paged allocator "
                 "launches Triton kernels. Use --page-size 1, or --kv-backend vtensor."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import re
 import time
 
 import pytest
@@ -68,6 +69,33 @@ def test_parallel_samples_share_their_prompt(server):
     answers = requests.post(f"{server}/generate", json=body, timeout=60).json()
     assert len({answer["text"] for answer in answers}) == 1, "greedy samples differ"
     assert sum(answer["meta_info"]["cached_tokens"] > 0 for answer in answers) == 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["page", "segment"]}, "shared": {"type": "boolean"}},
+    "required": ["name", "shared"],
+    "additionalProperties": False,
+}
+JSON = r'\{\s*"name"\s*:\s*"(page|segment)"\s*,\s*"shared"\s*:\s*(true|false)\s*\}'
+
+
+@pytest.mark.parametrize(
+    ("grammar", "wanted"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}, JSON),
+        ({"regex": "(yes|no), (page|segment) [0-9]{2}"}, r"(yes|no), (page|segment) \d\d"),
+        ({"ebnf": 'root ::= ("yes" | "no") " " ("page" | "segment")'}, r"(yes|no) (page|segment)"),
+    ],
+    ids=["json-schema", "regex", "ebnf"],
+)
+def test_a_grammar_is_kept_to_without_any_option(server, grammar, wanted):
+    body = {"model": "default", "messages": [{"role": "user", "content": "what is a page"}], "max_tokens": 60} | grammar
+    answer = requests.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    assert re.fullmatch(wanted, choice["message"]["content"])
+    assert choice["finish_reason"] == "stop"
 
 
 def test_bad_requests_are_answered_and_leave_nothing(server):
