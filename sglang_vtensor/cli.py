@@ -62,7 +62,7 @@ Key = Annotated[str | None, typer.Option(help="The server's admin key, if it has
 
 @app.command()
 def limit(
-    size: Annotated[str, typer.Argument(help="Bytes such as 20GiB, or a share of the KV capacity such as 0.5.")],
+    size: Annotated[str, typer.Argument(help="Bytes such as 20GiB, or a share of the KV capacity: 0.5, 50% or all.")],
     url: Url = URL,
     key: Key = None,
 ) -> None:

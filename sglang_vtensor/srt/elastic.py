@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: `POST /set_internal_state` with one of these, a number each: bytes, or anything.
+#: `POST /set_internal_state` with one of these: bytes as an integer, or anything.
 LIMIT, SLEEP, WAKE = "vtensor_limit_bytes", "vtensor_sleep", "vtensor_wake"
 #: Prefixes that grow old are looked for so often.
 EXPIRE_EVERY_SECONDS = 1.0
@@ -81,11 +81,14 @@ class Elastic:
 
     # What is asked of it.
 
-    def control(self, asked: dict[str, float]) -> bool:
+    def control(self, asked: dict[str, Any]) -> bool:
         """Do what `asked` says. False, and a line in the log, if it cannot be."""
         for key, value in asked.items():
             if key == LIMIT:
-                pages = self.pages_of(int(value))
+                if not isinstance(value, int) or isinstance(value, bool):
+                    logger.warning("a limit of %r: bytes wanted, as an integer", value)
+                    return False
+                pages = self.pages_of(value)
                 if not 1 <= pages <= self.runtime.memory.pages.limit:
                     logger.warning(
                         "a limit of %d bytes is %d pages: between 1 and %d wanted",

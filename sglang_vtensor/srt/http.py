@@ -54,7 +54,7 @@ def add_routes(app: FastAPI, state: Any) -> None:
 async def _body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body() or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f'the body is no JSON ({error}): give {{"limit": "20GiB"}}') from error
     return body if isinstance(body, dict) else {}
 
@@ -72,11 +72,7 @@ async def _ask(manager: Any, asked: dict[str, int]) -> JSONResponse:
 
 def limit_bytes(given: Any, ranks: list[dict[str, Any]]) -> int:
     """The limit in bytes, the same for every rank. Raises `Refused` for one that cannot be."""
-    if given is None or isinstance(given, bool) or not isinstance(given, str | int | float):
-        raise Refused(f'limit {given!r}: give bytes such as "20GiB", or a share of the capacity such as 0.5')
-    if isinstance(given, float) and given >= 1 and given == int(given):
-        given = int(given)
-    size = parse_share_or_bytes(str(given), "limit")
+    size = parse_share_or_bytes(given, "limit")
     pages = min(rank["pages_capacity"] for rank in ranks) + 1
     page = ranks[0]["page_bytes"]
     nbytes = int(size * pages) * page if isinstance(size, float) else size

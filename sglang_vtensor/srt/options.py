@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +29,11 @@ CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
 PREFILL_KERNELS = ("auto", "triton", "fa3")
 SHARED_DECODE = ("auto", "off")
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
+_UNITS |= {f"{unit}b": size for unit, size in _UNITS.items()} | {"b": 1}
+#: No device has so much.
+_MOST_BYTES = 1 << 60
 
 
 class Refused(ValueError):
@@ -40,11 +45,11 @@ class Options:
     """What the user asked for; carried on SGLang's `ServerArgs` as attributes of the same names."""
 
     kv_backend: str = "default"
-    vtensor_reserve: str = "0.02"
+    vtensor_reserve: str | float = "0.02"
     vtensor_idle_seconds: float = 3.0
     vtensor_cache_idle_seconds: float | None = None
-    vtensor_headroom: str = "1GiB"
-    vtensor_min: str = "0.05"
+    vtensor_headroom: str | float = "1GiB"
+    vtensor_min: str | float = "0.05"
     vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
     vtensor_shared_decode: str = "auto"
@@ -102,7 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtensor-reserve",
         metavar="SHARE|BYTES",
         default=Options.vtensor_reserve,
-        help="Free pages kept ready for what comes next: a share of the KV capacity, or bytes such as 512MiB.",
+        help="Free pages kept ready for what comes next: a share of the KV capacity such as 0.02 or 2%%, or bytes such "
+        "as 512MiB.",
     )
     group.add_argument(
         "--vtensor-idle-seconds",
@@ -150,17 +156,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_share_or_bytes(text: str, option: str) -> float | int:
-    """A share below 1 as a float (`"0.02"`), a size in bytes as an int (`"512MiB"`, `"2g"`, `"0"`)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?(b?)\s*", text, re.IGNORECASE)
-    if match is None:
-        raise Refused(f"{option} {text!r}: give a share below 1, such as 0.02, or bytes, such as 512MiB or 2GB")
-    number, unit, byte = float(match[1]), (match[2] or "").lower(), match[3]
-    if not unit and not byte and 0 < number < 1:
-        return number
-    if number * _UNITS[unit] != int(number * _UNITS[unit]):
-        raise Refused(f"{option} {text!r} is no whole number of bytes; a share has no unit and is below 1")
-    return int(number * _UNITS[unit])
+def parse_share_or_bytes(given: str | float, option: str) -> float | int:
+    """A share (`0.02`, `"0.02"`, `"2%"`, `"all"`) as a float from 0 to 1, or a size (`"512MiB"`, `"2g"`) as an int.
+
+    A number without a unit is a share, and 1 is all of it. A larger one is `Refused`: nobody can tell what was meant.
+    """
+    number, unit = _number_and_unit(given)
+    seen = f"{option} {reprlib.repr(given)}"
+    if unit == "" and 0 <= number <= 1:
+        return float(number)
+    if unit == "" and 1 < number < _MOST_BYTES:
+        raise Refused(
+            f"{seen} has no unit: did you mean {_meant(number)}? A number without one is a share, from 0 to 1"
+        )
+    if unit == "%" and number <= 100:
+        return number / 100
+    if unit in _UNITS and number * _UNITS[unit] < _MOST_BYTES:
+        nbytes = number * _UNITS[unit]
+        if nbytes != int(nbytes):
+            raise Refused(f"{seen} is no whole number of bytes")
+        return int(nbytes)
+    raise Refused(f"{seen}: give a share such as 0.02, 2% or all, or bytes such as 512MiB or 2GB")
+
+
+def _number_and_unit(given: str | float) -> tuple[float, str]:
+    """Both of what was given, the unit in lower case and "" where there is none; `(nan, "")` for what is no number."""
+    if isinstance(given, str):
+        text = given.strip().lower()
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|b|[kmgt]i?b?|)", text)
+        if match is not None:
+            return float(match[1]), match[2]
+        return (100, "%") if text == "all" else (math.nan, "")
+    return (given, "") if isinstance(given, int | float) and not isinstance(given, bool) else (math.nan, "")
+
+
+def _meant(number: float) -> str:
+    """What a number above 1 without a unit may have meant, in words that `parse_share_or_bytes` takes."""
+    text = f"{number:.15g}"
+    if number <= 100:
+        return f"{text}GiB, or {text}%"
+    return f"{text}MiB" if number < 10_000 else f"{text}B"
 
 
 def refuse_unsupported(args: ServerArgs) -> None:

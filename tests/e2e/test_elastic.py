@@ -178,7 +178,12 @@ def test_cached_prefixes_grow_old(schedulers):
     ours.check()
 
 
-@pytest.mark.parametrize("asked", [{"limit_bytes": 0}, {"limit_bytes": -5}, {"limit_bytes": 1 << 50}, {"nonsense": 1}])
+@pytest.mark.parametrize(
+    "asked",
+    [{"limit_bytes": value} for value in (0, -5, 1 << 50, "20GiB", None, True, [1], float("inf"), float("nan"), 4e6)]
+    + [{"nonsense": 1}],
+    ids=str,
+)
 def test_what_cannot_be_is_refused(pair, asked):
     _, ours = pair
     before = ours.stats()["pages_limit"]

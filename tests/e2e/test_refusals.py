@@ -22,7 +22,7 @@ from tests.harness import Scheduler
         ({"rl_on_policy_target": "fsdp"}, "--rl-on-policy-target on host memory: SGLang has no deterministic"),
         ({"attention_backend": "triton"}, "--attention-backend triton does not run on host memory: use vtensor or"),
         ({"grammar_backend": "xgrammar"}, "--grammar-backend xgrammar needs a GPU's pinned memory.*Use llguidance"),
-        ({"vtensor_reserve": "lots"}, "--vtensor-reserve 'lots': give a share below 1, such as 0.02, or bytes"),
+        ({"vtensor_reserve": "lots"}, "--vtensor-reserve 'lots': give a share such as 0.02, 2% or all, or bytes"),
         ({"vtensor_idle_seconds": -1.0}, "--vtensor-idle-seconds -1.0"),
         ({"kv_backend": "default", "attention_backend": "vtensor"}, "use it with --kv-backend vtensor"),
         ({"kv_backend": "default", "page_size": 16}, "--page-size 16 needs a GPU with SGLang's own KV cache"),

@@ -67,7 +67,8 @@ def test_the_admin_key_guards_them(manager, keys, given, status):
 
 @pytest.mark.parametrize(
     ("given", "nbytes"),
-    [("20MiB", 20 * PAGE), ("0.5", 50 * PAGE), (0.5, 50 * PAGE), (20 * PAGE, 20 * PAGE), (2.0 * PAGE, 2 * PAGE)],
+    [("20MiB", 20 * PAGE), (f"{2 * PAGE}B", 2 * PAGE), ("0.5", 50 * PAGE), (0.5, 50 * PAGE)]
+    + [(given, 100 * PAGE) for given in ("1.0", 1.0, 1, "100%", "all", "100MiB")],
 )
 def test_sizes_and_shares(manager, given, nbytes):
     answer = client(manager).post("/vtensor/limit", json={"limit": given})
@@ -79,11 +80,21 @@ def test_sizes_and_shares(manager, given, nbytes):
     assert second["note"] == f"running requests hold {60 * PAGE} bytes: memory goes back as they end"
 
 
-@pytest.mark.parametrize("given", ["5 parsecs", "-1", -1, "0", 0, PAGE, "101MiB", "1TiB", None, True, [1], {}, "nan"])
-def test_what_is_no_limit_is_refused(manager, given):
-    answer = client(manager).post("/vtensor/limit", json={"limit": given})
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [(f'{{"limit": {given}}}', "give a share such as") for given in ('"5 parsecs"', '"-1"', -1, "null", "true", "[1]")]
+    + [(f'{{"limit": {given}}}', "give a share such as") for given in ("Infinity", "NaN", "1e400", "9" * 1000, '"nan"')]
+    + [("{}", "give a share such as"), ("[]", "give a share such as")]
+    + [(f'{{"limit": {given}}}', "two pages, wanted") for given in ("0", '"0"', "1e-9", f'"{PAGE}B"')]
+    + [(f'{{"limit": {given}}}', "settled at start") for given in ('"101MiB"', '"1TiB"')]
+    + [('{"limit": 2}', "did you mean 2GiB, or 2%?"), (f'{{"limit": {20 * PAGE}}}', f"did you mean {20 * PAGE}B?")]
+    + [('{"limit": ' + "9" * 5000 + "}", "the body is no JSON"), ("[" * 99999, "the body is no JSON")],
+    ids=lambda value: value[:30],
+)
+def test_what_is_no_limit_is_refused(manager, body, why):
+    answer = client(manager).post("/vtensor/limit", content=body)
     assert answer.status_code == 400
-    assert answer.json()["error"]
+    assert why in answer.json()["error"]
     assert manager.asked == []
 
 

@@ -1,4 +1,6 @@
 import json
+import math
+import reprlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -36,17 +38,84 @@ def test_an_unknown_version_stops_only_who_asks_for_us(flag):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("0.25", 0.25), ("0", 0), ("512MiB", 512 << 20), ("2g", 2 * 10**9), ("1.5 GiB", 3 << 29), ("4096B", 4096)],
+    ("given", "value"),
+    [("512MiB", 512 << 20), ("2g", 2 * 10**9), ("1.5 GiB", 3 << 29), ("4096B", 4096), ("0B", 0), ("3TB", 3 * 10**12)],
 )
-def test_sizes_and_shares(text, value):
-    assert parse_share_or_bytes(text, "--vtensor-reserve") == value
+def test_a_number_with_a_unit_is_bytes(given, value):
+    size = parse_share_or_bytes(given, "--vtensor-reserve")
+    assert (size, type(size)) == (value, int)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "5 parsecs", "1.5", "half"])
-def test_nonsense_is_refused(text):
-    with pytest.raises(Refused, match="--vtensor-reserve"):
-        parse_share_or_bytes(text, "--vtensor-reserve")
+SHARES = [
+    ("0.25", 0.25),
+    ("1.0", 1.0),
+    ("1", 1.0),
+    ("0", 0.0),
+    ("100%", 1.0),
+    ("50%", 0.5),
+    ("2.5 %", 0.025),
+    ("ALL", 1.0),
+]
+SHARES += [(0.1, 0.1), (0, 0.0), (1, 1.0), (1.0, 1.0), (1e-9, 1e-9)]
+
+
+@pytest.mark.parametrize(("given", "value"), SHARES)
+def test_a_number_without_a_unit_is_a_share_and_1_is_all(given, value):
+    size = parse_share_or_bytes(given, "--vtensor-reserve")
+    assert (size, type(size)) == (value, float)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("2", "2GiB, or 2%"),
+        (2, "2GiB, or 2%"),
+        ("1.5", "1.5GiB, or 1.5%"),
+        (512, "512MiB"),
+        ("786432", "786432B"),
+        (2.0**31, "2147483648B"),
+    ],
+)
+def test_a_larger_number_without_a_unit_is_refused_with_what_was_meant(given, meant):
+    for option in ("--vtensor-reserve", "--vtensor-min", "--vtensor-headroom"):
+        with pytest.raises(Refused) as refused:
+            Options("vtensor", **{option[2:].replace("-", "_"): given})
+        assert str(refused.value) == (
+            f"{option} {given!r} has no unit: did you mean {meant}? A number without one is a share, from 0 to 1"
+        )
+    for suggestion in meant.split(", or "):
+        parse_share_or_bytes(suggestion, "--vtensor-reserve")
+
+
+NONSENSE = [
+    "",
+    "-1",
+    -1,
+    "5 parsecs",
+    "half",
+    "101%",
+    "1e3",
+    "nan",
+    math.nan,
+    math.inf,
+    1e300,
+    10**400,
+    None,
+    True,
+    [1],
+]
+NONSENSE += ["9" * 400 + "GiB"]
+
+
+@pytest.mark.parametrize("given", NONSENSE, ids=reprlib.repr)
+def test_nonsense_is_refused(given):
+    with pytest.raises(Refused, match=r"^--vtensor-reserve .{0,40}: give a share such as 0.02, 2% or all, or bytes"):
+        parse_share_or_bytes(given, "--vtensor-reserve")
+
+
+def test_bytes_are_whole():
+    with pytest.raises(Refused, match=r"'0\.3B' is no whole number of bytes"):
+        parse_share_or_bytes("0.3B", "--vtensor-reserve")
 
 
 def test_options_travel_on_what_carries_them():
