@@ -76,11 +76,16 @@ def _add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser
 
 
 def _from_cli_args(original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
-    from sglang_vtensor.srt.options import Options
+    """For a command: what is refused ends it with one line, where Python gets the exception."""
+    from sglang_vtensor.srt.options import Options, Refused
+    from sglang_vtensor.vmm import Unsupported
 
-    token = _parsed.set(Options.of(args))
+    token = _parsed.set(None)
     try:
+        _parsed.set(Options.of(args))
         return original(cls, args)
+    except (Refused, Unsupported) as error:
+        raise SystemExit(f"error: {error}") from None
     finally:
         _parsed.reset(token)
 
@@ -115,6 +120,11 @@ def _choose_attention(kwargs: dict[str, Any], given: Options) -> None:
         raise options.Refused(
             "--kv-backend vtensor found no NVIDIA GPU. To run without one, on host memory, set "
             "SGLANG_PLATFORM=vtensor_host"
+        )
+    if host and prefill_kernel != "auto":
+        raise options.Refused(
+            f"--vtensor-prefill-kernel {prefill_kernel} needs an NVIDIA GPU: on host memory torch's own operators read "
+            "the segments. Leave it out"
         )
     allowed = options.HOST_ATTENTION_BACKENDS if host else options.CUDA_ATTENTION_BACKENDS
     named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
@@ -176,10 +186,15 @@ def _choose_page_size(self: ServerArgs) -> None:
     """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size."""
     if getattr(self, "kv_backend", "default") != "vtensor":
         return
-    from sglang_vtensor.srt.options import layout_for, refuse_unsupported
+    from sglang.srt.utils import get_device_memory_capacity
+
+    from sglang_vtensor.srt.options import Options, choose_page_size, refuse_unsupported
 
     refuse_unsupported(self)
-    self.page_size = layout_for(self, device=self.device, page_tokens=self.page_size).page_tokens
+    device_mib = get_device_memory_capacity(self.device)
+    if device_mib is not None:
+        Options.of(self).headroom_bytes(int(device_mib) << 20)
+    self.page_size = choose_page_size(self)
 
 
 def _add_routes(_: None, self: ServerArgs) -> None:

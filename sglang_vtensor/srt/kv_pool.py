@@ -45,8 +45,7 @@ class VTensorKVPool(MHATokenToKVPool):
         else:
             reserve_pages = -(-reserve // layout.page_bytes)
         vmm = open_vmm(device)
-        headroom = parse_share_or_bytes(options.vtensor_headroom, "--vtensor-headroom")
-        vmm.headroom_bytes = int(headroom * vmm.memory()[1]) if isinstance(headroom, float) else headroom
+        vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
         self.runtime = Runtime(
             KVMemory(
                 vmm,

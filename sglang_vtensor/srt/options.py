@@ -65,20 +65,39 @@ class Options:
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
-        if self.vtensor_idle_seconds < 0:
-            raise Refused(f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds")
-        if self.vtensor_cache_idle_seconds is not None and self.vtensor_cache_idle_seconds <= 0:
+        if not 0 <= self.vtensor_idle_seconds < math.inf:
+            raise Refused(
+                f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds, not endless ones"
+            )
+        if self.vtensor_cache_idle_seconds is not None and not 0 < self.vtensor_cache_idle_seconds < math.inf:
             raise Refused(
                 f"--vtensor-cache-idle-seconds {self.vtensor_cache_idle_seconds}: give more than 0 seconds; to cache "
-                "nothing, --disable-radix-cache"
+                "nothing, --disable-radix-cache; to cache until memory is short, leave it out"
             )
         if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
             raise Refused(f"--vtensor-max-parked {self.vtensor_max_parked}: give 0 or more segments")
+        if self.kv_backend == "default":
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if value != field.default:
+                    option = f"--{field.name.replace('_', '-')}"
+                    raise Refused(f"{option} {value} needs --kv-backend vtensor: give that too, or leave {option} out")
 
     def minimum_bytes(self, capacity: int) -> int:
         """What the KV cache keeps of `capacity` bytes for itself."""
         given = parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
         return int(given * capacity) if isinstance(given, float) else given
+
+    def headroom_bytes(self, device_bytes: int) -> int:
+        """What the KV cache leaves free of a device of `device_bytes`. Raises `Refused` if that is all of it."""
+        given = parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
+        headroom = int(given * device_bytes) if isinstance(given, float) else given
+        if headroom >= device_bytes:
+            raise Refused(
+                f"--vtensor-headroom {self.vtensor_headroom} leaves the KV cache nothing of a device of "
+                f"{device_bytes / (1 << 30):.1f} GiB: give less, such as {Options.vtensor_headroom}"
+            )
+        return headroom
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -279,6 +298,26 @@ def asks_for_fp8_kv(model: Any) -> bool:
     if isinstance(scheme, dict):
         return scheme.get("type") == "float" and scheme.get("num_bits") == 8
     return str(told.get("kv_cache_quant_algo")).upper() == "FP8"
+
+
+def choose_page_size(args: ServerArgs) -> int:
+    """Tokens a page: `--page-size`, or the smallest size that suits the model. Raises `Refused` for one that does not
+    fit the memory, the longest context, the cache or a chunk of prefill."""
+    page = layout_for(args, device=args.device, page_tokens=args.page_size).page_tokens
+    context = args.get_model_config().context_len
+    if args.page_size is not None and page > context:
+        raise Refused(
+            f"--page-size {page} is longer than the longest context, {context} tokens: leave it out to have one chosen"
+        )
+    if args.max_total_tokens is not None and page > args.max_total_tokens:
+        raise Refused(f"--max-total-tokens {args.max_total_tokens} is less than one page of {page} tokens: give more")
+    chunk = args.chunked_prefill_size
+    if chunk is not None and chunk > 0 and chunk % page:
+        raise Refused(
+            f"--chunked-prefill-size {chunk} is not a multiple of the page size, {page} tokens: give "
+            f"--chunked-prefill-size {-(-chunk // page) * page}, or another --page-size"
+        )
+    return page
 
 
 def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVLayout:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 
 import pytest
@@ -23,7 +25,10 @@ from tests.harness import Scheduler
         ({"attention_backend": "triton"}, "--attention-backend triton does not run on host memory: use vtensor or"),
         ({"grammar_backend": "xgrammar"}, "--grammar-backend xgrammar needs a GPU's pinned memory.*Use llguidance"),
         ({"vtensor_reserve": "lots"}, "--vtensor-reserve 'lots': give a share such as 0.02, 2% or all, or bytes"),
+        ({"vtensor_reserve": 2}, r"--vtensor-reserve 2 has no unit: did you mean 2GiB, or 2%\?"),
         ({"vtensor_idle_seconds": -1.0}, "--vtensor-idle-seconds -1.0"),
+        ({"vtensor_idle_seconds": float("nan")}, "--vtensor-idle-seconds nan: give 0 or more seconds"),
+        ({"vtensor_cache_idle_seconds": float("inf")}, "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
         ({"kv_backend": "default", "attention_backend": "vtensor"}, "use it with --kv-backend vtensor"),
         ({"kv_backend": "default", "page_size": 16}, "--page-size 16 needs a GPU with SGLang's own KV cache"),
     ],
@@ -33,6 +38,52 @@ def test_options(models, server_args, message):
     args = {"kv_backend": "vtensor", "dtype": "bfloat16"} | server_args
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         Scheduler(models["gqa"], **args)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--vtensor-reserve 2", "--vtensor-reserve '2' has no unit: did you mean 2GiB, or 2%? A number without one is"),
+        ("--vtensor-idle-seconds nan", "--vtensor-idle-seconds nan: give 0 or more seconds"),
+        ("--vtensor-cache-idle-seconds inf", "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
+        ("--vtensor-headroom 1000TiB", "--vtensor-headroom 1000TiB leaves the KV cache nothing of a device of "),
+        ("--vtensor-headroom 100%", "--vtensor-headroom 100% leaves the KV cache nothing of a device of "),
+        ("--page-size 3", "--page-size 3 cannot be mapped: "),
+        ("--page-size 1000000", "--page-size 1000000 is longer than the longest context, 4096 tokens: leave it out"),
+        ("--max-total-tokens 8", "--max-total-tokens 8 is less than one page of 16 tokens: give more"),
+        (
+            "--chunked-prefill-size 1000",
+            "--chunked-prefill-size 1000 is not a multiple of the page size, 16 tokens: give",
+        ),
+        ("--vtensor-prefill-kernel fa3", "--vtensor-prefill-kernel fa3 needs an NVIDIA GPU: on host memory"),
+        ("--grammar-backend xgrammar", "--grammar-backend xgrammar needs a GPU's pinned memory: "),
+        ("--enable-mixed-chunk", "--kv-backend vtensor does not support --enable-mixed-chunk: "),
+        ("--kv-backend default --vtensor-min 0", "--vtensor-min 0 needs --kv-backend vtensor: give that too, or leave"),
+    ],
+    ids=lambda value: value if value.startswith("--") and len(value) < 50 else "",
+)
+def test_a_command_ends_with_one_line(models, tmp_path, command, message):
+    """`sglang serve --kv-backend vtensor ...` says what is wrong before it loads the model, and without a traceback."""
+    said = tmp_path / "said"
+    arguments = ["--model-path", str(models["gqa"]), "--kv-backend", "vtensor", *command.split()]
+    # A child of the server that the harness has SGLang imported in.
+    process = multiprocessing.get_context("forkserver").Process(target=parse, args=(arguments, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    errors = [line for line in said.read_text().splitlines() if line.startswith(("error", "Traceback", "usage"))]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {message}")
+
+
+def parse(arguments, said):
+    """What every command of SGLang's does first; in a process of its own, which this may end."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    prepare_server_args(arguments)
 
 
 @pytest.mark.parametrize(

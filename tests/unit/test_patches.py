@@ -237,8 +237,8 @@ def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside
     ],
 )
 def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog):
-    args = {"device": "cuda", "prefill_attention_backend": "vtensor", "enable_deterministic_inference": False}
-    args |= server_args
+    args = {"kv_backend": "vtensor", "device": "cuda", "prefill_attention_backend": "vtensor"}
+    args |= {"enable_deterministic_inference": False} | server_args
     assert patches.load()._wants_shared_decode(SimpleNamespace(**args)) is wanted
     assert why in caplog.text
     assert bool(why) == bool(caplog.records)
