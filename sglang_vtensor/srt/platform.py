@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -40,11 +41,18 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
             )
         if server_args.grammar_backend is None:
             server_args.grammar_backend = "llguidance"
+        if server_args.enable_torch_compile:
+            raise Refused("--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it out.")
         if getattr(server_args, "kv_backend", "default") == "default" and server_args.page_size not in (None, 1):
             raise Refused(
                 f"--page-size {server_args.page_size} needs a GPU with SGLang's own KV cache: its paged allocator "
                 "launches Triton kernels. Use --page-size 1, or --kv-backend vtensor."
             )
+
+    def init_backend(self) -> None:
+        """Compile nothing, in any worker: the first request with a grammar or a penalty would wait 10 s for it, and end
+        the server where there is no C++ compiler."""
+        torch.compiler.set_stance("force_eager")
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -23,11 +23,14 @@ from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
+    """Started on a machine without a C++ compiler, as far as it can see."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--dtype", "float32"]
     arguments += ["--enable-metrics"]
-    with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "/nowhere/c++")
+        with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
+            yield url
     text = log.read_text(errors="replace")
     assert "Traceback" not in text, text[-3000:]
 
@@ -96,6 +99,13 @@ def test_a_grammar_is_kept_to_without_any_option(server, grammar, wanted):
     (choice,) = answer.json()["choices"]
     assert re.fullmatch(wanted, choice["message"]["content"])
     assert choice["finish_reason"] == "stop"
+
+
+def test_penalties_and_samples_need_no_compiler(server):
+    """SGLang has compiled functions for these too."""
+    params = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "max_new_tokens": 8}
+    answer = requests.post(f"{server}/generate", json={"text": "what is", "sampling_params": params}, timeout=60)
+    assert answer.status_code == 200, answer.text
 
 
 def test_bad_requests_are_answered_and_leave_nothing(server):
