@@ -470,6 +470,9 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     running_batch, elastic = kwargs["running_batch"], self.vtensor_elastic
     elastic.tick(self.waiting_queue)
     elastic.refuse_too_long(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
+    if elastic.sleeping:
+        # Not by a token, as an idle server that is awake answers them, but as a busy one does.
+        self.return_health_check_ipcs.extend(elastic.take_health_checks(self.waiting_queue))
     chunked, last = self.chunked_req, self.last_batch
     busy = chunked is not None or not running_batch.is_empty()
     offered, beyond = elastic.offers(self.waiting_queue, busy=busy)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_vtensor.manager import RETRY_SECONDS as MANAGER_RETRY_SECONDS
@@ -242,6 +243,15 @@ class Elastic:
             reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
             send(AbortReq(finished_reason=reason, rid=req.rid), req)
             req.time_stats.trace_ctx.abort(abort_info=reason)
+
+    @staticmethod
+    def take_health_checks(waiting: list[Req]) -> list[str | None]:
+        """Take health checks from the queue of a sleeping server, where they would wait. Returns the HTTP workers that
+        sent them, and are to be answered."""
+        checks = [req for req in waiting if is_health_check_generate_req(req)]
+        for check in checks:
+            waiting.remove(check)
+        return [check.http_worker_ipc for check in checks]
 
     def _wants(self, req: Req) -> int:
         pages: int = self.runtime.memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids) + 1)

@@ -1,21 +1,27 @@
-"""Routes of the HTTP server under `/vtensor`, guarded as SGLang's other administrative ones.
+"""Routes of the HTTP server under `/vtensor`, guarded as SGLang's other administrative ones; and its health check.
 
     POST /vtensor/limit   {"limit": "20GiB"}    a size, or a share of the KV capacity: of each data-parallel rank
     POST /vtensor/sleep                         gives back everything but the weights, when what runs has ended
     POST /vtensor/wake
 
 Each answers with what every rank then holds (`vtensor_state`); 400 says what was wrong.
+
+    GET /health, /health_generate               SGLang's own check; a sleeping server answers at once, and says so
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from fastapi.routing import APIRoute
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from starlette.requests import Request  # not for types alone: FastAPI reads the annotations
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.options import Refused, parse_share_or_bytes
@@ -23,11 +29,17 @@ from sglang_vtensor.srt.options import Refused, parse_share_or_bytes
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+#: A sleeping scheduler has nothing else to do; one that does not answer in this time gets SGLang's own check.
+HEALTH_SECONDS = 5.0
+SLEEPING_IS_HEALTHY = "healthy: what runs comes to its end, and what arrives waits until POST /vtensor/wake"
+
 
 def add_routes(app: FastAPI, state: Any) -> None:
     """Add them to SGLang's application, once; `state` has its tokenizer manager when the first request comes."""
     if any(getattr(route, "path", None) == "/vtensor/limit" for route in app.routes):
         return
+    #: Whether a health check asks the scheduler if it sleeps. While nobody told it to, that would be a waste.
+    told_to_sleep = False
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def limit(request: Request) -> JSONResponse:
@@ -41,14 +53,35 @@ def add_routes(app: FastAPI, state: Any) -> None:
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def sleep() -> JSONResponse:
-        return await _ask(state.tokenizer_manager, {SLEEP: 1})
+        nonlocal told_to_sleep
+        answer = await _ask(state.tokenizer_manager, {SLEEP: 1})
+        told_to_sleep = True
+        return answer
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def wake() -> JSONResponse:
         return await _ask(state.tokenizer_manager, {WAKE: 1})
 
+    def unless_asleep(check: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def health(request: Request) -> Response:
+            nonlocal told_to_sleep
+            if told_to_sleep and not state.tokenizer_manager.gracefully_exit:
+                with contextlib.suppress(TimeoutError):
+                    ranks = await asyncio.wait_for(_ranks(state.tokenizer_manager), HEALTH_SECONDS)
+                    if all(rank["sleeping"] for rank in ranks):
+                        status = "falling asleep" if any(rank["requests"] for rank in ranks) else "asleep"
+                        return JSONResponse({"status": status, "message": SLEEPING_IS_HEALTHY})
+                    told_to_sleep = False  # somebody woke it
+            return await check(request)
+
+        return health
+
     for function in (limit, sleep, wake):
         app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"])
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and route.path in ("/health", "/health_generate"):
+            app.add_api_route(route.path, unless_asleep(route.endpoint), methods=["GET"])
+            app.routes.insert(0, app.routes.pop())  # the first route of a path is the one that is taken
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from sglang_vtensor import demo
 from sglang_vtensor.cli import app
 from sglang_vtensor.server_client import server_stats
+from sglang_vtensor.srt.elastic import SLEEP, WAKE
 from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 
 
@@ -200,15 +201,32 @@ def test_sleep_and_wake_on_the_command_line(server):
     while server_stats(server)[0]["pages_backed"] > 1:
         assert time.monotonic() < deadline, "the memory did not go back"
         time.sleep(0.05)
+    for path in ("health", "health_generate"):
+        health = requests.get(f"{server}/{path}", timeout=5)
+        assert (health.status_code, health.json()["status"]) == (200, "asleep")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(requests.post, f"{server}/generate", json=body, timeout=60)
         time.sleep(1)
         assert not waiting.done(), "what arrives waits"
+        assert requests.get(f"{server}/health", timeout=5).json()["status"] == "asleep"
         assert command("wake", "--url", server).exit_code == 0
         assert waiting.result().json()["output_ids"] == expected
+    assert requests.get(f"{server}/health", timeout=5).content == b"", "SGLang's own check"
     nowhere = command("wake", "--url", f"http://127.0.0.1:{demo.free_port()}")
     assert nowhere.exit_code == 1
     assert "Is an SGLang server running there?" in nowhere.stderr
+
+
+def test_sglangs_own_health_check_is_answered_asleep_too(server):
+    """Told to sleep by SGLang's route, the server has a health check that asks for a token, which would wait."""
+    quiet(server)
+    for asleep in (True, False):
+        asked = {"server_args": {SLEEP if asleep else WAKE: 1}}
+        assert requests.post(f"{server}/set_internal_state", json=asked, timeout=60).json() == [True]
+        for _ in range(2):
+            assert requests.get(f"{server}/health", timeout=10).status_code == 200
+        assert server_stats(server)[0]["sleeping"] == asleep
+    assert quiet(server)["requests"] == 0
 
 
 def test_top(server):

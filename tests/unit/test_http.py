@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
 from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.testclient import TestClient
 
+from sglang_vtensor.srt import http
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.http import add_routes
 
@@ -21,14 +24,25 @@ class Manager:
     def __init__(self):
         self.asked = []
         self.does = True
+        self.sleeping = False
+        self.requests = 1
+        self.looks = 0
+        self.answers = True
+        self.gracefully_exit = False
 
     async def get_internal_state(self):
-        rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE, "sleeping": 0, "requests": 1}
+        self.looks += 1
+        if not self.answers:
+            await asyncio.sleep(60)
+        rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE}
+        rank |= {"sleeping": int(self.sleeping), "requests": self.requests}
         rank |= {"backed_bytes": 8 * PAGE, "pages_live": 3, "pages_cached": 4}
         return [{"vtensor": rank}, {"vtensor": rank | {"pages_live": 60}}]
 
     async def set_internal_state(self, request):
         self.asked.append(request.server_args)
+        if self.does and SLEEP in request.server_args:
+            self.sleeping = True
         return [self.does, True]
 
 
@@ -39,8 +53,14 @@ def manager():
 
 def client(manager, **keys):
     app = FastAPI()
-    add_routes(app, SimpleNamespace(tokenizer_manager=manager))
-    add_routes(app, SimpleNamespace(tokenizer_manager=manager))
+
+    @app.get("/health")
+    @app.get("/health_generate")
+    async def check(request: Request):
+        return PlainTextResponse("SGLang's own check")
+
+    for _ in range(2):
+        add_routes(app, SimpleNamespace(tokenizer_manager=manager))
     assert sum(route.path == "/vtensor/limit" for route in app.routes) == 1
     if keys:
         add_api_key_middleware(app, **keys)
@@ -103,3 +123,44 @@ def test_what_the_scheduler_refuses_is_told(manager):
     answer = client(manager).post("/vtensor/wake")
     assert answer.status_code == 400
     assert "its log says why" in answer.json()["error"]
+
+
+@pytest.fixture(params=["/health", "/health_generate"])
+def path(request):
+    return request.param
+
+
+def test_the_health_of_a_server_that_was_never_asleep_is_sglangs_affair(manager, path):
+    assert client(manager, api_key="user", admin_api_key=None).get(path).text == "SGLang's own check"
+    assert manager.looks == 0, "the scheduler is not asked"
+
+
+def test_a_sleeping_server_is_healthy_and_says_so(manager, path):
+    server = client(manager)
+    assert server.post("/vtensor/sleep").status_code == 200
+    answer = server.get(path)
+    assert (answer.status_code, answer.json()["status"]) == (200, "falling asleep")
+    manager.requests = 0
+    answer = server.get(path)
+    assert (answer.status_code, answer.json()["status"]) == (200, "asleep")
+    assert answer.json()["message"].startswith("healthy: ")
+    manager.gracefully_exit = True
+    assert server.get(path).text == "SGLang's own check", "which says 503"
+
+
+def test_a_server_that_woke_by_whatever_way_is_asked_no_more(manager, path):
+    server = client(manager)
+    server.post("/vtensor/sleep")
+    manager.sleeping = False
+    assert server.get(path).text == "SGLang's own check"
+    looks = manager.looks
+    assert server.get(path).text == "SGLang's own check"
+    assert manager.looks == looks
+
+
+def test_a_sleeping_scheduler_that_does_not_answer_gets_sglangs_check(manager, path, monkeypatch):
+    monkeypatch.setattr(http, "HEALTH_SECONDS", 0.01)
+    server = client(manager)
+    server.post("/vtensor/sleep")
+    manager.answers = False
+    assert server.get(path).text == "SGLang's own check"
