@@ -12,14 +12,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(
-    help="KV memory for SGLang on virtual tensors.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
-)
+from sglang_vtensor import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 #: A pipe has no width of its own; tables need some.
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 URL = "http://127.0.0.1:30000"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sglang-vtensor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """KV memory for SGLang on virtual tensors."""
 
 
 @app.command()
@@ -36,28 +51,29 @@ def demo(
     raise typer.Exit(run(console, model=model, turns=turns, port=port))
 
 
+Url = Annotated[str, typer.Option(help="The server.")]
+Key = Annotated[str | None, typer.Option(help="The server's admin key, if it has one.", envvar="SGLANG_ADMIN_API_KEY")]
+UserKey = Annotated[str | None, typer.Option("--key", help="The server's API key, if it has one.")]
+
+
 @app.command()
 def stats(
-    url: Annotated[str, typer.Option(help="The server.")] = URL,
+    url: Url = URL,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable: a list, one object a rank.")] = False,
+    key: UserKey = None,
 ) -> None:
     """Show the KV memory of a running server."""
-    from sglang_vtensor.server_client import NoStatistics, server_stats
+    from sglang_vtensor.server_client import NoAnswer, server_stats
 
     try:
-        ranks = server_stats(url)
-    except NoStatistics as error:
-        errors.print(f"error: {error}", style="red")
-        raise typer.Exit(1) from error
+        ranks = server_stats(url, key=key)
+    except NoAnswer as error:
+        raise _failure(error) from error
     if as_json:
         print(json.dumps(ranks, indent=2))
         return
     for rank, values in enumerate(ranks):
         console.print(stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url))
-
-
-Url = Annotated[str, typer.Option(help="The server.")]
-Key = Annotated[str | None, typer.Option(help="The server's admin key, if it has one.", envvar="SGLANG_ADMIN_API_KEY")]
 
 
 @app.command()
@@ -97,6 +113,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: machine-readable.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+    key: UserKey = None,
 ) -> None:
     """A live view of one or several servers: memory by kind, pages and segments, reuse, and the largest prefixes."""
     import contextlib
@@ -109,11 +126,11 @@ def top(
         raise typer.Exit(2)
     if not once:
         with contextlib.suppress(KeyboardInterrupt):
-            view.run(console, servers, every=every)
+            view.run(console, servers, every=every, key=key)
         return
-    first = {url: view.sample(url) for url in servers}
+    first = {url: view.sample(url, key=key) for url in servers}
     time.sleep(min(every, 1.0))  # rates need two looks
-    samples = [view.sample(url) for url in servers]
+    samples = [view.sample(url, key=key) for url in servers]
     if as_json:
         print(json.dumps([view.summary(one, first[one.url]) for one in samples], indent=2))
     else:
@@ -123,18 +140,25 @@ def top(
 
 
 def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> list[dict[str, Any]]:
-    from sglang_vtensor.server_client import NotDone, ask
+    from sglang_vtensor.server_client import NoAnswer, ask
 
     try:
         return ask(url, what, body, key=key)
-    except NotDone as error:
-        errors.print(f"error: {error}", style="red", soft_wrap=True)
-        raise typer.Exit(1) from error
+    except NoAnswer as error:
+        raise _failure(error) from error
+
+
+def _failure(error: Exception) -> typer.Exit:
+    """To be raised: the command failed, and has said why."""
+    errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
 
 
 def _tell(url: str, ranks: list[dict[str, Any]]) -> None:
+    from sglang_vtensor.server_client import sleep_state
+
     for rank, state in enumerate(ranks):
-        awake = "asleep" if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
+        awake = sleep_state(state) if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
         where = f"{url}, rank {rank}" if len(ranks) > 1 else url
         console.print(
             f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
@@ -165,15 +189,17 @@ def mib(count: float) -> str:
 
 def stats_table(values: dict[str, Any], title: str) -> Table:
     """The statistics as a table of four groups."""
+    from sglang_vtensor.server_client import pages_by_state, sleep_state
+
     table = Table(title=title, box=None, show_header=False, title_justify="left")
     page = values["page_bytes"]
     rows: list[tuple[str, str]] = [
+        ("state", sleep_state(values)),
         ("page", f"{values['page_tokens']} tokens, {mib(page)}, {values['waste']:.1%} padding"),
-        ("pages live", f"{values['pages_live']:,}  {mib(values['pages_live'] * page)}"),
-        ("pages cached", f"{values['pages_cached']:,}  {mib(values['pages_cached'] * page)}"),
-        ("pages free", f"{values['pages_free']:,}  {mib(values['pages_free'] * page)}"),
+        *((f"pages {state}", f"{count:,}  {mib(count * page)}") for state, count in pages_by_state(values).items()),
         ("pages backed", f"{values['pages_backed']:,}  {mib(values['backed_bytes'])}"),
-        ("of a capacity of", f"{values['pages_capacity']:,}  {mib(values['pages_capacity'] * page)}"),
+        ("limit", f"{values['limit_bytes'] // page - 1:,}  {mib(values['limit_bytes'])}"),
+        ("of a capacity of", f"{values['pages_capacity']:,}  {mib((values['pages_capacity'] + 1) * page)}"),
         ("requests", f"{values['requests']:,}"),
         ("segments", f"{values['segments_leased']:,} leased, {values['segments_parked']:,} parked"),
         ("segments taken", f"{values['fresh_segments']:,} fresh, {values['adoptions']:,} adopted"),

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sglang_vtensor.server_client import NoStatistics, server_stats
+from sglang_vtensor.server_client import NoAnswer, pages_by_state, server_stats, sleep_state
 
 #: Kinds of memory, as they are stacked in the bar.
-KINDS = {"weights": "blue", "live": "green", "cached": "yellow", "reserve": "magenta", "free": "bright_black"}
+KINDS = {"weights": "blue", "live": "green", "cached": "yellow", "kept": "cyan", "reserve": "magenta"}
+KINDS |= {"free": "bright_black"}
 BAR = 60
 
 
@@ -30,21 +32,20 @@ class Sample:
     error: str = ""
 
 
-def sample(url: str) -> Sample:
+def sample(url: str, *, key: str | None = None) -> Sample:
     try:
-        return Sample(url, time.monotonic(), server_stats(url))
-    except NoStatistics as error:
+        return Sample(url, time.monotonic(), server_stats(url, key=key))
+    except NoAnswer as error:
         return Sample(url, time.monotonic(), error=str(error))
 
 
 def memory(rank: dict[str, Any]) -> dict[str, int]:
     """Bytes of a rank's device by kind. `reserve` is backed and nobody's; what others hold is in none of them."""
-    page = rank["page_bytes"]
+    held = {state: count * rank["page_bytes"] for state, count in pages_by_state(rank).items() if state != "free"}
     return {
         "weights": rank["weights_bytes"],
-        "live": rank["pages_live"] * page,
-        "cached": (rank["pages_cached"] + rank["pages_kept"]) * page,
-        "reserve": rank["backed_bytes"] - (rank["pages_owned"] + rank["pages_kept"]) * page,
+        **held,
+        "reserve": rank["backed_bytes"] - sum(held.values()),
         "free": rank["device_free_bytes"],
     }
 
@@ -65,8 +66,9 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
                 "device_bytes": rank["device_bytes"],
                 "limit_bytes": rank["limit_bytes"],
                 "sleeping": bool(rank["sleeping"]),
+                "state": sleep_state(rank),
                 "requests": rank["requests"],
-                "pages": {kind: rank[f"pages_{kind}"] for kind in ("live", "cached", "kept", "free", "capacity")},
+                "pages": pages_by_state(rank) | {"capacity": rank["pages_capacity"]},
                 "segments": {kind: rank[f"segments_{kind}"] for kind in ("leased", "parked", "idle")},
                 "prefix_hit_rate": rank["prefix_tokens_served"] / prompt if prompt else 0.0,
                 "maps_per_second": max(0.0, maps),
@@ -88,8 +90,8 @@ def view(now: Sample, before: Sample | None = None) -> Panel:
         parts += [_bar(rank), _numbers(rank)]
         if rank["shared_prefixes"]:
             parts.append(_prefixes(rank["shared_prefixes"]))
-    state = " (asleep)" if any(rank["sleeping"] for rank in told["ranks"]) else ""
-    return Panel(Group(*parts), title=now.url + state, title_align="left")
+    states = sorted({rank["state"] for rank in told["ranks"]} - {"awake"})
+    return Panel(Group(*parts), title=" ".join([now.url, *(f"({state})" for state in states)]), title_align="left")
 
 
 def _bar(rank: dict[str, Any]) -> Text:
@@ -106,24 +108,25 @@ def _bar(rank: dict[str, Any]) -> Text:
             width = min(BAR - used, round(BAR * rank["memory_bytes"][kind] / total))
             text.append("█" * width, style=style)
             used += width
-    for kind, style in KINDS.items():
-        text.append(f"  {kind} ", style=style)
-        text.append(_size(rank["memory_bytes"][kind]))
     return text
 
 
 def _numbers(rank: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    """Rows of numbers, each with its word: as many in a line as fit."""
     pages, segments = rank["pages"], rank["segments"]
-    table.add_row(
-        f"pages {pages['live']:,} live, {pages['cached']:,} cached, {pages['free']:,} free of {pages['capacity']:,}",
-        f"segments {segments['leased']:,} leased, {segments['parked']:,} parked",
-        f"requests {rank['requests']:,}",
-        f"limit {_size(rank['limit_bytes'])}",
-        f"prefix hits {rank['prefix_hit_rate']:.1%}",
-        f"maps/s {rank['maps_per_second']:,.0f}",
-    )
+    table = Table.grid(padding=(0, 2, 0, 0))
+    held = [Text.assemble((kind, style), f" {_size(rank['memory_bytes'][kind])}") for kind, style in KINDS.items()]
+    table.add_row("memory", _cells(held))
+    counts = [f"{pages[state]:,} {state}" for state in ("live", "cached", "kept", "free")]
+    table.add_row("pages", _cells([*counts, f"of {pages['capacity']:,}"]))
+    table.add_row("segments", _cells([f"{segments[state]:,} {state}" for state in ("leased", "parked")]))
+    table.add_row("requests", _cells([f"{rank['requests']:,}", f"prefix hits {rank['prefix_hit_rate']:.1%}"]))
+    table.add_row("limit", _cells([_size(rank["limit_bytes"]), f"maps/s {rank['maps_per_second']:,.0f}"]))
     return table
+
+
+def _cells(cells: Sequence[str | Text]) -> Columns:
+    return Columns(cells, padding=(0, 3, 0, 0))
 
 
 def _prefixes(prefixes: list[dict[str, int]]) -> Table:
@@ -137,12 +140,12 @@ def _size(nbytes: float) -> str:
     return f"{nbytes / (1 << 30):,.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):,.1f} MiB"
 
 
-def run(console: Console, urls: Sequence[str], *, every: float) -> None:
+def run(console: Console, urls: Sequence[str], *, every: float, key: str | None = None) -> None:
     """Until interrupted."""
     before: dict[str, Sample] = {}
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            samples = [sample(url) for url in urls]
+            samples = [sample(url, key=key) for url in urls]
             live.update(Group(*(view(one, before.get(one.url)) for one in samples)), refresh=True)
             before = {one.url: one for one in samples}
             time.sleep(every)

@@ -57,6 +57,7 @@ def test_options(models, server_args, message):
         ),
         ("--vtensor-prefill-kernel fa3", "--vtensor-prefill-kernel fa3 needs an NVIDIA GPU: on host memory"),
         ("--grammar-backend xgrammar", "--grammar-backend xgrammar needs a GPU's pinned memory: "),
+        ("--enable-torch-compile", "--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it"),
         ("--enable-mixed-chunk", "--kv-backend vtensor does not support --enable-mixed-chunk: "),
         ("--kv-backend default --vtensor-min 0", "--vtensor-min 0 needs --kv-backend vtensor: give that too, or leave"),
     ],

@@ -1,0 +1,193 @@
+"""What the commands print: to people on a narrow terminal, and when no server answers."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import requests
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sglang_vtensor import __version__
+from sglang_vtensor.cli import app, stats_table
+from sglang_vtensor.demo import free_port
+from sglang_vtensor.server_client import pages_by_state
+from sglang_vtensor.top import Sample, memory, summary, view
+
+PAGE = 2 << 20
+#: What a server with 8-digit numbers everywhere says of itself.
+RANK = {"page_tokens": 128, "page_bytes": PAGE, "waste": 0.1234, "sleeping": 0, "requests": 12_345_678}
+RANK |= {"pages_live": 12_345_678, "pages_cached": 23_456_789, "pages_kept": 34_567_890, "pages_free": 45_678_901}
+RANK |= {"pages_owned": 35_802_467, "pages_backed": 81_481_369, "backed_bytes": 81_481_369 * PAGE}
+RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
+RANK |= {f"segments_{state}": 56_789_012 for state in ("leased", "parked", "idle")}
+RANK |= {"fresh_segments": 67_890_123, "adoptions": 78_901_234, "maps": 89_012_345, "unmaps": 90_123_456}
+RANK |= {"prefix_tokens_served": 11_223_344, "prompt_tokens": 22_334_455, "scheduling_seconds": 12_345_678.9}
+RANK |= {"weights_bytes": 22_334_455 * PAGE, "device_free_bytes": 33_445_566 * PAGE, "device_bytes": 99_999_999 * PAGE}
+RANK |= {"shared_prefixes": [{"tokens": 44_556_677, "branches": 55_667_788, "saved_bytes": 66_778_899 * PAGE}]}
+URL = "http://127.0.0.1:30000"
+
+
+def lines(shown, width):
+    """What is printed on a terminal of so many columns, without frames."""
+    file = io.StringIO()
+    Console(file=file, width=width).print(shown)
+    return [line.strip("│╭╮╰╯─ ") for line in file.getvalue().splitlines()]
+
+
+def top_view(rank):
+    return view(Sample(URL, 1.0, [rank]), Sample(URL, 0.0, [rank | {"maps": 0}]))
+
+
+@pytest.mark.parametrize("shown", [top_view(RANK), stats_table(RANK, URL)], ids=["top", "stats"])
+def test_80_columns_cut_and_fold_no_word(shown):
+    narrow, wide = lines(shown, 80), lines(shown, 400)
+    assert sorted(" ".join(narrow).split()) == sorted(" ".join(wide).split())
+    assert "…" not in "".join(narrow)
+    assert max(map(len, wide)) <= 400 > 80
+
+
+def test_top_says_what_each_number_is():
+    words = " ".join(" ".join(lines(top_view(RANK), 80)).split())
+    for phrase in (
+        "live 24,112.65 GiB",
+        "kept 67,515.41 GiB",
+        "12,345,678 live",
+        "23,456,789 cached",
+        "34,567,890 kept",
+        "11,111,011 free",
+        "of 98,765,432",
+        "56,789,012 leased",
+        "limit 171,199.85 GiB",
+        "requests 12,345,678",
+        "maps/s 89,012,345",
+        "44,556,677",
+    ):
+        assert phrase in words, phrase
+
+
+def test_stats_says_what_each_number_is():
+    rows = [" ".join(line.split()) for line in lines(stats_table(RANK, URL), 80)]
+    for row in (
+        "state awake",
+        "pages live 12,345,678 24,691,356.0 MiB",
+        "pages cached 23,456,789 46,913,578.0 MiB",
+        "pages kept 34,567,890 69,135,780.0 MiB",
+        "pages free 11,111,011 22,222,022.0 MiB",
+        "limit 87,654,321 175,308,644.0 MiB",
+        "of a capacity of 98,765,432 197,530,866.0 MiB",
+    ):
+        assert row in rows, rows
+
+
+def test_top_and_stats_agree_on_every_backed_page():
+    pages = pages_by_state(RANK)
+    assert sum(pages.values()) == RANK["pages_backed"] - 1, "the padding page is nobody's"
+    (told,) = summary(Sample(URL, 0.0, [RANK]))["ranks"]
+    assert told["pages"] == pages | {"capacity": RANK["pages_capacity"]}
+    held = memory(RANK)
+    assert {state: held[state] // PAGE for state in ("live", "cached", "kept")} == {
+        state: pages[state] for state in ("live", "cached", "kept")
+    }
+    assert held["reserve"] == (pages["free"] + 1) * PAGE
+
+
+@pytest.mark.parametrize(
+    ("sleeping", "running", "state"), [(0, 0, "awake"), (0, 3, "awake"), (1, 3, "falling asleep"), (1, 0, "asleep")]
+)
+def test_both_say_whether_the_server_sleeps(sleeping, running, state):
+    rank = RANK | {"sleeping": sleeping, "requests": running}
+    assert f"state {state}" in [" ".join(line.split()) for line in lines(stats_table(rank, URL), 80)]
+    assert (f"({state})" in lines(top_view(rank), 80)[0]) == bool(sleeping)
+
+
+COMMANDS = [["stats", "--url"], ["limit", "1GiB", "--url"], ["sleep", "--url"], ["wake", "--url"], ["top", "--once"]]
+
+
+def run(command, url):
+    """What a failed command says: `top` in its view of the server, the others in one line."""
+    done = CliRunner().invoke(app, [*command, url, *(["--every", "0.1"] if command[0] == "top" else [])])
+    assert done.exit_code == 1
+    if command[0] == "top":
+        return " ".join(line.strip("│╭╮╰╯─ ") for line in done.stdout.splitlines()[1:]).strip()
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_answer_is_told_in_one_sentence(command):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert run(command, url) == f"no server answers at {url}: start one there, or give another URL"
+    for wrong in ("nonsense", "http://127.0.0.1:99999", "ftp://127.0.0.1"):
+        assert run(command, wrong) == f"'{wrong}' is no URL of a server: give one such as http://127.0.0.1:30000"
+
+
+def answers(monkeypatch, status, text):
+    def request(method, url, **_):
+        answer = requests.Response()
+        answer.status_code, answer._content = status, text.encode()
+        return answer
+
+    monkeypatch.setattr(requests, "request", request)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_key_that_is_missing_is_asked_for(command, monkeypatch):
+    answers(monkeypatch, 401, '{"error": "Unauthorized"}')
+    said = run(command, URL)
+    assert said == f"the server at {URL} wants another key: give its --admin-api-key (or --api-key) with --key"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_server_that_hangs_is_not_waited_for(command, monkeypatch):
+    def request(method, url, *, timeout, **_):
+        raise requests.ReadTimeout(f"Read timed out. (read timeout={timeout})")
+
+    monkeypatch.setattr(requests, "request", request)
+    seconds = 10 if command[0] in ("stats", "top") else 60
+    assert run(command, URL) == f"the server at {URL} did not answer within {seconds} s"
+
+
+@pytest.mark.parametrize("text", ["<html>", "{}", "[]", '{"internal_states": null}'])
+def test_what_is_no_sglang_server_is_told(text, monkeypatch):
+    answers(monkeypatch, 200, text)
+    assert run(["stats", "--url"], URL) == f"what answers at {URL} is no SGLang server: give another URL"
+
+
+def test_a_server_with_sglangs_own_cache_is_told(monkeypatch):
+    answers(monkeypatch, 200, '{"internal_states": [{}]}')
+    own = f"the server at {URL} runs SGLang's own KV cache: start it with --kv-backend vtensor"
+    assert run(["stats", "--url"], URL) == own
+    answers(monkeypatch, 404, "")
+    assert run(["wake", "--url"], URL) == own
+
+
+@pytest.mark.parametrize(("running", "state"), [(1, "falling asleep"), (0, "asleep")])
+def test_sleep_says_how_far_it_is(running, state, monkeypatch):
+    rank = {"sleeping": True, "requests": running, "backed_bytes": PAGE, "live_bytes": 0, "cached_bytes": 0}
+    answers(monkeypatch, 200, json.dumps({"ranks": [rank]}))
+    done = CliRunner().invoke(app, ["sleep", "--url", URL])
+    assert done.stdout == f"{URL}: {state}, backed 2.0 MiB, live 0.0 MiB, cached 0.0 MiB, {running} requests\n"
+
+
+def test_stats_and_top_give_the_key(monkeypatch):
+    given = []
+
+    def request(method, url, *, headers, **_):
+        given.append(headers)
+        answer = requests.Response()
+        answer.status_code, answer._content = 200, json.dumps({"internal_states": [{"vtensor": RANK}]}).encode()
+        return answer
+
+    monkeypatch.setattr(requests, "request", request)
+    for command in (["stats", "--url", URL], ["top", URL, "--once", "--every", "0.1"]):
+        given.clear()
+        assert CliRunner().invoke(app, [*command, "--key", "user"]).exit_code == 0
+        assert given == [{"Authorization": "Bearer user"}] * len(given) != []
+
+
+def test_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"sglang-vtensor {__version__}\n")
