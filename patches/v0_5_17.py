@@ -14,7 +14,7 @@ process whose server asked for `--kv-backend vtensor`, before its scheduler is b
     attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
     capture     ModelRunner.init_cuda_graphs
     decode      HybridAttnBackend.__init__, DecodeCudaGraphRunner._capture_one_stream, ._make_graph_key
-    epochs      Scheduler.run_batch, .on_idle
+    epochs      Scheduler.run_batch, .on_idle, .maybe_sleep_on_idle
     statistics  Scheduler.get_internal_state, which GET /server_info shows
     elastic     Scheduler.__init__, .set_internal_state
 """
@@ -251,7 +251,8 @@ def install(server_args: ServerArgs) -> None:
     HookRegistry.register(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill, HookType.AROUND)
     HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE)
+    HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.maybe_sleep_on_idle", _sleep_on_idle, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
@@ -576,10 +577,26 @@ def _forward_stream(scheduler: Any) -> Any:
     return scheduler.forward_stream if scheduler.enable_overlap else scheduler.device_module.current_stream()
 
 
-def _on_idle(self: Any) -> None:
+def _on_idle(original: Callable[..., None], self: Any) -> None:
     self.vtensor_elastic.tick(self.waiting_queue)
     _runtime(self).idle()
     _tell_metrics(self)
+    original(self)
+    if self.waiting_queue and self.vtensor_elastic.asleep(self.waiting_queue):
+        self.maybe_sleep_on_idle()  # SGLang takes a server for busy while requests wait
+
+
+def _sleep_on_idle(original: Callable[..., None], self: Any) -> None:
+    """With --sleep-on-idle the event loop sleeps until a message comes, a second at most; beside neighbours it looks
+    for what they want as often as without."""
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+
+    from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS
+
+    if isinstance(self.idle_sleeper, IdleSleeper) and self.vtensor_elastic.beside_others:
+        self.idle_sleeper.poller.poll(1000 * LOOK_EVERY_SECONDS)
+    else:
+        original(self)
 
 
 def _tell_metrics(scheduler: Any) -> None:

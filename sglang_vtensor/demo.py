@@ -70,7 +70,8 @@ def serve(console: Console, model: str, *, port: int, log: Path, arguments: Sequ
     if not torch.cuda.is_available():
         environment["SGLANG_PLATFORM"] = "vtensor_host"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--kv-backend", "vtensor"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-cache-report", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-cache-report", "--sleep-on-idle"]
+    command += arguments
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

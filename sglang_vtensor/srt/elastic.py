@@ -61,7 +61,9 @@ class Elastic:
         #: Pages that the neighbours leave this server, while they want something.
         self.pressure: int | None = None
         self.neighbours = self._neighbours()
-        self._emptied = self._beside_others = False
+        #: Whether another server is on this device.
+        self.beside_others = False
+        self._emptied = False
         self._expire_at = self._look_at = self._calm_at = 0.0
         runtime.elastic_stats = self.stats
 
@@ -160,8 +162,8 @@ class Elastic:
         others = self.neighbours.others()
         mine = self.record(waiting)
         self.neighbours.tell(mine)
-        if bool(others) != self._beside_others:
-            self._beside_others = bool(others)
+        if bool(others) != self.beside_others:
+            self.beside_others = bool(others)
             memory.retry_seconds = RETRY_SECONDS if others else MANAGER_RETRY_SECONDS
         free = 0
         if any(other.wanted for other in others):
@@ -243,6 +245,10 @@ class Elastic:
             reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
             send(AbortReq(finished_reason=reason, rid=req.rid), req)
             req.time_stats.trace_ctx.abort(abort_info=reason)
+
+    def asleep(self, waiting: Sequence[Req]) -> bool:
+        """Whether the server sleeps and has nothing left to bring to its end: who waits, waits until it is woken."""
+        return self.sleeping and not self.runtime.requests and not any(req.is_retracted for req in waiting)
 
     @staticmethod
     def take_health_checks(waiting: list[Req]) -> list[str | None]:

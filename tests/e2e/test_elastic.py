@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -176,6 +177,40 @@ def test_cached_prefixes_grow_old(schedulers):
     ours.call(settle)
     assert ours.stats()["tree_tokens"] == 0
     ours.check()
+
+
+def test_an_event_loop_that_sleeps_gives_back_as_one_that_does_not(schedulers):
+    """--sleep-on-idle: the loop waits for a message, a second at a time, and nobody sends one."""
+    seconds = {"vtensor_idle_seconds": 0.2, "vtensor_cache_idle_seconds": 0.4}
+    ours = schedulers(sleep_on_idle=True, **seconds, **OURS)
+    prompt = Prompts(6)
+    ours.generate(*[Request(f"r{n}", prompt(60 * S), 8) for n in range(6)])
+    before = ours.stats()
+    assert before["pages_cached"] > 20
+    for _ in range(2):
+        ours.run([[Do(count_polls)]])
+    assert ours.call(polls) >= 2, "the loop did not sleep"
+    stats = ours.stats()
+    assert (stats["tree_tokens"], stats["pages_cached"]) == (0, 0)
+    assert stats["pages_backed"] < 10
+    ours.check()
+
+
+def count_polls(scheduler):
+    """From now on `polls` says how often the event loop slept."""
+    if "slept" not in scheduler.__dict__:
+        sleeper, scheduler.slept = scheduler.idle_sleeper, 0
+        poll = sleeper.poller.poll
+
+        def counted(milliseconds):
+            scheduler.slept += 1
+            return poll(milliseconds)
+
+        sleeper.poller = SimpleNamespace(poll=counted)
+
+
+def polls(scheduler):
+    return scheduler.slept
 
 
 @pytest.mark.parametrize(

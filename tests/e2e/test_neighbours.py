@@ -20,11 +20,12 @@ DEVICE, MORE = 70, 1
 
 
 @pytest.fixture
-def two(models, tmp_path, schedulers):
+def two(models, tmp_path, schedulers, request):
+    """Two servers on a device; a test may ask for more arguments."""
     if ON_GPU:
         schedulers.close()  # whoever is on the same GPU is a neighbour, whatever its name
     device = {"VTENSOR_HOST_DEVICE": f"test-{tmp_path.name}-{time.monotonic_ns()}"}
-    told = {"dtype": DTYPE} | OURS | SHARE
+    told = {"dtype": DTYPE} | OURS | SHARE | getattr(request, "param", {})
     servers = [Scheduler(models["gqa"], environment=device, wait=False, **told) for _ in range(2)]
     for server in servers:
         server.call(share_device, DEVICE)
@@ -51,7 +52,8 @@ class Looping:
 
 
 def _nap(scheduler):
-    time.sleep(0.02)
+    if scheduler.idle_sleeper is None:  # else the loop sleeps of itself
+        time.sleep(0.02)
 
 
 def ask(server, prompt, count, *, name="r"):
@@ -84,6 +86,26 @@ def test_peaks_that_take_turns(two, schedulers):
         busy.check()
         idle.check()
     assert all(server.stats()["neighbours"] == 1 for server in two)
+
+
+@pytest.mark.parametrize("two", [{"sleep_on_idle": True}], indirect=True)
+def test_one_whose_event_loop_sleeps_hears_the_other(two, schedulers):
+    """--sleep-on-idle: nobody sends it a message, and yet it gives what it has cached."""
+    one, other = two
+    prompt = Prompts(4)
+    ask(one, prompt, 7)
+    before = one.stats()["pages_backed"]
+    assert before > 40
+    requests = [Request(f"r{n}", prompt(90 * S), 20 * S) for n in range(21)]
+    with Looping(one, seconds=3.0):
+        got = other.run([requests])
+    for rid, theirs in schedulers(**LIMITS).run([requests]).items():
+        assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
+    now = [server.stats()["pages_backed"] for server in two]
+    assert now[0] < before
+    assert now[1] > DEVICE - before, "what it holds was the other's"
+    one.check()
+    other.check()
 
 
 def test_one_that_is_killed_leaves_everything_to_the_other(two, schedulers):

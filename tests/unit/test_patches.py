@@ -11,6 +11,7 @@ import torch
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import affordable_segments
+from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, parse_share_or_bytes
 
 
@@ -242,6 +243,51 @@ def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog)
     assert patches.load()._wants_shared_decode(SimpleNamespace(**args)) is wanted
     assert why in caplog.text
     assert bool(why) == bool(caplog.records)
+
+
+@pytest.mark.parametrize(("beside_others", "slept"), [(False, [1000]), (True, [50])])
+def test_an_event_loop_sleeps_in_naps_beside_neighbours(beside_others, slept):
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+
+    sleeper, polls = IdleSleeper([]), []
+    sleeper.poller = SimpleNamespace(poll=polls.append)
+    scheduler = SimpleNamespace(idle_sleeper=sleeper, vtensor_elastic=SimpleNamespace(beside_others=beside_others))
+    patches.load()._sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
+    assert polls == slept
+
+
+@pytest.mark.parametrize(
+    ("sleeping", "running", "waiting", "sleeps"),
+    [
+        (True, {}, [False], True),
+        (True, {}, [False, True], False),  # one was retracted, and comes to its end
+        (True, {1: None}, [False], False),
+        (True, {}, [], False),  # SGLang sleeps of itself
+        (False, {}, [False], False),
+    ],
+)
+def test_an_event_loop_sleeps_while_requests_wait_for_a_sleeping_server(sleeping, running, waiting, sleeps):
+    elastic = Elastic.__new__(Elastic)
+    elastic.tick = lambda waiting: None
+    elastic.sleeping, elastic.runtime = sleeping, SimpleNamespace(requests=running, idle=lambda: None)
+    called = []
+    scheduler = SimpleNamespace(
+        vtensor_elastic=elastic,
+        waiting_queue=[SimpleNamespace(is_retracted=retracted) for retracted in waiting],
+        token_to_kv_pool_allocator=SimpleNamespace(runtime=elastic.runtime),
+        server_args=SimpleNamespace(enable_metrics=False),
+        maybe_sleep_on_idle=lambda: called.append("sleeps"),
+    )
+    patches.load()._on_idle(lambda self: called.append("SGLang's own"), scheduler)
+    assert called == ["SGLang's own", "sleeps"][: 1 + sleeps], "health checks are answered first"
+
+
+def test_without_the_option_an_event_loop_does_not_sleep():
+    from sglang.srt.managers.scheduler import Scheduler
+
+    scheduler = SimpleNamespace(idle_sleeper=None, vtensor_elastic=SimpleNamespace(beside_others=True))
+    patches.load()._sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
 
 
 def test_a_shared_decode_that_there_is_not():
