@@ -46,9 +46,12 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: a free one.")] = None,
 ) -> None:
     """Start a server, let two users chat under one system prompt, and show what was shared."""
-    from sglang_vtensor.demo import run
+    from sglang_vtensor.demo import NotStarted, run
 
-    raise typer.Exit(run(console, model=model, turns=turns, port=port))
+    try:
+        raise typer.Exit(run(console, model=model, turns=turns, port=port))
+    except NotStarted as error:
+        raise _failure(error) from error
 
 
 Url = Annotated[str, typer.Option(help="The server.")]

@@ -18,6 +18,7 @@ import torch
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sglang_vtensor import tiny_model
 from sglang_vtensor.cli import mib, stats_table
@@ -33,22 +34,33 @@ QUESTIONS = {
     "bob": ["what is a segment", "how long is it", "what happens when memory is short", "give me an example"],
 }
 START_SECONDS = 600
+#: Answers end with their first sentence, as far as this tells one; else with the model's own end, or after so many
+#: tokens: of a real model, and of the tiny one, which has no sentences.
+SENTENCE_ENDS = [". ", ".\n"]
+MAX_TOKENS, TINY_MAX_TOKENS = 96, 24
+
+
+class NotStarted(RuntimeError):
+    """The server did not start. The message has the end of its log."""
 
 
 def run(console: Console, *, model: str | None, turns: int, port: int | None) -> int:
     """Returns the exit code: 0 only if every turn after a user's first reused its prefix."""
     with tempfile.TemporaryDirectory(prefix="vtensor-demo-") as folder:
-        arguments = []
+        # Other types are 10 to 100 times slower on a CPU; on a GPU the model's own is best.
+        arguments = [] if torch.cuda.is_available() else ["--dtype", "float32"]
+        max_tokens = MAX_TOKENS
         if model is None:
+            max_tokens = TINY_MAX_TOKENS
             console.print("No model given: a tiny one with random weights is made. What it says is meaningless.")
             # On a GPU a page is 2 MiB at least: Llama-3-8B's KV heads make that 128 tokens, which the prompt fills.
             wide = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 128} if torch.cuda.is_available() else {}
             model = str(tiny_model.build(Path(folder) / "tiny", **wide))
-            arguments = ["--max-total-tokens", "16384", "--max-running-requests", "32"]
-            arguments += ["--dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
+            arguments = arguments or ["--dtype", "bfloat16"]
+            arguments += ["--max-total-tokens", "16384", "--max-running-requests", "32"]
         log = Path(folder) / "server.log"
         with serve(console, model, port=port or free_port(), log=log, arguments=arguments) as url:
-            rows = chat(console, url, turns)
+            rows = chat(console, url, turns, max_tokens=max_tokens)
             console.print(turns_table(rows))
             for rank in server_stats(url):
                 console.print(stats_table(rank, title="After the chat"))
@@ -90,7 +102,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, stat
         lines = log.read_text(errors="replace").splitlines()
         if process.poll() is not None or seconds > START_SECONDS:
             tail = "\n".join(lines[-25:])
-            raise RuntimeError(f"the server did not start (exit code {process.poll()} after {seconds:.0f} s):\n{tail}")
+            raise NotStarted(f"the server did not start (exit code {process.poll()} after {seconds:.0f} s):\n{tail}")
         last = next((line for line in reversed(lines) if line.startswith("[")), "importing SGLang")
         status.update(f"starting the server, {seconds:.0f} s: {last[:110]}")
         with contextlib.suppress(requests.RequestException):
@@ -115,7 +127,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def chat(console: Console, url: str, turns: int) -> list[dict[str, Any]]:
+def chat(console: Console, url: str, turns: int, *, max_tokens: int = TINY_MAX_TOKENS) -> list[dict[str, Any]]:
     """The users take turns. One row a turn: what it took, and what the memory did for it."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
@@ -126,10 +138,11 @@ def chat(console: Console, url: str, turns: int) -> list[dict[str, Any]]:
             history = histories[user]
             history.append({"role": "user", "content": questions[(turn - 1) % len(questions)]})
             before = server_stats(url)[0]
-            text, usage, first = ask(client, model, history)
+            text, cut, usage, first = ask(client, model, history, max_tokens)
             after = server_stats(url)[0]
             history.append({"role": "assistant", "content": text})
-            console.print(f"[dim]{user}:[/] {history[-2]['content']}\n[dim]model:[/] {text.strip()}", highlight=False)
+            console.print(f"[dim]{user}:[/] {history[-2]['content']}", highlight=False)
+            console.print(Text.assemble(("model:", "dim"), f" {text.strip()}{' ...' if cut else ''}"))
             gain = {key: after[key] - before[key] for key in ("pages_allocated", "pages_shared", "adoptions")}
             rows.append(
                 {
@@ -147,24 +160,28 @@ def chat(console: Console, url: str, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-def ask(client: OpenAI, model: str, history: list[Any]) -> tuple[str, Any, float]:
-    """One streamed answer: the text, the usage, and the seconds to the first token."""
+def ask(client: OpenAI, model: str, history: list[Any], max_tokens: int) -> tuple[str, bool, Any, float]:
+    """One streamed answer: the text, whether `max_tokens` cut it, the usage, and the seconds to the first token."""
     start = time.perf_counter()
-    first, text, usage = 0.0, "", None
+    first, text, finish, usage = 0.0, "", None, None
     stream = client.chat.completions.create(
         model=model,
         messages=history,
-        max_tokens=24,
+        max_tokens=max_tokens,
         temperature=0,
+        stop=SENTENCE_ENDS,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"no_stop_trim": True},
     )
     for part in stream:
         if part.choices and part.choices[0].delta.content:
             first = first or time.perf_counter() - start
             text += part.choices[0].delta.content
+        if part.choices:
+            finish = part.choices[0].finish_reason or finish
         usage = part.usage or usage
-    return text, usage, first
+    return text.rstrip(), finish == "length", usage, first
 
 
 def turns_table(rows: list[dict[str, Any]]) -> Table:

@@ -45,6 +45,18 @@ def test_the_chat_of_the_demo(server):
     demo.turns_table(rows)
 
 
+def test_an_answer_of_the_demo_ends_with_its_first_sentence(server):
+    """The tiny model says no sentences unless it is made to."""
+    client = OpenAI(base_url=f"{server}/v1", api_key="none")
+    create = client.chat.completions.create
+    sentences = {"regex": "yes it is[.] no it is not[.] maybe"}
+    client.chat.completions.create = lambda extra_body, **more: create(extra_body=extra_body | sentences, **more)
+    history = [{"role": "user", "content": "is it fast"}]
+    assert demo.ask(client, "default", history, 60)[:2] == ("yes it is.", False)
+    text, cut, _, _ = demo.ask(client, "default", history, 2)
+    assert cut, text
+
+
 def test_what_prometheus_scrapes_is_what_the_server_says(server):
     quiet(server)
     deadline = time.monotonic() + 20

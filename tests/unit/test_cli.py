@@ -10,9 +10,8 @@ import requests
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sglang_vtensor import __version__
+from sglang_vtensor import __version__, demo
 from sglang_vtensor.cli import app, stats_table
-from sglang_vtensor.demo import free_port
 from sglang_vtensor.server_client import pages_by_state
 from sglang_vtensor.top import Sample, memory, summary, view
 
@@ -118,7 +117,7 @@ def run(command, url):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_no_answer_is_told_in_one_sentence(command):
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{demo.free_port()}"
     assert run(command, url) == f"no server answers at {url}: start one there, or give another URL"
     for wrong in ("nonsense", "http://127.0.0.1:99999", "ftp://127.0.0.1"):
         assert run(command, wrong) == f"'{wrong}' is no URL of a server: give one such as http://127.0.0.1:30000"
@@ -186,6 +185,36 @@ def test_stats_and_top_give_the_key(monkeypatch):
         given.clear()
         assert CliRunner().invoke(app, [*command, "--key", "user"]).exit_code == 0
         assert given == [{"Authorization": "Bearer user"}] * len(given) != []
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "dtype"),
+    [("some/model", False, "float32"), (None, False, "float32"), ("some/model", True, None), (None, True, "bfloat16")],
+)
+def test_the_demo_runs_in_float32_on_a_cpu(model, gpu, dtype, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def serve(console, model, *, arguments, **_):
+        raise Started(arguments)
+
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(Started) as started:
+        demo.run(Console(quiet=True), model=model, turns=2, port=1)
+    (arguments,) = started.value.args
+    assert ("--dtype" in arguments) == (dtype is not None)
+    assert dtype is None or arguments[arguments.index("--dtype") + 1] == dtype
+
+
+def test_a_demo_whose_server_does_not_start_shows_the_log_and_no_traceback(monkeypatch):
+    def run(*_, **__):
+        raise demo.NotStarted("the server did not start (exit code 1 after 3 s):\nOSError: no such model")
+
+    monkeypatch.setattr(demo, "run", run)
+    done = CliRunner().invoke(app, ["demo"])
+    assert done.exit_code == 1
+    assert done.stderr == "error: the server did not start (exit code 1 after 3 s):\nOSError: no such model\n"
 
 
 def test_version():
