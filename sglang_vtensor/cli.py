@@ -208,7 +208,8 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
         ("segments taken", f"{values['fresh_segments']:,} fresh, {values['adoptions']:,} adopted"),
         ("mapping calls", f"{values['maps']:,} maps, {values['unmaps']:,} unmaps"),
         ("prefix tokens served", f"{values['prefix_tokens_served']:,}"),
-        ("time in the scheduler", f"{values['scheduling_seconds']:.3f} s"),
+        ("time of the scheduler", f"{values['scheduling_seconds']:.3f} s"),
+        ("of the worker beside it", f"{values['worker_seconds']:.3f} s"),
     ]
     for row in rows:
         table.add_row(*row)

@@ -24,6 +24,7 @@ RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
 RANK |= {f"segments_{state}": 56_789_012 for state in ("leased", "parked", "idle")}
 RANK |= {"fresh_segments": 67_890_123, "adoptions": 78_901_234, "maps": 89_012_345, "unmaps": 90_123_456}
 RANK |= {"prefix_tokens_served": 11_223_344, "prompt_tokens": 22_334_455, "scheduling_seconds": 12_345_678.9}
+RANK |= {"worker_seconds": 23_456_789.1}
 RANK |= {"weights_bytes": 22_334_455 * PAGE, "device_free_bytes": 33_445_566 * PAGE, "device_bytes": 99_999_999 * PAGE}
 RANK |= {"shared_prefixes": [{"tokens": 44_556_677, "branches": 55_667_788, "saved_bytes": 66_778_899 * PAGE}]}
 URL = "http://127.0.0.1:30000"
