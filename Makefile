@@ -13,7 +13,7 @@ SETUP := .venv/.setup-done
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
 BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py ranks.py)
 
-.PHONY: demo test test-e2e test-core test-behind-core test-gpu lint bench lock setup clean
+.PHONY: demo test test-e2e test-core test-behind-core test-gpu test-gpu-kernels test-gpu-tokens test-gpu-memory lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
@@ -33,12 +33,22 @@ test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)
 	$(BIN)/python -m pytest tests/unit tests/property -q $(ARGS)
 
-# Kernels are compiled on all cores; the servers behind them have the GPU to themselves.
-ALONE_ON_GPU := tests/gpu/test_kernels.py tests/gpu/test_vmm_cuda.py
+# Kernels are compiled on many cores beside the first servers. The other tests have the GPU's memory to themselves.
+GPU_KERNELS := tests/gpu/test_kernels.py tests/gpu/test_vmm_cuda.py
+GPU_TOKENS := tests/gpu/test_same_tokens.py tests/gpu/test_flashinfer.py
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in the environment at hand
-	python3 -m pytest tests/kernels $(ALONE_ON_GPU) -q -n 8 $(ARGS)
-	python3 -m pytest tests/gpu $(addprefix --ignore=,$(ALONE_ON_GPU)) -q $(ARGS)
+	$(MAKE) -j2 --output-sync=target test-gpu-kernels test-gpu-tokens
+	$(MAKE) test-gpu-memory
+
+test-gpu-kernels:
+	python3 -m pytest tests/kernels $(GPU_KERNELS) -q -n 8 $(ARGS)
+
+test-gpu-tokens:
+	python3 -m pytest $(GPU_TOKENS) -q $(ARGS)
+
+test-gpu-memory:
+	python3 -m pytest tests/gpu $(addprefix --ignore=,$(GPU_KERNELS) $(GPU_TOKENS)) -q $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

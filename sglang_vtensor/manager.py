@@ -354,6 +354,11 @@ class KVMemory:
             self.pages.forget_tails(max(0, before - count))
             return before - self.pages.tails
 
+    def forget_old_tails(self, before: float) -> None:
+        """Forget the pages that were kept before that time, as `time.monotonic` counts."""
+        with self._timed():
+            self.pages.forget_old_tails(before)
+
     def copy_tokens(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of one page to another, K and V of all layers, on the current stream. A token's bytes
         lie together, so that is one run of bytes."""

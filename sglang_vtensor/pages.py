@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import heapq
+import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +40,12 @@ class PageState(enum.IntEnum):
 
 @dataclass(eq=False)
 class Tail:
-    """A free page whose bytes are still what its last owner wrote: `tokens` of them. `page` is None once it was
-    forgotten."""
+    """A free page whose bytes are still what its last owner wrote: `tokens` of them, at `kept_at` (`time.monotonic`).
+    `page` is None once it was forgotten."""
 
     page: int | None
     tokens: int = 0
+    kept_at: float = 0.0
 
 
 class PagePool:
@@ -172,7 +174,7 @@ class PagePool:
         tokens, or as the one that it was claimed by."""
         self.free([page], epoch)
         self._free.pop()  # it was the last one freed
-        tail = tail or Tail(None, tokens)
+        tail = tail or Tail(None, tokens, time.monotonic())
         tail.page = page
         self._tails[page] = tail
         self.kept_tokens += tail.tokens
@@ -205,6 +207,11 @@ class PagePool:
         """Forget the longest kept ones until `keep` are left."""
         while len(self._tails) > keep:
             self.forget(next(iter(self._tails.values())))
+
+    def forget_old_tails(self, before: float) -> None:
+        """Forget those that were kept before that time, as `time.monotonic` counts."""
+        while self._tails and (oldest := next(iter(self._tails.values()))).kept_at < before:
+            self.forget(oldest)
 
     # Physical memory. Each change is begin (take the page in hand), a call of the driver, and finish, so that the
     # driver can be called without the lock that the other two need.

@@ -111,7 +111,13 @@ class Scheduler:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(scheduler, *args)` in the child, between runs. Raises what it raised."""
+        self._ask(function, *args)
+        return self._answer(function)
+
+    def _ask(self, function: Callable[..., Any], *args: Any) -> None:
         self._pipe.send((function, args))
+
+    def _answer(self, function: Callable[..., Any]) -> Any:
         if not self._pipe.poll(PATIENCE):
             self._process.kill()
             raise RuntimeError(f"{function.__name__} did not end within {PATIENCE} s")
@@ -154,6 +160,25 @@ class Scheduler:
         self.close()
 
 
+def side_by_side(
+    one: Scheduler, other: Scheduler, script: Script, others: Script | None = None
+) -> tuple[dict[str, Answer], dict[str, Answer]]:
+    """Run a script on two schedulers at once (the second may have one of its own)."""
+    one._ask(_run, script)
+    other._ask(_run, script if others is None else others)
+    try:
+        first = one._answer(_run)
+    finally:
+        second = other._answer(_run)
+    return first, second
+
+
+def nobody_starts() -> None:
+    """Wait until the children that import SGLang ahead have done so, where what they take of a GPU would disturb."""
+    for _, pipe in _waiting:
+        pipe.poll(PATIENCE)
+
+
 def _child() -> tuple[Any, Connection]:
     """A process that waits to be told what to serve; and others begin to wait."""
     while len(_waiting) <= WAITING:
@@ -162,7 +187,9 @@ def _child() -> tuple[Any, Connection]:
         process.start()
         theirs.close()
         _waiting.append((process, ours))
-    return _waiting.popleft()
+    process, pipe = _waiting.popleft()
+    pipe.recv()
+    return process, pipe
 
 
 # In the child.
@@ -172,6 +199,7 @@ def _serve(pipe: Connection) -> None:
     if ON_GPU:
         import sglang.srt.managers.scheduler
         import sglang.srt.models.registry  # noqa: F401
+    pipe.send("waiting")
     try:
         kwargs, environment = pipe.recv()
     except EOFError:

@@ -384,9 +384,10 @@ class VTensorRadixCache(RadixCache):
         return EvictResult(num_tokens_evicted=evicted)
 
     def expire(self, before: float) -> int:
-        """Give up every leaf that nobody has read since `before` (`time.monotonic`), and what becomes a leaf by that.
-        Returns how many tokens."""
+        """Give up every leaf that nobody has read since `before` (`time.monotonic`), what becomes a leaf by that, and
+        the unfilled pages that were kept before. Returns how many tokens of the tree."""
         start_time = time.perf_counter()
+        self.runtime.memory.forget_old_tails(before)
         pages: list[int] = []
         while old := [leaf for leaf in self.evictable_leaves if leaf.last_access_time < before]:
             for leaf in old:

@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 
-from tests.harness import Answer, Request, Scheduler
+from tests.harness import Answer, Request, Scheduler, side_by_side
 
 #: By how much (nats) the reference's best token must beat its second for a difference to be an error. A different page
 #: size splits a prompt into other batches, and the last bits of a sum depend on the batch: below this, a tie is a tie.
@@ -33,12 +33,20 @@ def assert_same(reference: Answer, ours: Answer, *, tie: float, what: str = "") 
             return
 
 
+def answers_of_both(
+    reference: Scheduler, ours: Scheduler, requests: list[Request]
+) -> tuple[list[Answer], list[Answer]]:
+    """All requests at once, on both."""
+    expected, got = side_by_side(reference, ours, [requests])
+    return [expected[request.rid] for request in requests], [got[request.rid] for request in requests]
+
+
 def both(
     reference: Scheduler, ours: Scheduler, requests: list[Request], *, tie: float, cached: list[int] | None = None
 ) -> list[Answer]:
     """Run the requests at once on both, compare, check the invariants; and how many tokens ours did not compute again.
     Returns the reference's answers, from which a conversation goes on, so that both sides are always asked the same."""
-    expected, got = reference.generate(*requests), ours.generate(*requests)
+    expected, got = answers_of_both(reference, ours, requests)
     for request, theirs, mine in zip(requests, expected, got, strict=True):
         assert_same(theirs, mine, tie=tie, what=request.rid)
     if cached is not None:

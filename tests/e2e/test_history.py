@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.e2e.compare import TIE, Prompts, assert_same, having
-from tests.harness import Abort, Do, Request, draw_reads
+from tests.harness import Abort, Do, Request, draw_reads, side_by_side
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
 STEPS = st.lists(
@@ -61,7 +61,7 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples):
                 if how == "abort":
                     aborted.add(rid)
                     script[-1].append(Abort(f"{rid}"))
-            expected, got = reference.run(script), ours.run(script)
+            expected, got = side_by_side(reference, ours, script)
             ours.check()
             for rid in requests:
                 # SGLang aborts by prefix: s1 takes s10 with it.
@@ -108,8 +108,8 @@ def test_a_prefix_that_was_mapped_while_a_request_waited_and_then_evicted_in_par
     before = ours.stats()
     try:
         for script in scripts:
-            expected = reference.run(script)
-            got = ours.run([[watch, *turn] for turn in script] + [[watch]] * 760)
+            watched = [[watch, *turn] for turn in script] + [[watch]] * 760
+            expected, got = side_by_side(reference, ours, script, watched)
             for rid, theirs in expected.items():
                 assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
                 assert abs(theirs.logprobs[0] - got[rid].logprobs[0]) < 1e-3, rid

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.compare import TIE, Prompts, assert_same, both, having
-from tests.harness import Abort, Request
+from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having
+from tests.harness import Abort, Request, side_by_side
 
 CONTESTANTS = [
     pytest.param(("gqa", "float32", 1), id="gqa-float32-page1"),
@@ -52,7 +52,7 @@ def test_conversations_reuse_their_prefix_and_their_segment(pair):
     for turn in range(4):
         before = ours.stats()
         requests = [Request(f"t{turn}c{n}", chat, 24) for n, chat in enumerate(chats)]
-        expected, answers = reference.generate(*requests), ours.generate(*requests)
+        expected, answers = answers_of_both(reference, ours, requests)
         after = ours.stats()
         for request, theirs, mine in zip(requests, expected, answers, strict=True):
             assert_same(theirs, mine, tie=tie, what=request.rid)
@@ -131,7 +131,7 @@ def test_equal_prompts_wait_for_each_other_once(pair):
         tokens = Prompts(18)(200)
         last = [Request(f"left{n}", tokens, 9) for n in range(2)]
         script = [[Request("gone", tokens, 9)], last, [Abort("gone")]]
-        expected, got = reference.run(script), ours.run(script)
+        expected, got = side_by_side(reference, ours, script)
         for request in last:
             assert_same(expected[request.rid], got[request.rid], tie=tie, what=request.rid)
         ours.check()
@@ -197,7 +197,7 @@ def test_a_pool_so_small_that_leaves_are_evicted_and_requests_retracted(pair):
     before, retractions = ours.stats(), 0
     for wave in range(2):
         requests = [Request(f"w{wave}r{n}", stem + prompt(9 * n), room // 4 + 8) for n in range(8)]
-        expected, got = reference.generate(*requests), ours.generate(*requests)
+        expected, got = answers_of_both(reference, ours, requests)
         for request, theirs, mine in zip(requests, expected, got, strict=True):
             assert_same(theirs, mine, tie=tie, what=request.rid)
         retractions += sum(answer.retractions for answer in got)
@@ -225,7 +225,7 @@ def test_aborts_in_the_middle(pair):
         [],
         [Abort("doomed")],
     ]
-    expected, got = reference.run(script), ours.run(script)
+    expected, got = side_by_side(reference, ours, script)
     for rid in ("r0", "r2", "r3", "r5", "late"):
         assert_same(expected[rid], got[rid], tie=tie, what=rid)
     assert all(len(got[rid].tokens) < 30 for rid in ("r1", "r4")), "they ran on to their end"

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shared_decode import read_shared_once, whatever_is_shared_pays
 from tests.e2e.test_elastic import DTYPE, S
-from tests.harness import ON_GPU, Abort, Request, Scheduler
+from tests.harness import ON_GPU, Abort, Request, Scheduler, side_by_side
 
 #: A batch may be larger than what is followed: then everything is read as without it.
 FOLLOWED = 12
@@ -40,7 +40,7 @@ def same(ours, schedulers):
 
     def run(script):
         aborted = [step.rid for turn in script for step in turn if isinstance(step, Abort)]
-        expected, got = reference.run(script), ours.run(script)
+        expected, got = side_by_side(reference, ours, script)
         ours.check()
         for rid, theirs in expected.items():
             if not any(rid.startswith(name) for name in aborted):

@@ -8,7 +8,7 @@ import torch
 
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.sharing import Sharing
-from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.e2e.shared_decode import whatever_is_shared_pays
 from tests.e2e.test_shared_decode import (  # noqa: F401
     ours,
@@ -102,7 +102,7 @@ def test_log_probabilities_over_long_answers(schedulers, record_property):
     document = prompt(2000)
     requests = [Request(f"r{n}", document + prompt(5 + 17 * n), 400) for n in range(12)]
     worst, same_tokens, compared = 0.0, 0, 0
-    for theirs, mine in zip(reference.generate(*requests), scheduler.generate(*requests), strict=True):
+    for theirs, mine in zip(*answers_of_both(reference, scheduler, requests), strict=True):
         assert_same(theirs, mine, tie=TIE["bfloat16"])
         for i, (a, b) in enumerate(zip(theirs.tokens, mine.tokens, strict=True)):
             compared += 1

@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import refuse_at_random
 from tests.gpu.in_scheduler import hog
-from tests.harness import Do, Request
+from tests.harness import Do, Request, nobody_starts
 
 LIMITS = {
     "dtype": "bfloat16",
@@ -34,6 +34,7 @@ def test_another_holder_of_the_memory(servers, record_property):
     reference, ours = servers
     expected = reference.generate(*requests(1))
     before = ours.stats()
+    nobody_starts()
     try:
         # Activations and some 70 pages; half of what the requests take together. cuMemCreate fails in the middle.
         got = ours.run([[Do(hog, (192 << 20,)), *requests(1)]])
