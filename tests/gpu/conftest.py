@@ -8,6 +8,7 @@ os.environ["VTENSOR_TEST_GPU"] = "1"  # before the harness is imported
 import pytest
 import torch
 
+from benchmarks import results
 from sglang_vtensor import tiny_model
 from tests.e2e.compare import TIE
 from tests.e2e.conftest import schedulers  # noqa: F401
@@ -32,9 +33,8 @@ def pytest_runtest_logreport(report):
     """Append what came of each test to the file that `VTENSOR_GPU_RESULTS` names, for `benchmarks.gpu_tests`."""
     path = os.environ.get("VTENSOR_GPU_RESULTS")
     if path and (report.when == "call" or report.outcome != "passed"):
-        commit = os.environ.get("VTENSOR_COMMIT", "")
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
-        line |= {"commit": commit} if commit else {}
+        line |= {"commit": results.commit(), "device": torch.cuda.get_device_name(0)}
         with open(path, "a") as file:
             file.write(json.dumps(line | dict(report.user_properties)) + "\n")
 
