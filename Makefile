@@ -13,7 +13,7 @@ SETUP := .venv/.setup-done
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
 BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py ranks.py)
 
-.PHONY: demo test test-e2e test-core test-behind-core test-gpu test-gpu-kernels test-gpu-tokens test-gpu-memory lint bench lock setup clean
+.PHONY: demo test test-e2e test-core test-behind-core test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
@@ -33,12 +33,14 @@ test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)
 	$(BIN)/python -m pytest tests/unit tests/property -q $(ARGS)
 
-# Kernels are compiled on many cores beside the first servers. The other tests have the GPU's memory to themselves.
+# Kernels are compiled on many cores beside servers that leave most of the GPU's memory. What is left, tests of memory
+# that is shared and short, has the GPU to itself.
 GPU_KERNELS := tests/gpu/test_kernels.py tests/gpu/test_vmm_cuda.py
 GPU_TOKENS := tests/gpu/test_same_tokens.py tests/gpu/test_flashinfer.py
+GPU_SCALE := tests/gpu/test_scale.py tests/gpu/test_shared_decode.py tests/gpu/test_deterministic.py
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in the environment at hand
-	$(MAKE) -j2 --output-sync=target test-gpu-kernels test-gpu-tokens
+	$(MAKE) -j3 --output-sync=target test-gpu-kernels test-gpu-tokens test-gpu-scale
 	$(MAKE) test-gpu-memory
 
 test-gpu-kernels:
@@ -47,8 +49,11 @@ test-gpu-kernels:
 test-gpu-tokens:
 	python3 -m pytest $(GPU_TOKENS) -q $(ARGS)
 
+test-gpu-scale:
+	python3 -m pytest $(GPU_SCALE) -q $(ARGS)
+
 test-gpu-memory:
-	python3 -m pytest tests/gpu $(addprefix --ignore=,$(GPU_KERNELS) $(GPU_TOKENS)) -q $(ARGS)
+	python3 -m pytest tests/gpu $(addprefix --ignore=,$(GPU_KERNELS) $(GPU_TOKENS) $(GPU_SCALE)) -q $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

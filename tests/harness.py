@@ -104,8 +104,8 @@ class Scheduler:
             "sampling_backend": "pytorch",
             **server_args,
         }
-        self._process, self._pipe = _child()
-        self._pipe.send((args, environment or {}))
+        self._process, self._pipe = _with(environment) if environment else _child()
+        self._pipe.send(args)
         if wait:
             self.call(_ready)
 
@@ -182,29 +182,41 @@ def nobody_starts() -> None:
 def _child() -> tuple[Any, Connection]:
     """A process that waits to be told what to serve; and others begin to wait."""
     while len(_waiting) <= WAITING:
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        _waiting.append((process, ours))
+        _waiting.append(_start({}))
     process, pipe = _waiting.popleft()
     pipe.recv()
     return process, pipe
 
 
+def _with(environment: dict[str, str]) -> tuple[Any, Connection]:
+    """A process of its own, that has `environment` before it imports SGLang: some of it is read only then. (The host's
+    fork server has imported SGLang before.)"""
+    process, pipe = _start(environment)
+    pipe.recv()
+    return process, pipe
+
+
+def _start(environment: dict[str, str]) -> tuple[Any, Connection]:
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=_serve, args=(theirs, environment), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
 # In the child.
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     if ON_GPU:
         import sglang.srt.managers.scheduler
         import sglang.srt.models.registry  # noqa: F401
     pipe.send("waiting")
     try:
-        kwargs, environment = pipe.recv()
+        kwargs = pipe.recv()
     except EOFError:
         os._exit(0)
-    os.environ.update(environment)
     scheduler = None
     failure = None
     try:
