@@ -184,7 +184,9 @@ class KVMemory:
         self._warn_at = 0.0
         self._look_at = 0.0
         self._device_low = False
-        self._again_at = 0.0  # what the driver did not unmap or release is left alone until then
+        # What the driver did not do for the worker is left alone until then: of retired segments, of those that are not
+        # as wanted, and of pages. Each by itself, so that one which never succeeds holds up no other.
+        self._again_at = {"reclaim": 0.0, "tidy": 0.0, "trim": 0.0}
         self._took_at = 0.0  # when the worker last took something in hand
         self._warn_of_worker_at = 0.0
         self._missed_at = 0.0  # of which of these times it was said that it does not let go
@@ -508,25 +510,26 @@ class KVMemory:
         """One turn of what needs not be done now. True if it did something, and there may be more.
 
         The driver is called without the lock: the page or the segment is in this thread's hands meanwhile, and nobody
-        else's. Whatever comes of the call, it is let go of; what the driver did not unmap or release is tried again
-        after `retry_seconds`, and everything else goes on.
+        else's. Whatever comes of the call, it is let go of; what the driver did not do is tried again after
+        `retry_seconds`, behind the others of its kind, and everything else goes on.
         """
-        retried = time.monotonic() >= self._again_at
-        if retried and (segment := self._take_in_hand(self.segments.begin_reclaim)) is not None:
+        if (segment := self._take_in_hand(self.segments.begin_reclaim, "reclaim")) is not None:
             self._reclaim(segment)
             return True
-        if (untidy := self._take_in_hand(self.segments.begin_tidy)) is not None:
+        if (untidy := self._take_in_hand(self.segments.begin_tidy, "tidy")) is not None:
             self._tidy(*untidy)
             return True
         if (page := self._take_in_hand(self._page_to_back)) is not None:
             return self._back(page)
         self._look_at_device()
-        if retried and (page := self._take_in_hand(self._page_to_trim)) is not None:
+        if (page := self._take_in_hand(self._page_to_trim, "trim")) is not None:
             self._trim(page)
             return True
         return False
 
-    def _take_in_hand(self, begin: Callable[[], T | None]) -> T | None:
+    def _take_in_hand(self, begin: Callable[[], T | None], kind: str | None = None) -> T | None:
+        if kind is not None and time.monotonic() < self._again_at[kind]:
+            return None
         with self._lock:
             taken = begin()
             if taken is not None:
@@ -534,14 +537,14 @@ class KVMemory:
             return taken
 
     @contextlib.contextmanager
-    def _calling_driver(self, let_go: Callable[[], None]) -> Iterator[None]:
+    def _calling_driver(self, kind: str, let_go: Callable[[], None]) -> Iterator[None]:
         """A call of the driver for what is in hand, which is let go of behind it, whatever came of it."""
         try:
             yield
         except VMMError as error:
             self.worker_failures += 1
             now = time.monotonic()
-            self._again_at = now + self.retry_seconds
+            self._again_at[kind] = now + self.retry_seconds
             if now >= self._warn_of_worker_at:
                 self._warn_of_worker_at = now + WARN_SECONDS
                 logger.error("%s; the mapping worker tries it again every %g s", error, self.retry_seconds)
@@ -552,23 +555,23 @@ class KVMemory:
 
     def _reclaim(self, segment: Segment) -> None:
         left = len(segment.pages)
-        with self._calling_driver(lambda: self.segments.finish_reclaim(segment, left)):
+        with self._calling_driver("reclaim", lambda: self.segments.finish_reclaim(segment, left)):
             for left in self.segments.unmap_segment(segment):  # noqa: B007
                 with self._lock:
                     pass  # the driver has a lock too: whoever maps for a batch goes first
 
     def _trim(self, page: int) -> None:
-        with self._calling_driver(lambda: self.pages.finish_trim(page)):
+        with self._calling_driver("trim", lambda: self.pages.finish_trim(page)):
             self.pages.release_page(page)
 
     def _tidy(self, segment: Segment, page: int | None) -> None:
-        """If it fails, the segment stays as it is: whoever leases it maps, or unmaps, the rest."""
+        """If it fails, the segment stays as it is, to be tried again: whoever leases it before maps the rest."""
         done = False
 
         def let_go() -> None:
             self.segments.finish_tidy(segment, page, done=done)
 
-        with self._calling_driver(let_go):
+        with self._calling_driver("tidy", let_go):
             self.segments.tidy_segment(segment, page)
             done = True
 
@@ -648,11 +651,15 @@ class KVMemory:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The worker does nothing meanwhile. For the capture of a CUDA graph, which fails if any thread of the process
-        makes a call that might wait for it."""
+        makes a call that might wait for it. Raises `VMMError` where a call of the worker's does not return."""
         self._paused = True  # first, or it might take turn after turn before this thread gets one
         try:
-            with self._turn:
+            if not self._turn.acquire(timeout=PATIENCE_SECONDS):
+                raise VMMError("pause", f"the mapping worker's call has not returned for {PATIENCE_SECONDS:g} s")
+            try:
                 yield
+            finally:
+                self._turn.release()
         finally:
             self._paused = False
             self._wake_worker()

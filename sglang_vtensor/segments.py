@@ -293,11 +293,12 @@ class SegmentPool:
             self.vmm.map(address, self.page_bytes, self.page_pool.handle(page))
 
     def finish_tidy(self, segment: Segment, page: int | None, *, done: bool) -> None:
-        """The segment is out of hand. If it is not done, it is left as it is: whoever leases it maps the rest."""
+        """The segment is out of hand. If it is not done, its turn comes again, behind the others."""
         segment.in_hand = False
         self.in_hand -= 1
         if not done:
-            self._untidy.pop(segment.index, None)
+            if self._untidy.pop(segment.index, None) is not None:
+                self._untidy[segment.index] = segment
             if page is not None:
                 self.page_pool.count_alias(page, -1)
         elif page is None:

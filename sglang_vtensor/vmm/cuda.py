@@ -7,6 +7,7 @@ One handle is mapped whole or not at all, and every call costs the same whatever
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -103,6 +104,8 @@ class CudaVirtualMemory(VirtualMemory):
         self._access.location = self._prop.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._headroom = _Headroom(self.memory)
+        #: Addresses that are mapped and must not be used, as neither access nor unmapping succeeded there.
+        self._half_mapped: set[int] = set()
         #: Clears run here, apart from the server's streams, so that waiting for one waits for nothing else; and before
         #: what these have queued, or it would wait for a matrix product of several milliseconds.
         self._stream = torch.cuda.Stream(self.device, priority=-1)
@@ -132,11 +135,18 @@ class CudaVirtualMemory(VirtualMemory):
         self._call("cuMemRelease", f"handle {handle:#x}", handle)
 
     def map(self, address: int, nbytes: int, handle: Handle) -> None:
+        if address in self._half_mapped:
+            self.unmap(address, nbytes)
+            self._half_mapped.discard(address)
         self._call("cuMemMap", f"{nbytes} bytes at {address:#x}", address, nbytes, 0, handle, 0)
         try:
             self._call("cuMemSetAccess", f"{nbytes} bytes at {address:#x}", address, nbytes, [self._access], 1)
         except VMMError:
-            self._call("cuMemUnmap", f"{nbytes} bytes at {address:#x}", address, nbytes)
+            # For the caller it is not mapped. The driver keeps the memory until it is unmapped, released or not.
+            self._half_mapped.add(address)
+            with contextlib.suppress(VMMError):
+                self.unmap(address, nbytes)
+                self._half_mapped.discard(address)
             raise
 
     def unmap(self, address: int, nbytes: int) -> None:

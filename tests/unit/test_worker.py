@@ -36,8 +36,14 @@ def peak(memory):
     assert pages is not None
     segment = memory.lease(None, pages[:6])
     memory.complete(memory.launch())
-    memory.park(segment, pages[:4], "leaf")  # it shows two pages too many: they are unmapped, or stay where that fails
-    wait_for(lambda: not memory.segments.pending() and not memory.segments.in_hand)
+    memory.park(segment, pages[:4], "leaf")  # it shows two pages too many
+
+    def tidied():
+        memory.give_way()  # as an idle server does
+        return not memory.segments.pending() and not memory.segments.in_hand
+
+    wait_for(tidied)
+    assert segment.pages == pages[:4]
     memory.drop(segment)
     memory.free(pages)
     memory.complete(memory.launch())
@@ -64,7 +70,7 @@ def test_a_call_that_fails_once_is_tried_again(call, at, error, caplog):
         peak(memory)
 
         def given_back():
-            memory.give_way()  # as an idle server does
+            memory.give_way()
             return left <= 0 and memory.pages.backed == 1
 
         wait_for(given_back)
@@ -102,6 +108,65 @@ def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are
         wait_for(lambda: memory.pages.stuck == 0)
         assert len(memory.allocate(1)) == 1
         memory.check_integrity()
+
+
+def test_a_segment_that_the_driver_never_unmaps_holds_up_nothing_else():
+    vmm = FaultyVirtualMemory()
+    original, bad = vmm.unmap, 0
+
+    def refuses_one(address, nbytes):
+        if address == bad:
+            raise VMMError("unmap", "injected", "INJECTED")
+        original(address, nbytes)
+
+    vmm.unmap = refuses_one
+    with serving(vmm) as memory:
+        pages = memory.allocate(PAGES)
+        segments = [memory.lease(None, pages[n : n + 1]) for n in range(3)]
+        memory.complete(memory.launch())
+        bad = segments[0].address
+        for segment in segments:
+            memory.release(segment)
+        memory.free(pages)
+        memory.allow(0)  # as a server that falls asleep
+        memory.complete(memory.launch())
+        # The padding page, and the one that the segment shows.
+        wait_for(lambda: memory.pages.backed == 2 and memory.segments.counts()["retired"] == 1)
+        memory.check_integrity()
+        bad = 0
+        wait_for(lambda: memory.pages.backed == 1 and not memory.segments.counts()["retired"])
+        memory.check_integrity()
+
+
+def test_a_page_too_many_of_a_parked_segment_goes_although_its_unmapping_fails_once():
+    vmm = FaultyVirtualMemory()
+    with serving(vmm) as memory:
+        pages = memory.allocate(4)
+        segment = memory.lease(None, pages)
+        memory.complete(memory.launch())
+        vmm.fail_calls, vmm.fail_at = ("unmap",), 1
+        memory.park(segment, pages[:1], "leaf")
+        memory.free(pages[1:])
+        memory.complete(memory.launch())
+        wait_for(lambda: memory.stats().worker_failures == 1 and memory.pages.backed == 2)
+        assert segment.pages == pages[:1]
+        memory.check_integrity()
+
+
+def test_a_capture_does_not_wait_for_the_worker_without_an_end(hanging):
+    vmm, hang, begun, go = hanging
+    with serving(vmm) as memory:
+        pages = memory.allocate(PAGES)
+        hang("release")
+        memory.free(pages)
+        memory.complete(memory.launch())
+        assert begun.wait(10)
+        with pytest.raises(VMMError, match="worker's call has not returned"), memory.paused():
+            pytest.fail("it may call the driver meanwhile")
+        go.set()
+        wait_for(lambda: memory.pages.moving == 0)
+        with memory.paused():
+            memory.check_integrity()
 
 
 @pytest.fixture
