@@ -89,9 +89,13 @@ class Neighbours:
         try:
             # Locked before it has a size: a file without one is not looked at. One who looks holds it for a moment.
             fcntl.flock(file, fcntl.LOCK_EX)
-            os.ftruncate(file, _SIZE)
+            # Memory for it, not a size alone: where the folder's file system is full, that is an error here and not the
+            # end of the process that writes to it.
+            os.posix_fallocate(file, 0, _SIZE)
             shared = mmap.mmap(file, _SIZE)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
             os.close(file)
             raise NoNeighbours(f"cannot make {path}: {error}") from error
         shared[:] = struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(record))
@@ -138,14 +142,12 @@ class Neighbours:
         try:
             path, file, shared = self._create(mine)
         except NoNeighbours as error:
-            if "removed" not in self._warned:
-                self._warned.add("removed")
-                logger.warning(
-                    "%s was removed, and other servers on this device do not know of this one until it is there "
-                    "again: %s",
-                    self._path,
-                    error,
-                )
+            self._warn_once(
+                "removed",
+                "%s was removed, and other servers on this device do not know of this one until it is there again: %s",
+                self._path,
+                error,
+            )
             return
         self._map.close()
         os.close(self._file)
@@ -166,24 +168,32 @@ class Neighbours:
         try:
             if path.name in self._others:
                 return self._others[path.name]
-            if os.fstat(file).st_size < _SIZE:
+            status = os.fstat(file)
+            if status.st_size < _SIZE or not status.st_blocks:
                 return None
             shared = mmap.mmap(file, _SIZE)
+        except OSError as error:
+            self._warn_once(path.name, "cannot read what another server on this device tells: %s", error)
+            return None
         finally:
             os.close(file)
         magic, version = struct.unpack_from("<2q", shared)
         if (magic, version) != (MAGIC, VERSION):
             shared.close()
-            if path.name not in self._warned:
-                self._warned.add(path.name)
-                logger.warning(
-                    "another server on this device tells of itself in version %d, this one in %d: they do not share "
-                    "memory with each other; run the same sglang-vtensor in both",
-                    version,
-                    VERSION,
-                )
+            self._warn_once(
+                path.name,
+                "another server on this device tells of itself in version %d, this one in %d: they do not share "
+                "memory with each other; run the same sglang-vtensor in both",
+                version,
+                VERSION,
+            )
             return None
         return shared
+
+    def _warn_once(self, of: str, message: str, *args: object) -> None:
+        if of not in self._warned:
+            self._warned.add(of)
+            logger.warning(message, *args)
 
     def close(self) -> None:
         """Leave. What others have of it they lose at their next look."""

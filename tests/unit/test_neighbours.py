@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -106,6 +107,72 @@ def test_two_containers_with_one_folder(folder):
             other.wait(20)
     assert here.others() == []
     here.close()
+    assert list(folder.iterdir()) == []
+
+
+FULL = """
+import sys
+from pathlib import Path
+from sglang_vtensor import neighbours
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours
+neighbours.LIST_SECONDS = 0.0
+root, running = Path(sys.argv[1]), sys.argv[2] == "running"
+folder = root / "shared"
+folder.mkdir(mode=0o700)
+if running:
+    server = Neighbours("gpu", folder)
+    server._path.unlink()
+with (root / "rest").open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+if running:
+    assert server.others() == []
+else:
+    try:
+        Neighbours("gpu", folder)
+    except NoNeighbours as error:
+        print(error)
+assert list(folder.iterdir()) == []
+(root / "rest").unlink()
+if running:
+    server.others()
+    assert len(list(folder.iterdir())) == 1
+"""
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine does not let processes make namespaces")
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_full_shared_memory_ends_no_server(tmp_path, when):
+    """Containers have 64 MiB of it by default. Writing to a file that got a size and no memory is a signal."""
+    mount = 'mount -t tmpfs -o size=64k none "$0" && exec "$1" -c "$2" "$0" "$3"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    done = subprocess.run(
+        [*command, str(tmp_path), sys.executable, FULL, when], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout + done.stderr
+    assert "No space left on device" in said
+    assert ("other servers on this device do not know of this one" in said) == (when == "running")
+
+
+def test_a_neighbour_that_cannot_be_mapped_is_none(folder, caplog, monkeypatch):
+    """A process may hold so many mappings, and host pages are mappings too."""
+    one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
+
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "no more mappings")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(neighbours.mmap, "mmap", refuse)
+        assert one.others() == one.others() == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "one warning"
+    assert "cannot read what another server on this device tells" in caplog.text
+    assert one.others() == [Record()]
+    two.close()
+    one.close()
     assert list(folder.iterdir()) == []
 
 
