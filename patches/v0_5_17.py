@@ -474,6 +474,11 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
     if elastic.sleeping:
         # Not by a token, as an idle server that is awake answers them, but as a busy one does.
         self.return_health_check_ipcs.extend(elastic.take_health_checks(self.waiting_queue))
+        # Grammars are compiled meanwhile: SGLang takes those that are done, or failed, as it makes an extend batch.
+        if self.grammar_manager.has_waiting_grammars():
+            for req in self.grammar_manager.get_ready_grammar_requests():
+                self._add_request_to_queue(req)
+        elastic.answer_failed(self.waiting_queue, self.ipc_channels.send_to_tokenizer.send_output)
     chunked, last = self.chunked_req, self.last_batch
     busy = chunked is not None or not running_batch.is_empty()
     offered, beyond = elastic.offers(self.waiting_queue, busy=busy)

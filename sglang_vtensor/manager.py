@@ -390,15 +390,17 @@ class KVMemory:
     def lease(self, segment: Segment | None, pages: Sequence[int], *, shared: int = 0) -> Segment:
         """A segment on which `pages` lie in order, for the next batch to read.
 
-        `segment` is the one the request holds, or a parked one to adopt, or None for a fresh one; `shared` says how
-        many of the pages came from the tree, for the statistics. All or nothing: if a mapping fails (`VMMError`), what
-        the request held it still holds, and the parked one is still parked.
+        `segment` is the one the request holds, or a parked one to adopt, or None for a fresh one, which also takes the
+        place of one that the worker does not let go of; `shared` says how many of the pages came from the tree, for the
+        statistics. All or nothing: if a mapping fails (`VMMError`), what the request held it still holds, and the
+        parked one is still parked.
         """
         with self._timed():
             patience = _patience()
+            stuck = None
             while segment is not None and segment.in_hand:
                 if not self._wait_for_worker(patience):
-                    raise VMMError("lease", f"the mapping worker does not let go of segment {segment.index}")
+                    stuck, segment = segment, None
             parked = None
             if segment is None:
                 while self.segments.exhausted() and self.segments.in_hand and self._wait_for_worker(patience):
@@ -421,6 +423,8 @@ class KVMemory:
                 was, self.pages.refusal = self.pages.refusal, error
                 self._answered(was)
                 raise
+            if stuck is not None and stuck.state is SegmentState.LEASED:
+                self.segments.release(stuck)
             fitted.busy_until = self.next_epoch
             self.pages_shared += shared
             self.prefix_maps += missing
@@ -474,6 +478,14 @@ class KVMemory:
             segment = self.segments.prepare(pages, owner)
         self._wake_worker()
         return segment
+
+    def shorten(self, segment: Segment) -> None:
+        """Of the pages that a prepared segment is to show, nobody owns the last ones any more, perhaps: then it shows
+        only those before them, and the worker unmaps the rest."""
+        with self._timed():
+            shortened = self.segments.shorten(segment)
+        if shortened:
+            self._wake_worker()
 
     def release(self, segment: Segment) -> None:
         with self._timed():

@@ -159,6 +159,18 @@ class SegmentPool:
         self.park(segment, pages, owner)
         return segment
 
+    def shorten(self, segment: Segment) -> bool:
+        """Of what a parked segment is to show, leave out the last pages that nobody owns. Whether there are any."""
+        self._expect(segment, SegmentState.PARKED)
+        left = len(segment.wanted)
+        while left and self.page_pool.state(segment.wanted[left - 1]) is not PageState.OWNED:
+            left -= 1
+        if left == len(segment.wanted):
+            return False
+        segment.wanted = segment.wanted[:left]
+        self._untidy[segment.index] = segment
+        return True
+
     def adopt(self, segment: Segment) -> Segment:
         """Lease a parked segment as it is."""
         self._unpark(segment)

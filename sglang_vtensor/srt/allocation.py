@@ -114,11 +114,12 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
 
     records, fresh = [], []
-    for req, slot, prefix_len in zip(batch.reqs, slots, prefix_lens, strict=True):
-        if req.kv is None:
-            runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
-            fresh.append(req)
-        records.append(runtime.requests[slot])
+    with runtime.memory.clock:
+        for req, slot, prefix_len in zip(batch.reqs, slots, prefix_lens, strict=True):
+            if req.kv is None:
+                runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
+                fresh.append(req)
+            records.append(runtime.requests[slot])
 
     def map_segments(new: int) -> None:
         extends = []
@@ -144,9 +145,10 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
         )
         partials.settle(secured)
     if not secured:
-        for req in fresh:
-            batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
-            batch.req_to_token_pool.free(req)
+        with runtime.memory.clock:
+            for req in fresh:
+                batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
+                batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
     runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens)  # beside what decodes
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):

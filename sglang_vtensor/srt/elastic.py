@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
@@ -85,30 +86,25 @@ class Elastic:
     # What is asked of it.
 
     def control(self, asked: dict[str, Any]) -> bool:
-        """Do what `asked` says. False, and a line in the log, if it cannot be."""
+        """Do all that `asked` says. If some of it cannot be, nothing of it is done: False, and a line in the log."""
+        limit, sleeping, most = self.limit, self.sleeping, self.runtime.memory.pages.limit
         for key, value in asked.items():
             if key == LIMIT:
                 if not isinstance(value, int) or isinstance(value, bool):
                     logger.warning("a limit of %r: bytes wanted, as an integer", value)
                     return False
-                pages = self.pages_of(value)
-                if not 1 <= pages <= self.runtime.memory.pages.limit:
-                    logger.warning(
-                        "a limit of %d bytes is %d pages: between 1 and %d wanted",
-                        value,
-                        pages,
-                        self.runtime.memory.pages.limit,
-                    )
+                limit = self.pages_of(value)
+                if not 1 <= limit <= most:
+                    logger.warning("a limit of %d bytes is %d pages: between 1 and %d wanted", value, limit, most)
                     return False
-                self.limit = pages
-            elif key == SLEEP:
-                self.sleeping = True
-            elif key == WAKE:
-                self.sleeping = False
+            elif key in (SLEEP, WAKE):
+                sleeping = key == SLEEP
             else:
                 logger.warning("%s is unknown: %s, %s or %s", key, LIMIT, SLEEP, WAKE)
                 return False
-        self.apply()
+        self.limit, self.sleeping = limit, sleeping
+        with self.runtime.memory.clock:
+            self.apply()
         return True
 
     def pages_of(self, nbytes: int) -> int:
@@ -236,15 +232,28 @@ class Elastic:
         memory = self.runtime.memory
         if self.sleeping or self.limit == memory.pages.limit:
             return
-        for req in [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]:
-            waiting.remove(req)
+        with memory.clock:
+            too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]
+        for req in too_long:
             message = (
                 f"this request needs {self._wants(req)} pages of KV cache, and the server is limited to {self.limit} "
                 f"({(self.limit + 1) * memory.layout.page_bytes} bytes): raise the limit, or shorten the prompt"
             )
-            reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
-            send(AbortReq(finished_reason=reason, rid=req.rid), req)
-            req.time_stats.trace_ctx.abort(abort_info=reason)
+            self._refuse(
+                req, waiting, {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}, send
+            )
+
+    def answer_failed(self, waiting: list[Req], send: Any) -> None:
+        """Take requests from the queue of a sleeping server that are not to be computed, as their grammar is none or as
+        they were aborted while it was compiled: SGLang answers them in the batch that they would begin in."""
+        for req in [req for req in waiting if isinstance(req.to_finish, FINISH_ABORT) and not req.is_retracted]:
+            self._refuse(req, waiting, req.to_finish.to_json(), send)
+
+    @staticmethod
+    def _refuse(req: Req, waiting: list[Req], reason: dict[str, Any], send: Any) -> None:
+        waiting.remove(req)
+        send(AbortReq(finished_reason=reason, rid=req.rid), req)
+        req.time_stats.trace_ctx.abort(abort_info=reason)
 
     def asleep(self, waiting: Sequence[Req]) -> bool:
         """Whether the server sleeps and has nothing left to bring to its end: who waits, waits until it is woken."""

@@ -119,7 +119,8 @@ class VTensorRadixCache(RadixCache):
         if self.disable or self.page_size == 1 or getattr(req, "vtensor_whole_pages", False):
             return result
         matched = len(result.device_indices)
-        partial = self._inside_page(result.last_device_node, params.key[matched : matched + self.page_size])
+        with self.runtime.memory.clock:
+            partial = self._inside_page(result.last_device_node, params.key[matched : matched + self.page_size])
         if partial is None:
             return result
         req.vtensor_partial = partial
@@ -162,15 +163,19 @@ class VTensorRadixCache(RadixCache):
 
     def segment_for(self, req: Req, taken: Container[int] = ()) -> Segment | None:
         """The segment that a request adopts as it begins: the one parked where it continues, or one prepared for it.
-        Not one of `taken` (indices): of several that continue one turn, the first takes its segment."""
-        _, prepared = self._prepared.pop(req.rid, (req, None))
+        Not one of `taken` (indices): of several that continue one turn, the first takes its segment.
+
+        What was prepared is known here until it is leased, which may fail and be tried again.
+        """
         parked = self.parked_segment(req.last_node)
         if parked is not None and parked.index in taken:
             parked = None
+        _, prepared = self._prepared.get(req.rid, (req, None))
         if prepared is None or prepared.owner is not req:
             return parked
         if parked is None:
             return prepared
+        del self._prepared[req.rid]
         self.runtime.memory.drop(prepared)
         return parked
 
@@ -187,9 +192,12 @@ class VTensorRadixCache(RadixCache):
         self._looked_at = seen
         if self._prepared:
             still = {req.rid for req in waiting}
-            for rid in [rid for rid in self._prepared if rid not in still]:
-                req, segment = self._prepared.pop(rid)
-                if segment is not None and segment.owner is req:
+            for rid, (req, segment) in list(self._prepared.items()):
+                leased = segment is not None and segment.owner is not req
+                if rid in still and not leased:
+                    continue
+                del self._prepared[rid]
+                if segment is not None and not leased:
                     memory.drop(segment)
         for req in waiting[:MAX_PREPARED]:
             if req.rid in self._prepared or req.kv is not None or len(req.origin_input_ids) <= tokens:
@@ -287,9 +295,10 @@ class VTensorRadixCache(RadixCache):
             key, leaf, matched = self._insert_pages(req, record, tokens, chunked=False)
             full = len(key) // self.page_size
             memory.free(record.pages[record.protected : matched] + record.pages[full + 1 : written])
-            if full < written:
-                self._keep_tail(leaf, RadixKey(tokens[len(key) :], req.extra_key), record.pages[full])
-            self._park(record.segment, leaf)
+            with memory.clock:
+                if full < written:
+                    self._keep_tail(leaf, RadixKey(tokens[len(key) :], req.extra_key), record.pages[full])
+                self._park(record.segment, leaf)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
 
@@ -311,8 +320,9 @@ class VTensorRadixCache(RadixCache):
             indices = self.match_prefix(MatchPrefixParams(key=key)).device_indices
             start = record.protected * self.page_size
             self.req_to_token_pool.write((req.req_pool_idx, slice(start, len(indices))), indices[start:])
-            self.runtime.memory.free(record.pages[record.protected : matched])
-            record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
+            with self.runtime.memory.clock:
+                self.runtime.memory.free(record.pages[record.protected : matched])
+                record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
         record.protected = full
         if self.runtime.sharing is not None:
             self.runtime.sharing.changed(req.req_pool_idx)
@@ -378,7 +388,7 @@ class VTensorRadixCache(RadixCache):
         pages: list[int] = []
         while len(pages) * self.page_size < params.num_tokens and (leaf := self._next_leaf()) is not None:
             pages += self._give_up(leaf)
-        self.runtime.memory.free(pages)
+        self._free(pages)
         evicted = len(pages) * self.page_size
         self.update_eviction_metrics(evicted, start_time)
         return EvictResult(num_tokens_evicted=evicted)
@@ -392,11 +402,25 @@ class VTensorRadixCache(RadixCache):
         while old := [leaf for leaf in self.evictable_leaves if leaf.last_access_time < before]:
             for leaf in old:
                 pages += self._give_up(leaf)
-        self.runtime.memory.free(pages)
+        self._free(pages)
         expired = len(pages) * self.page_size
         if expired:
+            # Nobody may ever evict, who takes the nodes that are gone from the order.
+            self._order = [entry for entry in self._order if not entry[2].gone]
+            self._queued = {leaf_id for _, leaf_id, _ in self._order}
+            heapq.heapify(self._order)
             self.update_eviction_metrics(expired, start_time)
         return expired
+
+    def _free(self, pages: list[int]) -> None:
+        """Free the pages of leaves that were given up. What was mapped of them ahead, for requests that wait, would
+        keep their memory: it goes too. Leaves go first, so that of a path the last pages are gone."""
+        memory = self.runtime.memory
+        memory.free(pages)
+        if pages:
+            for req, segment in self._prepared.values():
+                if segment is not None and segment.owner is req:
+                    memory.shorten(segment)
 
     def _give_up(self, leaf: TreeNode) -> list[int]:
         """Take an unlocked leaf from the tree. Returns its pages, for the caller to free."""
