@@ -191,10 +191,9 @@ def parse_share_or_bytes(given: str | float, option: str) -> float | int:
     if unit == "%" and number <= 100:
         return number / 100
     if unit in _UNITS and number * _UNITS[unit] < _MOST_BYTES:
-        nbytes = number * _UNITS[unit]
-        if nbytes != int(nbytes):
+        if unit == "b" and number != int(number):
             raise Refused(f"{seen} is no whole number of bytes")
-        return int(nbytes)
+        return round(number * _UNITS[unit])
     raise Refused(f"{seen}: give a share such as 0.02, 2% or all, or bytes such as 512MiB or 2GB")
 
 
@@ -214,7 +213,7 @@ def _meant(number: float) -> str:
     text = f"{number:.15g}"
     if number <= 100:
         return f"{text}GiB, or {text}%"
-    return f"{text}MiB" if number < 10_000 else f"{text}B"
+    return f"{text}MiB" if number < 10_000 else f"{number:.0f}B"
 
 
 def refuse_unsupported(args: ServerArgs) -> None:

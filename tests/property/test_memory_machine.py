@@ -145,6 +145,8 @@ class MemoryMachine(RuleBasedStateMachine):
         """The oldest batch ends. Until here, it could read what it was launched on, by segment and by slot."""
         epoch, reads = self.flying.pop(0)
         for segment, pages in reads:
+            for page in pages:
+                self.keys[page * 8 : page * 8 + 8].sum()
             assert segment.pages[: len(pages)] == pages, "a segment changed under a running batch"
             self.by_segment[segment.index, : len(pages) * 8].sum()  # faults if anything was unmapped
         self.memory.complete(epoch)

@@ -3,7 +3,7 @@
 The KV of a token depends on its namespace and on all tokens up to it, and on nothing else. So the model of the whole
 cache is one function: `content(namespace, tokens[: i + 1])`. Requests write it by slot; whatever the tree then says is
 cached, and whatever a segment shows, must read back as exactly that, through splits, duplicates, evictions, retractions
-and adopted addresses.
+and adopted addresses. And what a batch reads stays where it reads it until that batch is done.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.segments import Segment
 from sglang_vtensor.srt.runtime import Extend, RequestPages, Runtime
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
+#: Batches that were launched and are not done, at most.
+FLYING = 3
 POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
 
 
@@ -73,6 +76,7 @@ class TreeMachine(RuleBasedStateMachine):
             max_tokens=CONTEXT,
             max_running=ROWS,
             max_parked=3,
+            idle_seconds=0.0,
             worker=False,
         )
         self.runtime = Runtime(self.memory, ROWS + 1)
@@ -92,6 +96,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.tokens_a_page = page_tokens
         self.keys = self.memory.identity_views(0)[0]
         self.by_segment = self.memory.segment_views(0)[0]
+        #: Batches in flight: the epoch, the segment that it reads (None: pages), and the pages.
+        self.flying: list[tuple[int, Segment | None, list[int]]] = []
         self.requests: list[SimpleNamespace] = []
         self.waiting: list[SimpleNamespace] = []
         self.arrived = 0
@@ -191,7 +197,24 @@ class TreeMachine(RuleBasedStateMachine):
             shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
         READS["pages" if by_pages else "segments"] += 1
         assert shown == [float(content(req.extra_key, tokens[: i + 1])) for i in range(req.written)]
-        self.memory.complete(self.memory.launch())
+        pages = record.pages[: self.memory.layout.pages_for(req.written)]
+        self.flying.append((self.memory.launch(), None if by_pages else record.segment, pages))
+        while len(self.flying) > FLYING:
+            self.land()
+
+    @rule()
+    @precondition(lambda self: self.arrived and self.flying)
+    def land(self) -> None:
+        """The batch that flies longest is done."""
+        epoch, _, _ = self.flying.pop(0)
+        self.memory.complete(epoch)
+
+    def what_flies_is_there(self) -> None:
+        """Pages may be freed meanwhile, and written to by a later batch; but not unmapped."""
+        for _, segment, pages in self.flying:
+            assert all(self.memory.pages._mapped[page] for page in pages), "a page of a batch in flight is unmapped"
+            if segment is not None:
+                assert segment.pages[: len(pages)] == pages, "a segment changed under a batch in flight"
 
     @rule(
         which=WHICH,
@@ -376,6 +399,7 @@ class TreeMachine(RuleBasedStateMachine):
         if not hasattr(self, "tree"):
             return
         self.tree.check_integrity()
+        self.what_flies_is_there()
         live = sum(len(r.pages) - r.protected for r in self.runtime.requests.values()) * self.tokens_a_page
         cached = self.tree.evictable_size() + self.tree.protected_size()
         assert self.memory.available_pages() * self.tokens_a_page + cached + live == CAPACITY_TOKENS
@@ -392,6 +416,8 @@ class TreeMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "tree"):
             return
+        while self.flying:
+            self.land()
         self.waiting.clear()
         self.tree.prepare(self.waiting)
         for req in self.requests:
@@ -453,6 +479,7 @@ def busy_history(rng: random.Random) -> None:
         lambda: machine.stash(which()): (3, lambda: machine.requests),
         lambda: machine.finish(which(), rng.random() < 0.8): (3, lambda: machine.requests),
         lambda: machine.housekeep(rng.choice([1, 2, 4, 48])): (4, lambda: True),
+        lambda: machine.land(): (4, lambda: machine.flying),
         lambda: machine.evict(rng.randint(1, 24)): (1, lambda: machine.tree.root_node.children),
     }
 

@@ -61,6 +61,47 @@ def test_a_freed_page_stays_backed_until_the_batch_being_made_is_done():
     assert memory.trim() == 2
 
 
+@pytest.mark.parametrize("how", ["keep", "unclaim", "free_all"])
+def test_a_page_that_goes_another_way_stays_backed_as_long(how):
+    memory = make(reserve_pages=0)
+    (page,) = memory.allocate(1)
+    if how == "free_all":
+        memory.free_all()
+    else:
+        tail = memory.keep(page, 3)
+        if how == "unclaim":
+            memory.complete(memory.launch())
+            memory.unclaim(tail, memory.claim(tail))
+        memory.forget(tail)
+    assert memory.trim() == 0, "the batch being made may read it"
+    memory.complete(memory.launch())
+    assert memory.trim() == 1
+
+
+def test_a_segment_that_is_about_to_lose_a_page_shows_nothing():
+    memory = make()
+    pages = memory.allocate(3)
+    segment = memory.lease(None, pages)
+    memory.complete(memory.launch())
+    memory.park(segment, pages[:2], "leaf")
+    in_hand = memory.segments.begin_tidy()
+    assert memory.lease_later(segment, pages) is segment
+    assert not memory.shows(segment, pages), "the worker unmaps the last one"
+    memory.segments.tidy_segment(*in_hand)
+    memory.segments.finish_tidy(*in_hand, done=True)
+    assert not memory.shows(segment, pages)
+    assert memory.lease(segment, pages) is segment
+    assert memory.shows(segment, pages)
+
+
+def test_a_lower_limit_forgets_the_longest_kept_pages():
+    memory = make()
+    tails = [memory.keep(page, 3) for page in memory.allocate(4)]
+    memory.allocate(2)
+    assert memory.allow(4) == 0
+    assert [tail.page is None for tail in tails] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("at", range(1, 4))
 def test_a_failed_lease_changes_nothing(at):
     vmm = FaultyVirtualMemory()

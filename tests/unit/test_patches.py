@@ -1,12 +1,15 @@
 import json
 import math
+import re
 import reprlib
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
@@ -117,6 +120,22 @@ def test_nonsense_is_refused(given):
 def test_bytes_are_whole():
     with pytest.raises(Refused, match=r"'0\.3B' is no whole number of bytes"):
         parse_share_or_bytes("0.3B", "--vtensor-reserve")
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [("1.1GiB", 1181116006), ("20.3GiB", 21796959027), ("100.1MiB", 104962458), ("1.001GB", 1001000000), (".5k", 500)],
+)
+def test_a_size_may_have_decimals(given, nbytes):
+    assert parse_share_or_bytes(given, "--vtensor-reserve") == nbytes
+
+
+@given(st.floats(1, 1e15, exclude_min=True))
+def test_what_was_probably_meant_can_be_given(number):
+    with pytest.raises(Refused, match="did you mean") as refused:
+        parse_share_or_bytes(number, "limit")
+    for meant in re.search(r"did you mean (.*)\? A number", str(refused.value))[1].split(", or "):
+        parse_share_or_bytes(meant, "limit")
 
 
 def test_options_travel_on_what_carries_them():

@@ -217,10 +217,27 @@ def test_a_lease_does_without_a_segment_that_the_worker_does_not_let_go_of(hangi
         hang("map")
         segment = memory.prepare(pages, "waiting")
         assert begun.wait(10)
-        with pytest.raises(VMMError, match="does not let go of segment"):
-            memory.lease(segment, pages)
+        other = memory.lease(segment, pages)
+        assert other is not segment
+        assert memory.shows(other, pages)
         assert segment.owner == "waiting", "it may be adopted later"
         go.set()
         wait_for(lambda: not segment.in_hand)
         assert memory.lease(segment, pages) is segment
+        memory.check_integrity()
+
+
+def test_a_request_does_without_its_own_segment_that_the_worker_does_not_let_go_of(hanging):
+    vmm, hang, begun, go = hanging
+    with serving(vmm) as memory:
+        pages = memory.allocate(4)
+        hang("map")
+        segment = memory.lease_later(None, pages)
+        assert begun.wait(10)
+        other = memory.lease(segment, pages)
+        assert other is not segment
+        assert memory.shows(other, pages)
+        go.set()
+        memory.complete(memory.launch())
+        wait_for(lambda: memory.segments.counts()["leased"] == 1 and not memory.segments.pending())
         memory.check_integrity()
