@@ -82,7 +82,7 @@ def _from_cli_args(original: Callable[..., ServerArgs], cls: type, args: argpars
 
     token = _parsed.set(None)
     try:
-        _parsed.set(Options.of(args))
+        _parsed.set(Options.given({name: getattr(args, name) for name in Options.names() if hasattr(args, name)}))
         return original(cls, args)
     except (Refused, Unsupported) as error:
         raise SystemExit(f"error: {error}") from None
@@ -94,7 +94,7 @@ def _init_server_args(original: Callable[..., None], self: ServerArgs, *args: An
     from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options, Refused
 
     given = {name: kwargs.pop(name) for name in Options.names() if name in kwargs}
-    options = Options(**given) if given else _parsed.get() or Options()
+    options = Options.given(given) if given else _parsed.get() or Options()
     options.attach(self)
     if options.kv_backend == "vtensor":
         _choose_attention(kwargs, options)
@@ -140,10 +140,13 @@ def _choose_attention(kwargs: dict[str, Any], given: Options) -> None:
         option for option in ("enable_deterministic_inference", "rl_on_policy_target") if kwargs.get(option)
     ]
     if deterministic:
+        _refuse_parking(given)
         ours_named = kwargs.get("prefill_attention_backend") == options.ATTENTION_BACKEND
         _leave_to_sglang(f"--{deterministic[0].replace('_', '-')}", given, host=host, ours_named=ours_named)
         return
     if any(kwargs.get(option) is not None for option in named):
+        if options.ATTENTION_BACKEND not in [kwargs.get(option) for option in named]:
+            _refuse_parking(given)
         if prefill_kernel != "auto" and kwargs.get("prefill_attention_backend") != options.ATTENTION_BACKEND:
             raise options.Refused(
                 f"--vtensor-prefill-kernel {prefill_kernel} reads segments, and an attention backend was named that "
@@ -159,6 +162,17 @@ def _choose_attention(kwargs: dict[str, Any], given: Options) -> None:
         )
     else:
         kwargs["prefill_attention_backend"] = options.ATTENTION_BACKEND
+
+
+def _refuse_parking(given: Options) -> None:
+    """Where attention reads by slot, no segment waits for the turn that continues it."""
+    from sglang_vtensor.srt.options import Refused
+
+    if given.vtensor_max_parked is not None:
+        raise Refused(
+            f"--vtensor-max-parked {given.vtensor_max_parked} is about segments, and attention reads none here: leave "
+            "it out, or the attention backend"
+        )
 
 
 def _leave_to_sglang(option: str, given: Options, *, host: bool, ours_named: bool) -> None:
@@ -193,7 +207,7 @@ def _choose_page_size(self: ServerArgs) -> None:
     refuse_unsupported(self)
     device_mib = get_device_memory_capacity(self.device)
     if device_mib is not None:
-        Options.of(self).headroom_bytes(int(device_mib) << 20)
+        Options.of(self).check_device(int(device_mib) << 20)
     self.page_size = choose_page_size(self)
 
 
@@ -201,6 +215,13 @@ def _add_routes(_: None, self: ServerArgs) -> None:
     """In the process of the HTTP server; an engine without one has no application."""
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
     if server is None or getattr(self, "kv_backend", "default") != "vtensor":
+        return
+    if self.tokenizer_worker_num > 1:
+        logger.warning(
+            "--tokenizer-worker-num %d: POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there, as SGLang "
+            "loads no plugin in its HTTP workers. Leave it out to have them.",
+            self.tokenizer_worker_num,
+        )
         return
     from sglang_vtensor.srt.http import add_routes
 
@@ -624,6 +645,7 @@ def _get_internal_state(result: Any, self: Any, *_: Any, **__: Any) -> Any:
     runtime = _runtime(self)
     free, total = runtime.memory.vmm.memory()
     result.internal_state["vtensor"] = runtime.stats() | {
+        "dp_rank": self.ps.dp_rank or 0,
         "device_bytes": total,
         "device_free_bytes": free,
         "weights_bytes": int(self.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),

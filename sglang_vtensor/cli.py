@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +24,13 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 URL = "http://127.0.0.1:30000"
+
+
+def _no_nan(value: float) -> float:
+    """A callback for options that have bounds, which let it pass."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
 
 
 def _print_version(asked: bool) -> None:
@@ -48,6 +59,8 @@ def demo(
     """Start a server, let two users chat under one system prompt, and show what was shared."""
     from sglang_vtensor.demo import NotStarted, run
 
+    # The server is this process's child, and is to end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         raise typer.Exit(run(console, model=model, turns=turns, port=port))
     except NotStarted as error:
@@ -66,17 +79,19 @@ def stats(
     key: UserKey = None,
 ) -> None:
     """Show the KV memory of a running server."""
-    from sglang_vtensor.server_client import NoAnswer, server_stats
+    from sglang_vtensor.server_client import server_stats
 
-    try:
+    with _one_sentence():
         ranks = server_stats(url, key=key)
-    except NoAnswer as error:
-        raise _failure(error) from error
+        tables = [
+            stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url)
+            for rank, values in enumerate(ranks)
+        ]
     if as_json:
         print(json.dumps(ranks, indent=2))
         return
-    for rank, values in enumerate(ranks):
-        console.print(stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url))
+    for table in tables:
+        console.print(table)
 
 
 @app.command()
@@ -93,14 +108,19 @@ def limit(
 def sleep(
     url: Url = URL,
     key: Key = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for running requests to end.", min=0)] = 60.0,
+    wait: Annotated[
+        float, typer.Option(help="Seconds to wait for running requests to end.", min=0, callback=_no_nan)
+    ] = 60.0,
 ) -> None:
     """Give back everything but the weights. What runs comes to its end; what arrives waits until `wake`."""
-    ranks = _ask(url, "sleep", {}, key)
     deadline = time.monotonic() + wait
-    while any("note" in rank or rank["cached_bytes"] for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while True:
         ranks = _ask(url, "sleep", {}, key)
+        with _one_sentence():
+            done = not any("note" in rank or rank["cached_bytes"] for rank in ranks)
+        if done or time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
     _tell(url, ranks)
 
 
@@ -115,12 +135,12 @@ def top(
     urls: Annotated[list[str] | None, typer.Argument(help=f"Servers. Default: {URL}.", show_default=False)] = None,
     once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: machine-readable.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two looks.", min=0.1, max=86400, callback=_no_nan)
+    ] = 1.0,
     key: UserKey = None,
 ) -> None:
     """A live view of one or several servers: memory by kind, pages and segments, reuse, and the largest prefixes."""
-    import contextlib
-
     from sglang_vtensor import top as view
 
     servers = urls or [URL]
@@ -142,13 +162,22 @@ def top(
     raise typer.Exit(any(one.error for one in samples))
 
 
-def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> list[dict[str, Any]]:
-    from sglang_vtensor.server_client import NoAnswer, ask
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """A server that does not answer, or not as it should, ends the command with one."""
+    from sglang_vtensor.server_client import NoAnswer
 
     try:
-        return ask(url, what, body, key=key)
+        yield
     except NoAnswer as error:
         raise _failure(error) from error
+
+
+def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> Sequence[dict[str, Any]]:
+    from sglang_vtensor.server_client import ask
+
+    with _one_sentence():
+        return ask(url, what, body, key=key)
 
 
 def _failure(error: Exception) -> typer.Exit:
@@ -157,17 +186,18 @@ def _failure(error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _tell(url: str, ranks: list[dict[str, Any]]) -> None:
+def _tell(url: str, ranks: Sequence[dict[str, Any]]) -> None:
     from sglang_vtensor.server_client import sleep_state
 
     for rank, state in enumerate(ranks):
-        awake = sleep_state(state) if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
-        where = f"{url}, rank {rank}" if len(ranks) > 1 else url
-        console.print(
-            f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
-            f"{mib(state['cached_bytes'])}, {state['requests']} requests",
-            soft_wrap=True,
-        )
+        with _one_sentence():
+            awake = sleep_state(state) if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
+            where = f"{url}, rank {rank}" if len(ranks) > 1 else url
+            line = (
+                f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
+                f"{mib(state['cached_bytes'])}, {state['requests']} requests"
+            )
+        console.print(line, soft_wrap=True)
         if "note" in state:
             console.print(f"  {state['note']}", soft_wrap=True)
 

@@ -12,17 +12,33 @@ class NoAnswer(RuntimeError):
     sentence."""
 
 
-def server_stats(url: str, *, key: str | None = None, timeout: float = 10.0) -> list[dict[str, Any]]:
+class Told(dict[str, Any]):
+    """What a rank tells of itself. Raises `NoAnswer` for what it does not tell."""
+
+    url = ""
+
+    @classmethod
+    def by(cls, url: str, told: Any) -> Told:
+        rank = cls(told)
+        rank.url = url
+        return rank
+
+    def __missing__(self, key: str) -> Any:
+        raise NoAnswer(f"the server at {self.url} runs another version of sglang-vtensor: it does not tell {key}")
+
+
+def server_stats(url: str, *, key: str | None = None, timeout: float = 10.0) -> list[Told]:
     """The statistics of each data-parallel rank of the server at `url`, from `GET /server_info`. `key` is the server's
     API key, if it has one. Raises `NoAnswer`."""
     answer = _request("GET", url, "/server_info", key=key, timeout=timeout)
     try:
-        stats = [state["vtensor"] for state in answer.json()["internal_states"] if "vtensor" in state]
+        told = [state["vtensor"] for state in answer.json()["internal_states"] if "vtensor" in state]
+        stats = [Told.by(url, rank) for rank in told]
     except (KeyError, TypeError, ValueError) as error:
         raise NoAnswer(f"what answers at {url} is no SGLang server: give another URL") from error
     if not stats:
         raise NoAnswer(f"the server at {url} runs SGLang's own KV cache: start it with --kv-backend vtensor")
-    return stats
+    return sorted(stats, key=lambda rank: rank["dp_rank"])  # they come as they answer
 
 
 def pages_by_state(rank: dict[str, Any]) -> dict[str, int]:
@@ -38,25 +54,33 @@ def sleep_state(rank: dict[str, Any]) -> str:
     return "falling asleep" if rank["requests"] else "asleep"
 
 
-def ask(url: str, what: str, body: dict[str, Any] | None = None, *, key: str | None = None) -> list[dict[str, Any]]:
+def ask(url: str, what: str, body: dict[str, Any] | None = None, *, key: str | None = None) -> list[Told]:
     """`POST /vtensor/<what>`: what each data-parallel rank holds after it. `key` is the server's admin key, if it has
     one. Raises `NoAnswer`."""
     answer = _request("POST", url, f"/vtensor/{what}", key=key, timeout=60.0, body=body or {})
     if answer.status_code == 404:
-        raise NoAnswer(f"the server at {url} runs SGLang's own KV cache: start it with --kv-backend vtensor")
+        raise NoAnswer(
+            f"the server at {url} has no /vtensor/{what}: start it with --kv-backend vtensor, and without "
+            "--tokenizer-worker-num"
+        )
     try:
         said = answer.json()
-    except ValueError:
-        said = {"error": answer.text[:200]}
-    if answer.status_code != 200:
-        raise NoAnswer(str(said.get("error", said)))
-    ranks: list[dict[str, Any]] = said["ranks"]
-    return ranks
+        if answer.status_code == 200:
+            return [Told.by(url, rank) for rank in said["ranks"]]
+        error = said["error"]
+    except (KeyError, TypeError, ValueError):
+        error = answer.text
+    if answer.status_code == 200:
+        raise NoAnswer(f"what answers at {url} is no SGLang server: give another URL")
+    said = " ".join(str(error).split())[:200]
+    raise NoAnswer(said if answer.status_code == 400 else f"the server at {url} answers {answer.status_code}: {said}")
 
 
 def _request(
     method: str, url: str, path: str, *, key: str | None, timeout: float, body: dict[str, Any] | None = None
 ) -> requests.Response:
+    if key and not (key.isascii() and key.isprintable()):
+        raise NoAnswer("the key has characters that no header can have: give the server's --admin-api-key with --key")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = requests.request(method, url.rstrip("/") + path, json=body, headers=headers, timeout=timeout)

@@ -28,13 +28,15 @@ class Sample:
 
     url: str
     at: float
-    ranks: list[dict[str, Any]] = field(default_factory=list)
+    ranks: Sequence[dict[str, Any]] = field(default_factory=list)
     error: str = ""
 
 
 def sample(url: str, *, key: str | None = None) -> Sample:
     try:
-        return Sample(url, time.monotonic(), server_stats(url, key=key))
+        seen = Sample(url, time.monotonic(), server_stats(url, key=key))
+        summary(seen)  # it tells all that is shown
+        return seen
     except NoAnswer as error:
         return Sample(url, time.monotonic(), error=str(error))
 

@@ -12,7 +12,6 @@ Each answers with what every rank then holds (`vtensor_state`); 400 says what wa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,9 @@ def add_routes(app: FastAPI, state: Any) -> None:
         return
     #: Whether a health check asks the scheduler if it sleeps. While nobody told it to, that would be a waste.
     told_to_sleep = False
+    #: The question of a health check, which outlives the check: to SGLang, who asks next gets the answer of a question
+    #: that was given up.
+    asking: asyncio.Task[list[dict[str, Any]]] | None = None
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def limit(request: Request) -> JSONResponse:
@@ -64,10 +66,13 @@ def add_routes(app: FastAPI, state: Any) -> None:
 
     def unless_asleep(check: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def health(request: Request) -> Response:
-            nonlocal told_to_sleep
+            nonlocal told_to_sleep, asking
             if told_to_sleep and not state.tokenizer_manager.gracefully_exit:
-                with contextlib.suppress(TimeoutError):
-                    ranks = await asyncio.wait_for(_ranks(state.tokenizer_manager), HEALTH_SECONDS)
+                if asking is None or asking.done():
+                    asking = asyncio.create_task(_ranks(state.tokenizer_manager))
+                answered, _ = await asyncio.wait({asking}, timeout=HEALTH_SECONDS)
+                if answered:
+                    ranks = asking.result()
                     if all(rank["sleeping"] for rank in ranks):
                         status = "falling asleep" if any(rank["requests"] for rank in ranks) else "asleep"
                         return JSONResponse({"status": status, "message": SLEEPING_IS_HEALTHY})
@@ -93,7 +98,8 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 async def _ranks(manager: Any) -> list[dict[str, Any]]:
-    return [state["vtensor"] for state in await manager.get_internal_state()]
+    ranks = [state["vtensor"] for state in await manager.get_internal_state()]
+    return sorted(ranks, key=lambda rank: rank["dp_rank"])  # they come as they answer
 
 
 async def _ask(manager: Any, asked: dict[str, int]) -> JSONResponse:

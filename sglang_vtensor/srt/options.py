@@ -65,28 +65,31 @@ class Options:
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
-        if not 0 <= self.vtensor_idle_seconds < math.inf:
+        idle, cache_idle, parked = self.vtensor_idle_seconds, self.vtensor_cache_idle_seconds, self.vtensor_max_parked
+        if not (_is_number(idle) and 0 <= idle < math.inf):
+            raise Refused(f"--vtensor-idle-seconds {idle!r}: give 0 or more seconds, not endless ones")
+        if cache_idle is not None and not (_is_number(cache_idle) and 0 < cache_idle < math.inf):
             raise Refused(
-                f"--vtensor-idle-seconds {self.vtensor_idle_seconds}: give 0 or more seconds, not endless ones"
+                f"--vtensor-cache-idle-seconds {cache_idle!r}: give more than 0 seconds; to cache nothing, "
+                "--disable-radix-cache; to cache until memory is short, leave it out"
             )
-        if self.vtensor_cache_idle_seconds is not None and not 0 < self.vtensor_cache_idle_seconds < math.inf:
-            raise Refused(
-                f"--vtensor-cache-idle-seconds {self.vtensor_cache_idle_seconds}: give more than 0 seconds; to cache "
-                "nothing, --disable-radix-cache; to cache until memory is short, leave it out"
-            )
-        if self.vtensor_max_parked is not None and self.vtensor_max_parked < 0:
-            raise Refused(f"--vtensor-max-parked {self.vtensor_max_parked}: give 0 or more segments")
-        if self.kv_backend == "default":
-            for field in dataclasses.fields(self):
-                value = getattr(self, field.name)
-                if value != field.default:
-                    option = f"--{field.name.replace('_', '-')}"
-                    raise Refused(f"{option} {value} needs --kv-backend vtensor: give that too, or leave {option} out")
+        if parked is not None and not (_is_number(parked) and isinstance(parked, int) and parked >= 0):
+            raise Refused(f"--vtensor-max-parked {parked!r}: give 0 or more segments, a whole number")
 
     def minimum_bytes(self, capacity: int) -> int:
         """What the KV cache keeps of `capacity` bytes for itself."""
         given = parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
         return int(given * capacity) if isinstance(given, float) else given
+
+    def check_device(self, device_bytes: int) -> None:
+        """Raises `Refused` for more than a device of `device_bytes` has."""
+        self.headroom_bytes(device_bytes)
+        for option, value in (("--vtensor-reserve", self.vtensor_reserve), ("--vtensor-min", self.vtensor_min)):
+            size = parse_share_or_bytes(value, option)
+            if isinstance(size, int) and size > device_bytes:
+                raise Refused(
+                    f"{option} {value} is more than a device of {device_bytes / (1 << 30):.1f} GiB has: give less"
+                )
 
     def headroom_bytes(self, device_bytes: int) -> int:
         """What the KV cache leaves free of a device of `device_bytes`. Raises `Refused` if that is all of it."""
@@ -104,8 +107,18 @@ class Options:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
+    def given(cls, named: dict[str, Any]) -> Options:
+        """What a user gave, by name, and the defaults. Raises `Refused` for what does nothing without the backend."""
+        options = cls(**named)
+        for name, value in named.items():
+            if options.kv_backend == "default" and name != "kv_backend" and value is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise Refused(f"{option} {value} needs --kv-backend vtensor: give that too, or leave {option} out")
+        return options
+
+    @classmethod
     def of(cls, carrier: Any) -> Options:
-        """The options carried by a `ServerArgs` or an argparse namespace; the defaults where it carries none."""
+        """The options carried by a `ServerArgs`; the defaults where it carries none."""
         return cls(**{name: getattr(carrier, name) for name in cls.names() if hasattr(carrier, name)})
 
     def attach(self, server_args: ServerArgs) -> None:
@@ -125,54 +138,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vtensor-reserve",
         metavar="SHARE|BYTES",
-        default=Options.vtensor_reserve,
+        default=argparse.SUPPRESS,
         help="Free pages kept ready for what comes next: a share of the KV capacity such as 0.02 or 2%%, or bytes such "
         "as 512MiB.",
     )
     group.add_argument(
         "--vtensor-idle-seconds",
         type=float,
-        default=Options.vtensor_idle_seconds,
+        default=argparse.SUPPRESS,
         help="Free pages beyond the reserve go back to the driver when no page was needed for this long.",
     )
     group.add_argument(
         "--vtensor-cache-idle-seconds",
         type=float,
-        default=Options.vtensor_cache_idle_seconds,
+        default=argparse.SUPPRESS,
         help="Cached prefixes that nobody read for this long are given up. Default: they stay until evicted.",
     )
     group.add_argument(
         "--vtensor-headroom",
         metavar="SHARE|BYTES",
-        default=Options.vtensor_headroom,
+        default=argparse.SUPPRESS,
         help="Device memory that the KV cache never takes, whatever its capacity: a share of the device's, or bytes. "
         "Activations live there when another process, or a large --mem-fraction-static, leaves little.",
     )
     group.add_argument(
         "--vtensor-min",
         metavar="SHARE|BYTES",
-        default=Options.vtensor_min,
+        default=argparse.SUPPRESS,
         help="What the KV cache keeps, idle or cached, when another vtensor server on this device runs short: a share "
         "of the KV capacity, or bytes.",
     )
     group.add_argument(
         "--vtensor-max-parked",
         type=int,
-        default=Options.vtensor_max_parked,
+        default=argparse.SUPPRESS,
         help="Finished conversations that keep their contiguous addresses. Default: as many as requests may run.",
     )
     group.add_argument(
         "--vtensor-prefill-kernel",
         choices=PREFILL_KERNELS,
-        default=Options.vtensor_prefill_kernel,
+        default=argparse.SUPPRESS,
         help="The kernel that reads segments in extend: FlashAttention-3 (Hopper), ours in Triton, or the faster one.",
     )
     group.add_argument(
         "--vtensor-shared-decode",
         choices=SHARED_DECODE,
-        default=Options.vtensor_shared_decode,
+        default=argparse.SUPPRESS,
         help="auto: decode steps whose requests share a prefix read it once where that is faster, on an NVIDIA GPU.",
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parse_share_or_bytes(given: str | float, option: str) -> float | int:
@@ -205,7 +222,7 @@ def _number_and_unit(given: str | float) -> tuple[float, str]:
         if match is not None:
             return float(match[1]), match[2]
         return (100, "%") if text == "all" else (math.nan, "")
-    return (given, "") if isinstance(given, int | float) and not isinstance(given, bool) else (math.nan, "")
+    return (given, "") if _is_number(given) else (math.nan, "")
 
 
 def _meant(number: float) -> str:
@@ -223,6 +240,7 @@ def refuse_unsupported(args: ServerArgs) -> None:
     def refuse(option: str, why: str, instead: str) -> None:
         raise Refused(f"--kv-backend vtensor does not support {option}: {why}. {instead}")
 
+    options = Options.of(args)
     without = "Leave it out, or run with --kv-backend default."
     flags: list[tuple[str, bool, str]] = [
         ("--speculative-algorithm", args.speculative_algorithm is not None, "draft tokens are not yet mapped"),
@@ -250,8 +268,15 @@ def refuse_unsupported(args: ServerArgs) -> None:
         ),
         (
             "--vtensor-cache-idle-seconds with --tp-size above 1",
-            getattr(args, "vtensor_cache_idle_seconds", None) is not None and args.tp_size > 1,
+            options.vtensor_cache_idle_seconds is not None and args.tp_size > 1,
             "ranks have no clock in common, and their trees would differ",
+        ),
+        *(
+            (f"{option} with --disable-radix-cache", given is not None and args.disable_radix_cache, why)
+            for option, given, why in (
+                ("--vtensor-cache-idle-seconds", options.vtensor_cache_idle_seconds, "nothing is cached"),
+                ("--vtensor-max-parked", options.vtensor_max_parked, "no conversation is kept"),
+            )
         ),
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),

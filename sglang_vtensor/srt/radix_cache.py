@@ -170,8 +170,8 @@ class VTensorRadixCache(RadixCache):
         parked = self.parked_segment(req.last_node)
         if parked is not None and parked.index in taken:
             parked = None
-        _, prepared = self._prepared.get(req.rid, (req, None))
-        if prepared is None or prepared.owner is not req:
+        owner, prepared = self._prepared.get(req.rid, (req, None))
+        if prepared is None or prepared.owner is not owner:
             return parked
         if parked is None:
             return prepared
@@ -192,8 +192,8 @@ class VTensorRadixCache(RadixCache):
         self._looked_at = seen
         if self._prepared:
             still = {req.rid for req in waiting}
-            for rid, (req, segment) in list(self._prepared.items()):
-                leased = segment is not None and segment.owner is not req
+            for rid, (owner, segment) in list(self._prepared.items()):
+                leased = segment is not None and segment.owner is not owner
                 if rid in still and not leased:
                     continue
                 del self._prepared[rid]
@@ -418,8 +418,8 @@ class VTensorRadixCache(RadixCache):
         memory = self.runtime.memory
         memory.free(pages)
         if pages:
-            for req, segment in self._prepared.values():
-                if segment is not None and segment.owner is req:
+            for owner, segment in self._prepared.values():
+                if segment is not None and segment.owner is owner:
                     memory.shorten(segment)
 
     def _give_up(self, leaf: TreeNode) -> list[int]:

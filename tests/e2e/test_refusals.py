@@ -28,6 +28,8 @@ from tests.harness import Scheduler
         ({"vtensor_reserve": 2}, r"--vtensor-reserve 2 has no unit: did you mean 2GiB, or 2%\?"),
         ({"vtensor_idle_seconds": -1.0}, "--vtensor-idle-seconds -1.0"),
         ({"vtensor_idle_seconds": float("nan")}, "--vtensor-idle-seconds nan: give 0 or more seconds"),
+        ({"vtensor_idle_seconds": "3"}, "--vtensor-idle-seconds '3': give 0 or more seconds"),
+        ({"vtensor_max_parked": 1.5}, "--vtensor-max-parked 1.5: give 0 or more segments, a whole number"),
         ({"vtensor_cache_idle_seconds": float("inf")}, "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
         ({"kv_backend": "default", "attention_backend": "vtensor"}, "use it with --kv-backend vtensor"),
         ({"kv_backend": "default", "page_size": 16}, "--page-size 16 needs a GPU with SGLang's own KV cache"),
@@ -47,6 +49,20 @@ def test_options(models, server_args, message):
         ("--vtensor-idle-seconds nan", "--vtensor-idle-seconds nan: give 0 or more seconds"),
         ("--vtensor-cache-idle-seconds inf", "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
         ("--vtensor-headroom 1000TiB", "--vtensor-headroom 1000TiB leaves the KV cache nothing of a device of "),
+        ("--vtensor-reserve 900TiB", "--vtensor-reserve 900TiB is more than a device of "),
+        ("--vtensor-min 900TiB", "--vtensor-min 900TiB is more than a device of "),
+        (
+            "--disable-radix-cache --vtensor-cache-idle-seconds 5",
+            "--kv-backend vtensor does not support --vtensor-cache-idle-seconds with --disable-radix-cache: nothing",
+        ),
+        (
+            "--disable-radix-cache --vtensor-max-parked 7",
+            "--kv-backend vtensor does not support --vtensor-max-parked with --disable-radix-cache: no conversation",
+        ),
+        (
+            "--attention-backend torch_native --vtensor-max-parked 7",
+            "--vtensor-max-parked 7 is about segments, and attention reads none here: leave it out",
+        ),
         ("--vtensor-headroom 100%", "--vtensor-headroom 100% leaves the KV cache nothing of a device of "),
         ("--page-size 3", "--page-size 3 cannot be mapped: "),
         ("--page-size 1000000", "--page-size 1000000 is longer than the longest context, 4096 tokens: leave it out"),
@@ -60,6 +76,7 @@ def test_options(models, server_args, message):
         ("--enable-torch-compile", "--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it"),
         ("--enable-mixed-chunk", "--kv-backend vtensor does not support --enable-mixed-chunk: "),
         ("--kv-backend default --vtensor-min 0", "--vtensor-min 0 needs --kv-backend vtensor: give that too, or leave"),
+        ("--kv-backend default --vtensor-reserve 0.02", "--vtensor-reserve 0.02 needs --kv-backend vtensor: give that"),
     ],
     ids=lambda value: value if value.startswith("--") and len(value) < 50 else "",
 )

@@ -5,9 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 import requests
 from openai import OpenAI
@@ -20,6 +25,7 @@ from sglang_vtensor.cli import app
 from sglang_vtensor.server_client import server_stats
 from sglang_vtensor.srt.elastic import SLEEP, WAKE
 from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +235,27 @@ def test_sleep_and_wake_on_the_command_line(server):
     assert "start one there" in nowhere.stderr
 
 
+def test_grammars_are_compiled_and_refused_asleep_too(server):
+    quiet(server)
+    assert requests.post(f"{server}/vtensor/sleep", timeout=60).status_code == 200
+    body = {"text": "what is a page", "sampling_params": {"max_new_tokens": 8}}
+
+    def ask(regex):
+        asked = {"rid": f"asleep-{regex}", **body, "sampling_params": {"max_new_tokens": 8, "regex": regex}}
+        return requests.post(f"{server}/generate", json=asked, timeout=60)
+
+    assert ask("(never closed").status_code == 400, "at once"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        aborted, waiting = pool.submit(ask, "[ab]+"), pool.submit(ask, "[cd]+")
+        time.sleep(0.5)
+        assert requests.post(f"{server}/abort_request", json={"rid": "asleep-[ab]+"}, timeout=10).status_code == 200
+        assert "abort" in aborted.result(10).text
+        assert not waiting.done()
+        assert requests.post(f"{server}/vtensor/wake", timeout=60).status_code == 200
+        assert re.fullmatch("[cd]+", waiting.result(30).json()["text"])
+    assert quiet(server)["requests"] == 0
+
+
 def test_sglangs_own_health_check_is_answered_asleep_too(server):
     """Told to sleep by SGLang's route, the server has a health check that asks for a token, which would wait."""
     quiet(server)
@@ -261,6 +288,17 @@ def test_flush_gives_the_cache_up(server):
     assert requests.post(f"{server}/flush_cache", timeout=60).status_code == 200
     stats = server_stats(server)[0]
     assert (stats["pages_owned"], stats["segments_parked"], stats["tree_tokens"]) == (0, 0, 0)
+
+
+def test_a_demo_that_is_ended_takes_its_server_with_it(tmp_path):
+    command = [sys.executable, "-m", "sglang_vtensor.cli", "demo"]
+    demonstration = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
+    wait_for(lambda: psutil.Process(demonstration.pid).children(), 60)
+    (server,) = psutil.Process(demonstration.pid).children()
+    demonstration.terminate()
+    assert demonstration.wait(60) == 128 + signal.SIGTERM
+    assert not server.is_running()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_on_the_command_line():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,17 +29,22 @@ class Manager:
         self.sleeping = False
         self.requests = 1
         self.looks = 0
-        self.answers = True
+        self.answers, self.answered, self.given_up = True, threading.Event(), False
         self.gracefully_exit = False
 
     async def get_internal_state(self):
         self.looks += 1
         if not self.answers:
-            await asyncio.sleep(60)
+            try:
+                while not self.answered.is_set():
+                    await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                self.given_up = True
+                raise
         rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE}
         rank |= {"sleeping": int(self.sleeping), "requests": self.requests}
-        rank |= {"backed_bytes": 8 * PAGE, "pages_live": 3, "pages_cached": 4}
-        return [{"vtensor": rank}, {"vtensor": rank | {"pages_live": 60}}]
+        rank |= {"backed_bytes": 8 * PAGE, "pages_live": 3, "pages_cached": 4, "dp_rank": 0}
+        return [{"vtensor": rank | {"pages_live": 60, "dp_rank": 1}}, {"vtensor": rank}]  # as they answer
 
     async def set_internal_state(self, request):
         self.asked.append(request.server_args)
@@ -160,7 +167,16 @@ def test_a_server_that_woke_by_whatever_way_is_asked_no_more(manager, path):
 
 def test_a_sleeping_scheduler_that_does_not_answer_gets_sglangs_check(manager, path, monkeypatch):
     monkeypatch.setattr(http, "HEALTH_SECONDS", 0.01)
-    server = client(manager)
-    server.post("/vtensor/sleep")
-    manager.answers = False
-    assert server.get(path).text == "SGLang's own check"
+    with client(manager) as server:
+        server.post("/vtensor/sleep")
+        looks = manager.looks
+        manager.answers = False
+        for _ in range(3):
+            assert server.get(path).text == "SGLang's own check"
+        assert manager.looks == looks + 1, "a question that is not answered yet is not asked again, nor given up"
+        manager.answers = True
+        manager.answered.set()
+        deadline = time.monotonic() + 10
+        while server.get(path).text == "SGLang's own check":
+            assert time.monotonic() < deadline
+        assert not manager.given_up
