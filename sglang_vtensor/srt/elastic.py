@@ -244,8 +244,8 @@ class Elastic:
             )
 
     def answer_failed(self, waiting: list[Req], send: Any) -> None:
-        """Take requests from the queue of a sleeping server that are not to be computed, as their grammar is none or as
-        they were aborted while it was compiled: SGLang answers them in the batch that they would begin in."""
+        """Take requests from the queue of a sleeping server that are not to be computed (their grammar is none, or they
+        were aborted while it was compiled): SGLang answers them in the batch that they would begin in."""
         for req in [req for req in waiting if isinstance(req.to_finish, FINISH_ABORT) and not req.is_retracted]:
             self._refuse(req, waiting, req.to_finish.to_json(), send)
 
