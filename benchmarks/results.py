@@ -19,7 +19,8 @@ def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, a
     """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1. `after` is the command
     that measured those of the rows that were there before."""
     name_of_device, driver = device()
-    command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    arguments = [Path(argument).name if Path(argument).is_file() else argument for argument in sys.argv[1:]]
+    command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
     record = {
         "name": name,
         "command": f"{after} && {command}" if after else command,
