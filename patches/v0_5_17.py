@@ -2,21 +2,7 @@
 
 `register` runs in every process that loads plugins and adds the options, nothing else. `install` runs in a scheduler
 process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV memory.
-
-    option      ServerArgs.add_cli_args, .from_cli_args, .__init__, ._handle_model_specific_adjustments
-    routes      ServerArgs.check_server_args, which SGLang calls when the HTTP application is there
-    pool        KVCacheConfigurator._build_token_to_kv_pool, ._build_token_to_kv_pool_allocator,
-                ._profile_available_bytes, .resolve_max_num_reqs
-    allocation  mem_cache.allocation.alloc_for_extend, .alloc_for_decode, ScheduleBatch.check_decode_mem
-    waiting     PrefillAdder.add_one_req, PrefillAdder._update_prefill_budget
-    shortage    PrefillAdder.__init__, Scheduler._get_new_batch_prefill_raw, ScheduleBatch.retract_decode
-    tree        mem_cache.registry.default_radix_cache_factory
-    attention   attention_registry.ATTENTION_BACKENDS, utils.common.support_triton
-    capture     ModelRunner.init_cuda_graphs
-    decode      HybridAttnBackend.__init__, DecodeCudaGraphRunner._capture_one_stream, ._make_graph_key
-    epochs      Scheduler.run_batch, .on_idle, .maybe_sleep_on_idle
-    statistics  Scheduler.get_internal_state, which GET /server_info shows
-    elastic     Scheduler.__init__, .set_internal_state
+The tables of what is hooked where stand at the end.
 """
 
 from __future__ import annotations
@@ -29,6 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_vtensor.patches.common import Seam, hook
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -51,14 +39,7 @@ _parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options",
 
 def register() -> None:
     """Add the options. A server that does not use them runs SGLang's own code, unpatched."""
-    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_cli_args, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}.__init__", _init_server_args, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}._handle_model_specific_adjustments", _choose_page_size, HookType.BEFORE)
-    HookRegistry.register(f"{_SERVER_ARGS}.check_server_args", _add_routes, HookType.AFTER)
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.configure_scheduler_process", _configure_scheduler, HookType.BEFORE
-    )
+    hook(EVERYWHERE)
 
 
 # The option.
@@ -82,7 +63,7 @@ def _from_cli_args(original: Callable[..., ServerArgs], cls: type, args: argpars
 
     token = _parsed.set(None)
     try:
-        _parsed.set(Options.given({name: getattr(args, name) for name in Options.names() if hasattr(args, name)}))
+        _parsed.set(Options.parsed(args))
         return original(cls, args)
     except (Refused, Unsupported) as error:
         raise SystemExit(f"error: {error}") from None
@@ -198,12 +179,12 @@ def _leave_to_sglang(option: str, given: Options, *, host: bool, ours_named: boo
 
 def _choose_page_size(self: ServerArgs) -> None:
     """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size."""
-    if getattr(self, "kv_backend", "default") != "vtensor":
-        return
     from sglang.srt.utils import get_device_memory_capacity
 
     from sglang_vtensor.srt.options import Options, choose_page_size, refuse_unsupported
 
+    if not Options.of(self).ours:
+        return
     refuse_unsupported(self)
     device_mib = get_device_memory_capacity(self.device)
     if device_mib is not None:
@@ -213,8 +194,10 @@ def _choose_page_size(self: ServerArgs) -> None:
 
 def _add_routes(_: None, self: ServerArgs) -> None:
     """In the process of the HTTP server; an engine without one has no application."""
+    from sglang_vtensor.srt.options import Options
+
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
-    if server is None or getattr(self, "kv_backend", "default") != "vtensor":
+    if server is None or not Options.of(self).ours:
         return
     if self.tokenizer_worker_num > 1:
         logger.warning(
@@ -244,7 +227,9 @@ class _ServerState:
 
 
 def _configure_scheduler(server_args: ServerArgs, *_: Any, **__: Any) -> None:
-    if getattr(server_args, "kv_backend", "default") == "vtensor":
+    from sglang_vtensor.srt.options import Options
+
+    if Options.of(server_args).ours:
         install(server_args)
 
 
@@ -252,41 +237,13 @@ def install(server_args: ServerArgs) -> None:
     """Replace the KV memory of the scheduler that this process is about to build."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from sglang_vtensor.srt import allocation
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
-    HookRegistry.register(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding, HookType.AROUND)
-    HookRegistry.register(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests, HookType.AROUND)
-    HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE)
-    HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE)
-    module = "sglang.srt.mem_cache.allocation"
-    HookRegistry.register(f"{module}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE)
-    HookRegistry.register(f"{module}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE)
-    batch = "sglang.srt.managers.schedule_batch.ScheduleBatch"
-    HookRegistry.register(f"{batch}.check_decode_mem", allocation.check_decode_mem, HookType.REPLACE)
-    HookRegistry.register(f"{batch}.retract_decode", _retract_decode, HookType.AROUND)
-    adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
-    HookRegistry.register(f"{adder}.__init__", _init_adder, HookType.AROUND)
-    HookRegistry.register(f"{adder}.add_one_req", _add_one_req, HookType.AROUND)
-    HookRegistry.register(f"{adder}._update_prefill_budget", _update_prefill_budget, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill, HookType.AROUND)
-    HookRegistry.register("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE)
-    HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.on_idle", _on_idle, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.maybe_sleep_on_idle", _sleep_on_idle, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER)
-    HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER)
-    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-    HookRegistry.register(f"{runner}.init_cuda_graphs", _init_graphs, HookType.AROUND)
+    hook(IN_SCHEDULERS)
     if _wants_shared_decode(server_args):
-        hybrid = "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend"
-        HookRegistry.register(f"{hybrid}.__init__", _init_hybrid, HookType.AROUND)
-        graphs = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-        HookRegistry.register(f"{graphs}._capture_one_stream", _capture_both, HookType.AROUND)
-        HookRegistry.register(f"{graphs}._make_graph_key", _label_graph_key, HookType.AROUND)
+        hook(FOR_SHARED_DECODE)
     if server_args.device == "cpu":
-        HookRegistry.register("sglang.srt.utils.common.support_triton", _support_triton, HookType.AROUND)
+        hook(ON_THE_HOST)
     HookRegistry.apply_hooks()
     register_attention_backend(ATTENTION_BACKEND)(_build_attention)
 
@@ -414,9 +371,12 @@ def _init_hybrid(
 
 def _shared_decode(runner: Any) -> Any:
     """The decode backend of a graph runner, if it is ours."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
     from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
 
-    backend = getattr(runner.attn_backend, "decode_backend", None)
+    hybrid = runner.attn_backend
+    backend = hybrid.decode_backend if isinstance(hybrid, HybridAttnBackend) else None
     return backend if isinstance(backend, SharedDecodeBackend) else None
 
 
@@ -682,14 +642,84 @@ def _init_scheduler(_: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _set_internal_state(original: Callable[..., Any], self: Any, asked: Any) -> Any:
+def _set_internal_state(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    ours = {key: value for key, value in asked.server_args.items() if key.startswith("vtensor_")}
+    asked = recv_req.server_args
+    ours = {key: value for key, value in asked.items() if key.startswith("vtensor_")}
     if not ours:
-        return original(self, asked)
-    return SetInternalStateReqOutput(updated=len(ours) == len(asked.server_args) and self.vtensor_elastic.control(ours))
+        return original(self, recv_req)
+    return SetInternalStateReqOutput(updated=len(ours) == len(asked) and self.vtensor_elastic.control(ours))
 
 
 def _runtime(scheduler: Any) -> Runtime:
     return scheduler.token_to_kv_pool_allocator.runtime
+
+
+def _alloc_for_extend(batch: Any) -> Any:
+    from sglang_vtensor.srt import allocation
+
+    return allocation.alloc_for_extend(batch)
+
+
+def _alloc_for_decode(batch: Any, token_per_req: int) -> Any:
+    from sglang_vtensor.srt import allocation
+
+    return allocation.alloc_for_decode(batch, token_per_req)
+
+
+def _check_decode_mem(self: Any, selected_indices: list[int] | None = None) -> bool:
+    from sglang_vtensor.srt import allocation
+
+    return allocation.check_decode_mem(self, selected_indices)
+
+
+# The seams.
+
+#: In every process that loads plugins.
+EVERYWHERE = [
+    Seam(f"{_SERVER_ARGS}.add_cli_args", _add_cli_args),
+    Seam(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args),
+    Seam(f"{_SERVER_ARGS}.__init__", _init_server_args),
+    Seam(f"{_SERVER_ARGS}._handle_model_specific_adjustments", _choose_page_size, HookType.BEFORE),
+    Seam(f"{_SERVER_ARGS}.check_server_args", _add_routes, HookType.AFTER),
+    Seam("sglang.srt.managers.scheduler.configure_scheduler_process", _configure_scheduler, HookType.BEFORE),
+]
+
+_ALLOCATION = "sglang.srt.mem_cache.allocation"
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+#: In a scheduler with `--kv-backend vtensor`.
+IN_SCHEDULERS = [
+    Seam(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding),
+    Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests),
+    Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE),
+    Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE),
+    Seam(f"{_ALLOCATION}.alloc_for_extend", _alloc_for_extend, HookType.REPLACE),
+    Seam(f"{_ALLOCATION}.alloc_for_decode", _alloc_for_decode, HookType.REPLACE),
+    Seam(f"{_BATCH}.check_decode_mem", _check_decode_mem, HookType.REPLACE),
+    Seam(f"{_BATCH}.retract_decode", _retract_decode),
+    Seam(f"{_ADDER}.__init__", _init_adder),
+    Seam(f"{_ADDER}.add_one_req", _add_one_req),
+    Seam(f"{_ADDER}._update_prefill_budget", _update_prefill_budget),
+    Seam("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE),
+    Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", _init_graphs),
+    Seam(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER),
+    Seam(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill),
+    Seam(f"{_SCHEDULER}.run_batch", _run_batch),
+    Seam(f"{_SCHEDULER}.on_idle", _on_idle),
+    Seam(f"{_SCHEDULER}.maybe_sleep_on_idle", _sleep_on_idle),
+    Seam(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER),
+    Seam(f"{_SCHEDULER}.set_internal_state", _set_internal_state),
+]
+
+_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+#: And where decode may read what requests share once.
+FOR_SHARED_DECODE = [
+    Seam("sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__", _init_hybrid),
+    Seam(f"{_GRAPHS}._capture_one_stream", _capture_both),
+    Seam(f"{_GRAPHS}._make_graph_key", _label_graph_key),
+]
+
+#: And without a GPU.
+ON_THE_HOST = [Seam("sglang.srt.utils.common.support_triton", _support_triton)]

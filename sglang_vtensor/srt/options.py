@@ -117,6 +117,15 @@ class Options:
         return options
 
     @classmethod
+    def parsed(cls, namespace: argparse.Namespace) -> Options:
+        """As `given`, of a command line: what was not given is not in `namespace`."""
+        return cls.given({name: value for name, value in vars(namespace).items() if name in cls.names()})
+
+    @property
+    def ours(self) -> bool:
+        return self.kv_backend == "vtensor"
+
+    @classmethod
     def of(cls, carrier: Any) -> Options:
         """The options carried by a `ServerArgs`; the defaults where it carries none."""
         return cls(**{name: getattr(carrier, name) for name in cls.names() if hasattr(carrier, name)})

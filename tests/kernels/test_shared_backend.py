@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
 from sglang_vtensor import patches
 from sglang_vtensor.srt import shared_decode
@@ -218,9 +219,9 @@ def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
     """Larger batches than shared decode has room for have SGLang's graph only."""
     module = patches.load()
     room = server.backend.decoder.max_requests
-    runner = SimpleNamespace(
-        attn_backend=SimpleNamespace(decode_backend=server.backend), capture_bs=[4, room, room + 1, 640]
-    )
+    hybrid = HybridAttnBackend.__new__(HybridAttnBackend)
+    hybrid.decode_backend = server.backend
+    runner = SimpleNamespace(attn_backend=hybrid, capture_bs=[4, room, room + 1, 640])
     keys = []
 
     def make_key(self, size, stream_idx, variant_label):

@@ -1,0 +1,26 @@
+"""What the modules of all versions have in common: how a seam is written down, and hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+
+@dataclass(frozen=True)
+class Seam:
+    """`target`, a function or a method of SGLang by its dotted name, gets `body` in its place, or around, before or
+    behind it. SGLang's registry only logs a target that is gone; `tests/unit/test_seams.py` binds each body to the
+    signature of its target."""
+
+    target: str
+    body: Callable[..., Any]
+    kind: HookType = HookType.AROUND
+
+
+def hook(seams: Iterable[Seam]) -> None:
+    """Register them. SGLang applies what was registered when it starts, or when it is told to."""
+    for seam in seams:
+        HookRegistry.register(seam.target, seam.body, seam.kind)

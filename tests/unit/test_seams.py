@@ -1,0 +1,71 @@
+"""The tables of seams: SGLang has each target, and calls what we put there as we take it.
+
+SGLang's registry only logs a target that is gone, and a body of another signature fails when it is called first.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_vtensor import patches
+
+PATCHES = Path(patches.__file__).parent
+
+
+def seams():
+    module = patches.load()
+    return [*module.EVERYWHERE, *module.IN_SCHEDULERS, *module.FOR_SHARED_DECODE, *module.ON_THE_HOST]
+
+
+def original(target):
+    """What SGLang has there, also where a test before this one had it hooked."""
+    owner, name = target.rsplit(".", 1)
+    found = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    return inspect.unwrap(found.__func__ if isinstance(found, classmethod | staticmethod) else found)
+
+
+def calls(function):
+    """Arguments that the function takes: all by position, and all by name that have one; with its options and without.
+    As pairs of positional and named ones."""
+    parameters = list(inspect.signature(function).parameters.values())
+    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for taken in (plain, [p for p in plain if p.default is p.empty]):
+        by_name = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+        positional = [p.name for p in taken if p.kind is not p.KEYWORD_ONLY]
+        yield positional, by_name
+        # SGLang calls methods on an object: `self` is positional.
+        yield positional[:1], positional[1:] + by_name
+
+
+@pytest.mark.parametrize("seam", seams(), ids=lambda seam: seam.target.removeprefix("sglang.srt."))
+def test_each_body_takes_what_its_target_takes(seam):
+    before = {HookType.AROUND: ["original"], HookType.AFTER: ["result"]}.get(seam.kind, [])
+    for positional, named in calls(original(seam.target)):
+        inspect.signature(seam.body).bind(*before, *positional, **dict.fromkeys(named))
+
+
+def test_each_target_has_one_body():
+    targets = [seam.target for seam in seams()]
+    assert len(targets) == len(set(targets))
+
+
+@pytest.mark.parametrize("file", sorted(PATCHES.glob("*.py")), ids=lambda file: file.name)
+def test_a_module_for_a_version_knows_what_that_has(file):
+    """It asks no object whether it has a name, and guards no import: what is not there is to fail, and to be seen."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        where = f"{file.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "hasattr", where
+            assert node.func.id != "getattr" or len(node.args) == 2, where
+        if isinstance(node, ast.ExceptHandler):
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"all"}
+            assert not caught & {"all", "ImportError", "ModuleNotFoundError", "AttributeError", "Exception"}, where
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute) and file.name != "__init__.py":
+            names = [alias.name for alias in node.names] if not isinstance(node, ast.Attribute) else [node.attr]
+            assert not {"__version__", "version"} & set(names), f"{where}: one module, one version"
