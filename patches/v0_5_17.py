@@ -474,6 +474,9 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
 
     def admit(offered: list[Any], beyond: bool) -> Any:
         waiting, self.waiting_queue = self.waiting_queue, offered
+        grammars = self.grammar_manager.grammar_queue
+        if offered is not waiting:
+            self.grammar_manager.grammar_queue = []  # none is ready yet: it would begin with what is offered
         try:
             with elastic.beyond_the_limit(beyond):
                 return original(self, *args, **kwargs)
@@ -482,6 +485,7 @@ def _get_new_batch_prefill(original: Callable[..., Any], self: Any, *args: Any, 
             return None
         finally:
             if offered is not waiting:
+                self.grammar_manager.grammar_queue = grammars
                 others = set(offered)
                 self.waiting_queue = self.waiting_queue + [req for req in waiting if req not in others]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -86,13 +88,21 @@ def serve(console: Console, model: str, *, port: int, log: Path, arguments: Sequ
     command += arguments
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+        )
         try:
             with console.status("starting the server") as status:
                 wait_until_ready(process, url, log, status)
             yield url
         finally:
             stop(process)
+
+
+def _end_with_parent() -> None:
+    """In a child that is about to begin: it gets SIGTERM when the thread that started it ends, however it does
+    (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, status: Any) -> None:

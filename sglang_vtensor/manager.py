@@ -184,9 +184,9 @@ class KVMemory:
         self._warn_at = 0.0
         self._look_at = 0.0
         self._device_low = False
-        # What the driver did not do for the worker is left alone until then: of retired segments, of those that are not
-        # as wanted, and of pages. Each by itself, so that one which never succeeds holds up no other.
-        self._again_at = {"reclaim": 0.0, "tidy": 0.0, "trim": 0.0}
+        # The segments and pages for which the driver did not do what the worker asked, and until when they are left
+        # alone: each by itself, so that one which never succeeds holds up no other.
+        self._again_at: dict[Segment | int, float] = {}
         self._took_at = 0.0  # when the worker last took something in hand
         self._warn_of_worker_at = 0.0
         self._missed_at = 0.0  # of which of these times it was said that it does not let go
@@ -523,25 +523,26 @@ class KVMemory:
 
         The driver is called without the lock: the page or the segment is in this thread's hands meanwhile, and nobody
         else's. Whatever comes of the call, it is let go of; what the driver did not do is tried again after
-        `retry_seconds`, behind the others of its kind, and everything else goes on.
+        `retry_seconds`, and everything else goes on.
         """
-        if (segment := self._take_in_hand(self.segments.begin_reclaim, "reclaim")) is not None:
+        if (segment := self._take_in_hand(lambda: self.segments.begin_reclaim(self._due))) is not None:
             self._reclaim(segment)
             return True
-        if (untidy := self._take_in_hand(self.segments.begin_tidy, "tidy")) is not None:
+        if (untidy := self._take_in_hand(lambda: self.segments.begin_tidy(self._due))) is not None:
             self._tidy(*untidy)
             return True
         if (page := self._take_in_hand(self._page_to_back)) is not None:
             return self._back(page)
         self._look_at_device()
-        if (page := self._take_in_hand(self._page_to_trim, "trim")) is not None:
+        if (page := self._take_in_hand(self._page_to_trim)) is not None:
             self._trim(page)
             return True
         return False
 
-    def _take_in_hand(self, begin: Callable[[], T | None], kind: str | None = None) -> T | None:
-        if kind is not None and time.monotonic() < self._again_at[kind]:
-            return None
+    def _due(self, what: Segment | int) -> bool:
+        return time.monotonic() >= self._again_at.get(what, 0.0)
+
+    def _take_in_hand(self, begin: Callable[[], T | None]) -> T | None:
         with self._lock:
             taken = begin()
             if taken is not None:
@@ -549,14 +550,15 @@ class KVMemory:
             return taken
 
     @contextlib.contextmanager
-    def _calling_driver(self, kind: str, let_go: Callable[[], None]) -> Iterator[None]:
+    def _calling_driver(self, what: Segment | int, let_go: Callable[[], None]) -> Iterator[None]:
         """A call of the driver for what is in hand, which is let go of behind it, whatever came of it."""
         try:
             yield
+            self._again_at.pop(what, None)
         except VMMError as error:
             self.worker_failures += 1
             now = time.monotonic()
-            self._again_at[kind] = now + self.retry_seconds
+            self._again_at[what] = now + self.retry_seconds
             if now >= self._warn_of_worker_at:
                 self._warn_of_worker_at = now + WARN_SECONDS
                 logger.error("%s; the mapping worker tries it again every %g s", error, self.retry_seconds)
@@ -567,13 +569,13 @@ class KVMemory:
 
     def _reclaim(self, segment: Segment) -> None:
         left = len(segment.pages)
-        with self._calling_driver("reclaim", lambda: self.segments.finish_reclaim(segment, left)):
+        with self._calling_driver(segment, lambda: self.segments.finish_reclaim(segment, left)):
             for left in self.segments.unmap_segment(segment):  # noqa: B007
                 with self._lock:
                     pass  # the driver has a lock too: whoever maps for a batch goes first
 
     def _trim(self, page: int) -> None:
-        with self._calling_driver("trim", lambda: self.pages.finish_trim(page)):
+        with self._calling_driver(page, lambda: self.pages.finish_trim(page)):
             self.pages.release_page(page)
 
     def _tidy(self, segment: Segment, page: int | None) -> None:
@@ -583,7 +585,7 @@ class KVMemory:
         def let_go() -> None:
             self.segments.finish_tidy(segment, page, done=done)
 
-        with self._calling_driver("tidy", let_go):
+        with self._calling_driver(segment, let_go):
             self.segments.tidy_segment(segment, page)
             done = True
 
@@ -637,7 +639,7 @@ class KVMemory:
         else:
             keep = self._kept_ready
         page = self.pages.begin_trim(keep, self.segments.completed)
-        return self.pages.begin_again() if page is None else page
+        return self.pages.begin_again(self._due) if page is None else page
 
     def trim(self) -> int:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""

@@ -22,7 +22,7 @@ import enum
 import heapq
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglang_vtensor.vmm import Handle, VirtualMemory, VMMError
@@ -302,14 +302,15 @@ class PagePool:
                 return page
         return None
 
-    def begin_again(self) -> int | None:
-        """Take in hand a page that is stuck, as `begin_trim` does; None if there is none."""
-        if not self._stuck:
-            return None
-        page = self._stuck.popleft()
-        self._state[page] = PageState.MOVING
-        self.moving += 1
-        return page
+    def begin_again(self, due: Callable[[int], bool] = lambda page: True) -> int | None:
+        """Take in hand a page that is stuck, and `due`, as `begin_trim` does; None if there is none."""
+        for page in self._stuck:
+            if due(page):
+                self._stuck.remove(page)
+                self._state[page] = PageState.MOVING
+                self.moving += 1
+                return page
+        return None
 
     def finish_trim(self, page: int) -> None:
         """The page in hand has no memory any more; or, where `release_page` failed, it is stuck."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sglang_vtensor.pages import PagePool, PageState
@@ -224,19 +224,23 @@ class SegmentPool:
         return segment
 
     def reclaim(self) -> None:
-        """Unmap the retired segments that no batch in flight reads any more."""
-        while (segment := self.begin_reclaim()) is not None:
+        """Unmap the retired segments that no batch in flight reads any more. Those that the driver does not unmap stay
+        retired."""
+        failed: set[Segment] = set()
+        while (segment := self.begin_reclaim(lambda segment: segment not in failed)) is not None:
             left = len(segment.pages)
             try:
                 for left in self.unmap_segment(segment):  # noqa: B007
                     pass
+            except VMMError:
+                failed.add(segment)  # the mapping worker tries it again, and says so
             finally:
                 self.finish_reclaim(segment, left)
 
-    def begin_reclaim(self) -> Segment | None:
-        """Take in hand a retired segment that no batch reads any more; None if there is none."""
+    def begin_reclaim(self, due: Callable[[Segment], bool] = lambda segment: True) -> Segment | None:
+        """Take in hand a retired segment that no batch reads any more, and that is `due`; None if there is none."""
         for segment in self._retired:
-            if not self.is_busy(segment) and not segment.in_hand:
+            if not self.is_busy(segment) and not segment.in_hand and due(segment):
                 self._retired.remove(segment)
                 self._reclaiming += 1
                 self.in_hand += 1
@@ -272,11 +276,13 @@ class SegmentPool:
             and all(segment.in_hand or self.is_busy(segment) for segment in self._retired)
         )
 
-    def begin_tidy(self) -> tuple[Segment, int | None] | None:
-        """Take in hand a segment that is not as it is wanted, with the page to be mapped behind its last one; or with
-        None, if its last page is to be unmapped, and no batch reads it: of a parked one only, as the batch that is
-        being made may be going to read a leased one. None if there is nothing to do."""
+    def begin_tidy(self, due: Callable[[Segment], bool] = lambda segment: True) -> tuple[Segment, int | None] | None:
+        """Take in hand a segment that is not as it is wanted, and `due`, with the page to be mapped behind its last
+        one; or with None, if its last page is to be unmapped, and no batch reads it: of a parked one only, as the batch
+        that is being made may be going to read a leased one. None if there is nothing to do."""
         for segment in list(self._untidy.values()):
+            if not due(segment):
+                continue
             shown = self.common(segment, segment.wanted)
             page = None
             if shown < len(segment.pages) and segment.state is SegmentState.PARKED:
@@ -305,12 +311,10 @@ class SegmentPool:
             self.vmm.map(address, self.page_bytes, self.page_pool.handle(page))
 
     def finish_tidy(self, segment: Segment, page: int | None, *, done: bool) -> None:
-        """The segment is out of hand. If it is not done, its turn comes again, behind the others."""
+        """The segment is out of hand. If it is not done, its turn comes again."""
         segment.in_hand = False
         self.in_hand -= 1
         if not done:
-            if self._untidy.pop(segment.index, None) is not None:
-                self._untidy[segment.index] = segment
             if page is not None:
                 self.page_pool.count_alias(page, -1)
         elif page is None:

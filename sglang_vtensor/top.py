@@ -58,10 +58,10 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
         return {"url": now.url, "error": now.error}
     ranks = []
     for n, rank in enumerate(now.ranks):
-        prompt = rank["prompt_tokens"]
+        prompt, served, mapped = rank["prompt_tokens"], rank["prefix_tokens_served"], rank["maps"]
         maps = 0.0
         if before is not None and n < len(before.ranks) and now.at > before.at:
-            maps = (rank["maps"] - before.ranks[n]["maps"]) / (now.at - before.at)
+            maps = (mapped - before.ranks[n]["maps"]) / (now.at - before.at)
         ranks.append(
             {
                 "memory_bytes": memory(rank),
@@ -72,7 +72,7 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
                 "requests": rank["requests"],
                 "pages": pages_by_state(rank) | {"capacity": rank["pages_capacity"]},
                 "segments": {kind: rank[f"segments_{kind}"] for kind in ("leased", "parked", "idle")},
-                "prefix_hit_rate": rank["prefix_tokens_served"] / prompt if prompt else 0.0,
+                "prefix_hit_rate": served / prompt if prompt else 0.0,
                 "maps_per_second": max(0.0, maps),
                 "shared_prefixes": rank["shared_prefixes"],
             }

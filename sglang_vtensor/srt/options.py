@@ -8,6 +8,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,18 +109,23 @@ class Options:
 
     @classmethod
     def given(cls, named: dict[str, Any]) -> Options:
-        """What a user gave, by name, and the defaults. Raises `Refused` for what does nothing without the backend."""
-        options = cls(**named)
-        for name, value in named.items():
-            if options.kv_backend == "default" and name != "kv_backend" and value is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise Refused(f"{option} {value} needs --kv-backend vtensor: give that too, or leave {option} out")
-        return options
+        """What a program gave, by name, and the defaults. Raises `Refused` for what does nothing without the backend;
+        defaults may be given, as one who copies all arguments of a server does."""
+        default = cls()
+        return cls(**named)._needing_the_backend([n for n, value in named.items() if value != getattr(default, n)])
 
     @classmethod
     def parsed(cls, namespace: argparse.Namespace) -> Options:
-        """As `given`, of a command line: what was not given is not in `namespace`."""
-        return cls.given({name: value for name, value in vars(namespace).items() if name in cls.names()})
+        """What a user gave on a command line: what was not given is not in `namespace`. Raises `Refused` as `given`."""
+        named = {name: value for name, value in vars(namespace).items() if name in cls.names()}
+        return cls(**named)._needing_the_backend([name for name in named if name != "kv_backend"])
+
+    def _needing_the_backend(self, names: Sequence[str]) -> Options:
+        if names and not self.ours:
+            option = f"--{names[0].replace('_', '-')}"
+            value = getattr(self, names[0])
+            raise Refused(f"{option} {value} needs --kv-backend vtensor: give that too, or leave {option} out")
+        return self
 
     @property
     def ours(self) -> bool:

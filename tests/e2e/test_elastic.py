@@ -155,6 +155,50 @@ def test_sleep_lets_what_runs_end_and_what_arrives_wait(pair):
     ours.check()
 
 
+def test_a_grammar_that_is_ready_late_lets_nobody_begin_asleep(schedulers):
+    """A chunked prompt comes to its end on a server that was sent to sleep; SGLang looks for compiled grammars as it
+    makes that batch."""
+    ours = schedulers(**OURS)
+    prompt = Prompts(8)
+    requests = [Request("long", prompt(452 * S), 4), Request("grammar", prompt(20 * S), 4)]
+    answers = ours.run([requests, [Do(compiled_for_the_last_chunk), SLEEP], *([[]] * 40), [Do(began_awake), WAKE]])
+    assert len(answers) == 2
+    ours.check()
+
+
+def compiled_for_the_last_chunk(scheduler):
+    """The second request waits for its grammar, which is there after the plugin has looked for the last chunk."""
+    manager, elastic = scheduler.grammar_manager, scheduler.vtensor_elastic
+    (req,) = (req for req in scheduler.waiting_queue if req.rid == "grammar")
+    scheduler.waiting_queue.remove(req)
+    manager.grammar_queue.append(req)
+    ready, answer_failed, run_batch = [], elastic.answer_failed, scheduler.run_batch
+    scheduler.began_asleep = []
+
+    def get_ready():
+        taken = [req for req in manager.grammar_queue if ready]
+        manager.grammar_queue = [req for req in manager.grammar_queue if not ready]
+        return taken
+
+    def after_the_look(*args):
+        answer_failed(*args)
+        chunked = scheduler.chunked_req
+        if chunked is not None and len(chunked.origin_input_ids) - chunked.extend_range.end <= 64 * S:
+            ready.append(True)
+
+    def watch(batch, *args, **kwargs):
+        if elastic.sleeping and batch.forward_mode.is_extend():
+            scheduler.began_asleep += [req.rid for req in batch.reqs]
+        return run_batch(batch, *args, **kwargs)
+
+    manager.get_ready_grammar_requests, elastic.answer_failed, scheduler.run_batch = get_ready, after_the_look, watch
+
+
+def began_awake(scheduler):
+    assert set(scheduler.began_asleep) == {"long"}
+    assert [req.rid for req in scheduler.waiting_queue] == ["grammar"]
+
+
 def asleep_with(scheduler, waiting):
     settle(scheduler)
     stats = scheduler.token_to_kv_pool_allocator.runtime.stats()

@@ -170,6 +170,15 @@ def test_a_server_of_another_version_is_told(command, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", [["stats", "--url"], ["top", "--once"]], ids=lambda command: command[0])
+def test_whatever_it_does_not_tell_is_one_sentence(command, monkeypatch):
+    for missing in RANK:
+        rank = {key: value for key, value in RANK.items() if key != missing}
+        answers(monkeypatch, 200, json.dumps({"internal_states": [{"vtensor": rank}]}))
+        done = CliRunner().invoke(app, [*command, URL, *(["--every", "0.1"] if command[0] == "top" else [])])
+        assert isinstance(done.exception, SystemExit | None), (missing, done.exception)
+
+
 def test_routes_that_are_missing_are_told(monkeypatch):
     answers(monkeypatch, 404, "Not Found")
     said = run(["sleep", "--url"], URL)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import re
@@ -307,6 +308,17 @@ def test_without_the_option_an_event_loop_does_not_sleep():
 
     scheduler = SimpleNamespace(idle_sleeper=None, vtensor_elastic=SimpleNamespace(beside_others=True))
     patches.load()._sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
+
+
+def test_a_program_may_give_defaults_and_a_command_line_nothing_that_does_nothing():
+    """Who starts an engine with all arguments of another one gives each of our options, at its default."""
+    everything = {name: getattr(Options(), name) for name in Options.names()}
+    assert Options.given(everything) == Options()
+    with pytest.raises(Refused, match=r"--vtensor-min 0\.5 needs --kv-backend vtensor"):
+        Options.given(everything | {"vtensor_min": "0.5"})
+    with pytest.raises(Refused, match=r"--vtensor-min 0\.05 needs --kv-backend vtensor"):
+        Options.parsed(argparse.Namespace(kv_backend="default", vtensor_min="0.05", model_path="model"))
+    assert Options.parsed(argparse.Namespace(kv_backend="default", model_path="model")) == Options()
 
 
 def test_a_shared_decode_that_there_is_not():

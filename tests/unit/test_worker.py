@@ -112,28 +112,31 @@ def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are
 
 def test_a_segment_that_the_driver_never_unmaps_holds_up_nothing_else():
     vmm = FaultyVirtualMemory()
-    original, bad = vmm.unmap, 0
+    original, bad = vmm.unmap, []
 
-    def refuses_one(address, nbytes):
-        if address == bad:
+    def refuses_some(address, nbytes):
+        if address in bad:
             raise VMMError("unmap", "injected", "INJECTED")
         original(address, nbytes)
 
-    vmm.unmap = refuses_one
+    vmm.unmap = refuses_some
     with serving(vmm) as memory:
+        memory.retry_seconds = 3600.0  # nothing but the bad ones waits for that
         pages = memory.allocate(PAGES)
-        segments = [memory.lease(None, pages[n : n + 1]) for n in range(3)]
+        segments = [memory.lease(None, pages[n : n + 1]) for n in range(5)]
         memory.complete(memory.launch())
-        bad = segments[0].address
+        bad = [segment.address for segment in segments[:3]]
         for segment in segments:
             memory.release(segment)
         memory.free(pages)
         memory.allow(0)  # as a server that falls asleep
         memory.complete(memory.launch())
-        # The padding page, and the one that the segment shows.
-        wait_for(lambda: memory.pages.backed == 2 and memory.segments.counts()["retired"] == 1)
+        # The padding page, and those that the segments show.
+        wait_for(lambda: memory.pages.backed == 4 and memory.segments.counts()["retired"] == 3)
         memory.check_integrity()
-        bad = 0
+        bad = []
+        memory._again_at.clear()  # an hour goes by
+        memory._wake_worker()
         wait_for(lambda: memory.pages.backed == 1 and not memory.segments.counts()["retired"])
         memory.check_integrity()
 
