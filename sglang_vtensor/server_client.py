@@ -65,7 +65,7 @@ def ask(url: str, what: str, body: dict[str, Any] | None = None, *, key: str | N
         )
     try:
         said = answer.json()
-        if answer.status_code == 200:
+        if answer.status_code == 200 and said["ranks"]:
             return [Told.by(url, rank) for rank in said["ranks"]]
         error = said["error"]
     except (KeyError, TypeError, ValueError):

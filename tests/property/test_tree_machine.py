@@ -373,6 +373,16 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.evict(SimpleNamespace(num_tokens=tokens))
         assert before - set(self.tree.nodes()) == doomed, "not what the policy says"
 
+    @rule(which=WHICH)
+    @precondition(lambda self: self.tree.root_node.children)
+    def expire(self, which: int) -> None:
+        """What nobody has read for so long is given up, whatever the policy; and nobody keeps it."""
+        before = one_of(sorted(node.last_access_time for node in self.tree.nodes()), which)
+        self.tree.expire(before)
+        assert all(leaf.last_access_time >= before for leaf in self.tree.evictable_leaves)
+        assert not [node for _, _, node in self.tree._order if node.gone]
+        assert {node.id for _, _, node in self.tree._order} == self.tree._queued
+
     def next_to_go(self, tokens: int) -> set:
         """Leaves in the order of the policy, one after another, until that many tokens are free."""
         rank = self.tree.eviction_strategy.get_priority
@@ -481,6 +491,7 @@ def busy_history(rng: random.Random) -> None:
         lambda: machine.housekeep(rng.choice([1, 2, 4, 48])): (4, lambda: True),
         lambda: machine.land(): (4, lambda: machine.flying),
         lambda: machine.evict(rng.randint(1, 24)): (1, lambda: machine.tree.root_node.children),
+        lambda: machine.expire(which()): (1, lambda: machine.tree.root_node.children),
     }
 
     def room() -> bool:

@@ -145,7 +145,14 @@ NO_SGLANG = f"what answers at {URL} is no SGLang server: give another URL"
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 @pytest.mark.parametrize(
     ("status", "text"),
-    [(200, "[]"), (200, "null"), (200, "{}"), (200, '{"internal_states": 3, "ranks": 3}'), (200, "<html>")],
+    [
+        (200, "[]"),
+        (200, "null"),
+        (200, "{}"),
+        (200, '{"ranks": []}'),
+        (200, '{"internal_states": 3, "ranks": 3}'),
+        (200, "<html>"),
+    ],
 )
 def test_what_is_no_sglang_server_is_told(command, status, text, monkeypatch):
     answers(monkeypatch, status, text)

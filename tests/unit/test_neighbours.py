@@ -158,6 +158,21 @@ def test_full_shared_memory_ends_no_server(tmp_path, when):
     assert ("other servers on this device do not know of this one" in said) == (when == "running")
 
 
+def test_a_file_that_has_a_size_and_no_memory_is_not_read(folder, caplog):
+    """Reading it could be what fills the file system, and a signal."""
+    one = Neighbours("gpu", folder)
+    with (folder / f"gpu.{'0' * 32}").open("wb") as sparse:
+        fcntl.flock(sparse, fcntl.LOCK_EX)
+        sparse.truncate(1 << 20)
+        assert one.others() == []
+        assert not caplog.records, "it is not of another version either"
+        sparse.write(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 2, 3, 4, 5))
+        sparse.flush()
+        os.fsync(sparse.fileno())
+        assert one.others() == [Record(1, 2, 3, 4, 5)]
+    one.close()
+
+
 def test_a_neighbour_that_cannot_be_mapped_is_none(folder, caplog, monkeypatch):
     """A process may hold so many mappings, and host pages are mappings too."""
     one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
