@@ -77,7 +77,7 @@ def _init_server_args(original: Callable[..., None], self: ServerArgs, *args: An
     given = {name: kwargs.pop(name) for name in Options.names() if name in kwargs}
     options = Options.given(given) if given else _parsed.get() or Options()
     options.attach(self)
-    if options.kv_backend == "vtensor":
+    if options.ours:
         _choose_attention(kwargs, options)
     elif kwargs.get("attention_backend") == ATTENTION_BACKEND:
         raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
@@ -239,7 +239,7 @@ def install(server_args: ServerArgs) -> None:
 
     from sglang_vtensor.srt.options import ATTENTION_BACKEND
 
-    hook(IN_SCHEDULERS)
+    hook(in_schedulers())
     if _wants_shared_decode(server_args):
         hook(FOR_SHARED_DECODE)
     if server_args.device == "cpu":
@@ -660,24 +660,6 @@ def _runtime(scheduler: Any) -> Runtime:
     return scheduler.token_to_kv_pool_allocator.runtime
 
 
-def _alloc_for_extend(batch: Any) -> Any:
-    from sglang_vtensor.srt import allocation
-
-    return allocation.alloc_for_extend(batch)
-
-
-def _alloc_for_decode(batch: Any, token_per_req: int) -> Any:
-    from sglang_vtensor.srt import allocation
-
-    return allocation.alloc_for_decode(batch, token_per_req)
-
-
-def _check_decode_mem(self: Any, selected_indices: list[int] | None = None) -> bool:
-    from sglang_vtensor.srt import allocation
-
-    return allocation.check_decode_mem(self, selected_indices)
-
-
 # The seams.
 
 #: In every process that loads plugins.
@@ -693,29 +675,35 @@ EVERYWHERE = [
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
-#: In a scheduler with `--kv-backend vtensor`.
-IN_SCHEDULERS = [
-    Seam(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding),
-    Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests),
-    Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE),
-    Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE),
-    Seam(f"{_ALLOCATION}.alloc_for_extend", _alloc_for_extend, HookType.REPLACE),
-    Seam(f"{_ALLOCATION}.alloc_for_decode", _alloc_for_decode, HookType.REPLACE),
-    Seam(f"{_BATCH}.check_decode_mem", _check_decode_mem, HookType.REPLACE),
-    Seam(f"{_BATCH}.retract_decode", _retract_decode),
-    Seam(f"{_ADDER}.__init__", _init_adder),
-    Seam(f"{_ADDER}.add_one_req", _add_one_req),
-    Seam(f"{_ADDER}._update_prefill_budget", _update_prefill_budget),
-    Seam("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE),
-    Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", _init_graphs),
-    Seam(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER),
-    Seam(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill),
-    Seam(f"{_SCHEDULER}.run_batch", _run_batch),
-    Seam(f"{_SCHEDULER}.on_idle", _on_idle),
-    Seam(f"{_SCHEDULER}.maybe_sleep_on_idle", _sleep_on_idle),
-    Seam(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER),
-    Seam(f"{_SCHEDULER}.set_internal_state", _set_internal_state),
-]
+
+
+def in_schedulers() -> list[Seam]:
+    """In a scheduler with `--kv-backend vtensor`. Other processes import nothing of what is called there."""
+    from sglang_vtensor.srt import allocation
+
+    return [
+        Seam(f"{_CONFIGURATOR}._profile_available_bytes", _without_padding),
+        Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", _limit_requests),
+        Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", _build_pool, HookType.REPLACE),
+        Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.REPLACE),
+        Seam(f"{_ALLOCATION}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
+        Seam(f"{_ALLOCATION}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE),
+        Seam(f"{_BATCH}.check_decode_mem", allocation.check_decode_mem, HookType.REPLACE),
+        Seam(f"{_BATCH}.retract_decode", _retract_decode),
+        Seam(f"{_ADDER}.__init__", _init_adder),
+        Seam(f"{_ADDER}.add_one_req", _add_one_req),
+        Seam(f"{_ADDER}._update_prefill_budget", _update_prefill_budget),
+        Seam("sglang.srt.mem_cache.registry.default_radix_cache_factory", _build_tree, HookType.REPLACE),
+        Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", _init_graphs),
+        Seam(f"{_SCHEDULER}.__init__", _init_scheduler, HookType.AFTER),
+        Seam(f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill),
+        Seam(f"{_SCHEDULER}.run_batch", _run_batch),
+        Seam(f"{_SCHEDULER}.on_idle", _on_idle),
+        Seam(f"{_SCHEDULER}.maybe_sleep_on_idle", _sleep_on_idle),
+        Seam(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER),
+        Seam(f"{_SCHEDULER}.set_internal_state", _set_internal_state),
+    ]
+
 
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 #: And where decode may read what requests share once.

@@ -72,7 +72,19 @@ Key = Annotated[str | None, typer.Option(help="The server's admin key, if it has
 UserKey = Annotated[str | None, typer.Option("--key", help="The server's API key, if it has one.")]
 
 
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Around a command: a server that does not answer, or not as it should, ends it with one."""
+    from sglang_vtensor.server_client import NoAnswer
+
+    try:
+        yield
+    except NoAnswer as error:
+        raise _failure(error) from error
+
+
 @app.command()
+@_one_sentence()
 def stats(
     url: Url = URL,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable: a list, one object a rank.")] = False,
@@ -81,30 +93,29 @@ def stats(
     """Show the KV memory of a running server."""
     from sglang_vtensor.server_client import server_stats
 
-    with _one_sentence():
-        ranks = server_stats(url, key=key)
-        tables = [
-            stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url)
-            for rank, values in enumerate(ranks)
-        ]
+    ranks = server_stats(url, key=key)
     if as_json:
         print(json.dumps(ranks, indent=2))
         return
-    for table in tables:
-        console.print(table)
+    for rank, values in enumerate(ranks):
+        console.print(stats_table(values, title=f"{url}, rank {rank}" if len(ranks) > 1 else url))
 
 
 @app.command()
+@_one_sentence()
 def limit(
     size: Annotated[str, typer.Argument(help="Bytes such as 20GiB, or a share of the KV capacity: 0.5, 50% or all.")],
     url: Url = URL,
     key: Key = None,
 ) -> None:
     """Change how much memory the KV cache of a running server may hold (of each data-parallel rank)."""
-    _tell(url, _ask(url, "limit", {"limit": size}, key))
+    from sglang_vtensor.server_client import ask
+
+    _tell(url, ask(url, "limit", {"limit": size}, key=key))
 
 
 @app.command()
+@_one_sentence()
 def sleep(
     url: Url = URL,
     key: Key = None,
@@ -113,21 +124,23 @@ def sleep(
     ] = 60.0,
 ) -> None:
     """Give back everything but the weights. What runs comes to its end; what arrives waits until `wake`."""
+    from sglang_vtensor.server_client import ask
+
+    ranks = ask(url, "sleep", key=key)
     deadline = time.monotonic() + wait
-    while True:
-        ranks = _ask(url, "sleep", {}, key)
-        with _one_sentence():
-            done = not any("note" in rank or rank["cached_bytes"] for rank in ranks)
-        if done or time.monotonic() >= deadline:
-            break
+    while any("note" in rank or rank["cached_bytes"] for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
+        ranks = ask(url, "sleep", key=key)
     _tell(url, ranks)
 
 
 @app.command()
+@_one_sentence()
 def wake(url: Url = URL, key: Key = None) -> None:
     """Let a sleeping server serve again."""
-    _tell(url, _ask(url, "wake", {}, key))
+    from sglang_vtensor.server_client import ask
+
+    _tell(url, ask(url, "wake", key=key))
 
 
 @app.command()
@@ -162,24 +175,6 @@ def top(
     raise typer.Exit(any(one.error for one in samples))
 
 
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """A server that does not answer, or not as it should, ends the command with one."""
-    from sglang_vtensor.server_client import NoAnswer
-
-    try:
-        yield
-    except NoAnswer as error:
-        raise _failure(error) from error
-
-
-def _ask(url: str, what: str, body: dict[str, Any], key: str | None) -> Sequence[dict[str, Any]]:
-    from sglang_vtensor.server_client import ask
-
-    with _one_sentence():
-        return ask(url, what, body, key=key)
-
-
 def _failure(error: Exception) -> typer.Exit:
     """To be raised: the command failed, and has said why."""
     errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -190,14 +185,13 @@ def _tell(url: str, ranks: Sequence[dict[str, Any]]) -> None:
     from sglang_vtensor.server_client import sleep_state
 
     for rank, state in enumerate(ranks):
-        with _one_sentence():
-            awake = sleep_state(state) if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
-            where = f"{url}, rank {rank}" if len(ranks) > 1 else url
-            line = (
-                f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
-                f"{mib(state['cached_bytes'])}, {state['requests']} requests"
-            )
-        console.print(line, soft_wrap=True)
+        awake = sleep_state(state) if state["sleeping"] else f"limit {mib(state['limit_bytes'])}"
+        where = f"{url}, rank {rank}" if len(ranks) > 1 else url
+        console.print(
+            f"{where}: {awake}, backed {mib(state['backed_bytes'])}, live {mib(state['live_bytes'])}, cached "
+            f"{mib(state['cached_bytes'])}, {state['requests']} requests",
+            soft_wrap=True,
+        )
         if "note" in state:
             console.print(f"  {state['note']}", soft_wrap=True)
 

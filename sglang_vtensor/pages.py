@@ -249,10 +249,7 @@ class PagePool:
         """Take an unbacked page in hand, the lowest; None if there is none."""
         if not self._unbacked:
             return None
-        page = heapq.heappop(self._unbacked)
-        self._state[page] = PageState.MOVING
-        self.moving += 1
-        return page
+        return self._take_in_hand(heapq.heappop(self._unbacked))
 
     def finish_back(self, page: int, *, created: bool) -> None:
         """The page in hand has memory now, and is free; or it was not created, and is as before (or stuck)."""
@@ -297,9 +294,7 @@ class PagePool:
         for page in self._free:
             if not self._aliases[page] and self._freed_at[page] <= completed:
                 self._free.remove(page)
-                self._state[page] = PageState.MOVING
-                self.moving += 1
-                return page
+                return self._take_in_hand(page)
         return None
 
     def begin_again(self, due: Callable[[int], bool] = lambda page: True) -> int | None:
@@ -307,10 +302,13 @@ class PagePool:
         for page in self._stuck:
             if due(page):
                 self._stuck.remove(page)
-                self._state[page] = PageState.MOVING
-                self.moving += 1
-                return page
+                return self._take_in_hand(page)
         return None
+
+    def _take_in_hand(self, page: int) -> int:
+        self._state[page] = PageState.MOVING
+        self.moving += 1
+        return page
 
     def finish_trim(self, page: int) -> None:
         """The page in hand has no memory any more; or, where `release_page` failed, it is stuck."""

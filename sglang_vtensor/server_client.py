@@ -35,7 +35,7 @@ def server_stats(url: str, *, key: str | None = None, timeout: float = 10.0) -> 
         told = [state["vtensor"] for state in answer.json()["internal_states"] if "vtensor" in state]
         stats = [Told.by(url, rank) for rank in told]
     except (KeyError, TypeError, ValueError) as error:
-        raise NoAnswer(f"what answers at {url} is no SGLang server: give another URL") from error
+        raise _no_sglang(url) from error
     if not stats:
         raise NoAnswer(f"the server at {url} runs SGLang's own KV cache: start it with --kv-backend vtensor")
     return sorted(stats, key=lambda rank: rank["dp_rank"])  # they come as they answer
@@ -71,9 +71,13 @@ def ask(url: str, what: str, body: dict[str, Any] | None = None, *, key: str | N
     except (KeyError, TypeError, ValueError):
         error = answer.text
     if answer.status_code == 200:
-        raise NoAnswer(f"what answers at {url} is no SGLang server: give another URL")
+        raise _no_sglang(url)
     said = " ".join(str(error).split())[:200]
     raise NoAnswer(said if answer.status_code == 400 else f"the server at {url} answers {answer.status_code}: {said}")
+
+
+def _no_sglang(url: str) -> NoAnswer:
+    return NoAnswer(f"what answers at {url} is no SGLang server: give another URL")
 
 
 def _request(

@@ -286,12 +286,15 @@ def refuse_unsupported(args: ServerArgs) -> None:
             options.vtensor_cache_idle_seconds is not None and args.tp_size > 1,
             "ranks have no clock in common, and their trees would differ",
         ),
-        *(
-            (f"{option} with --disable-radix-cache", given is not None and args.disable_radix_cache, why)
-            for option, given, why in (
-                ("--vtensor-cache-idle-seconds", options.vtensor_cache_idle_seconds, "nothing is cached"),
-                ("--vtensor-max-parked", options.vtensor_max_parked, "no conversation is kept"),
-            )
+        (
+            "--vtensor-cache-idle-seconds with --disable-radix-cache",
+            options.vtensor_cache_idle_seconds is not None and args.disable_radix_cache,
+            "nothing is cached",
+        ),
+        (
+            "--vtensor-max-parked with --disable-radix-cache",
+            options.vtensor_max_parked is not None and args.disable_radix_cache,
+            "no conversation is kept",
         ),
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),

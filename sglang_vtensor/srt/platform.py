@@ -13,7 +13,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_vtensor.srt.options import Refused
+from sglang_vtensor.srt.options import Options, Refused
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -43,7 +43,7 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
             server_args.grammar_backend = "llguidance"
         if server_args.enable_torch_compile:
             raise Refused("--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it out.")
-        if getattr(server_args, "kv_backend", "default") == "default" and server_args.page_size not in (None, 1):
+        if not Options.of(server_args).ours and server_args.page_size not in (None, 1):
             raise Refused(
                 f"--page-size {server_args.page_size} needs a GPU with SGLang's own KV cache: its paged allocator "
                 "launches Triton kernels. Use --page-size 1, or --kv-backend vtensor."

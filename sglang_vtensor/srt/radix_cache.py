@@ -161,6 +161,11 @@ class VTensorRadixCache(RadixCache):
             return None
         return node.segment
 
+    def prepared_segment(self, rid: str) -> Segment | None:
+        """The segment that was prepared for the waiting request of this id, if it still is."""
+        req, segment = self._prepared.get(rid, (None, None))
+        return segment if segment is not None and segment.owner is req else None
+
     def segment_for(self, req: Req, taken: Container[int] = ()) -> Segment | None:
         """The segment that a request adopts as it begins: the one parked where it continues, or one prepared for it.
         Not one of `taken` (indices): of several that continue one turn, the first takes its segment.
@@ -170,11 +175,9 @@ class VTensorRadixCache(RadixCache):
         parked = self.parked_segment(req.last_node)
         if parked is not None and parked.index in taken:
             parked = None
-        owner, prepared = self._prepared.get(req.rid, (req, None))
-        if prepared is None or prepared.owner is not owner:
-            return parked
-        if parked is None:
-            return prepared
+        prepared = self.prepared_segment(req.rid)
+        if parked is None or prepared is None:
+            return parked or prepared
         del self._prepared[req.rid]
         self.runtime.memory.drop(prepared)
         return parked
@@ -192,13 +195,13 @@ class VTensorRadixCache(RadixCache):
         self._looked_at = seen
         if self._prepared:
             still = {req.rid for req in waiting}
-            for rid, (owner, segment) in list(self._prepared.items()):
-                leased = segment is not None and segment.owner is not owner
-                if rid in still and not leased:
-                    continue
+            for rid, (_, segment) in list(self._prepared.items()):
+                prepared = self.prepared_segment(rid)
+                if rid in still and segment is prepared:
+                    continue  # neither leased nor given up since
                 del self._prepared[rid]
-                if segment is not None and not leased:
-                    memory.drop(segment)
+                if prepared is not None:
+                    memory.drop(prepared)
         for req in waiting[:MAX_PREPARED]:
             if req.rid in self._prepared or req.kv is not None or len(req.origin_input_ids) <= tokens:
                 continue
@@ -418,8 +421,8 @@ class VTensorRadixCache(RadixCache):
         memory = self.runtime.memory
         memory.free(pages)
         if pages:
-            for owner, segment in self._prepared.values():
-                if segment is not None and segment.owner is owner:
+            for rid in self._prepared:
+                if (segment := self.prepared_segment(rid)) is not None:
                     memory.shorten(segment)
 
     def _give_up(self, leaf: TreeNode) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -173,7 +175,7 @@ def compiled_for_the_last_chunk(scheduler):
     scheduler.waiting_queue.remove(req)
     manager.grammar_queue.append(req)
     ready, answer_failed, run_batch = [], elastic.answer_failed, scheduler.run_batch
-    scheduler.began_asleep = []
+    scheduler.began_asleep, scheduler.fakes = [], contextlib.ExitStack()
 
     def get_ready():
         taken = [req for req in manager.grammar_queue if ready]
@@ -191,10 +193,16 @@ def compiled_for_the_last_chunk(scheduler):
             scheduler.began_asleep += [req.rid for req in batch.reqs]
         return run_batch(batch, *args, **kwargs)
 
-    manager.get_ready_grammar_requests, elastic.answer_failed, scheduler.run_batch = get_ready, after_the_look, watch
+    for owner, fake in (
+        (manager, {"get_ready_grammar_requests": get_ready}),
+        (elastic, {"answer_failed": after_the_look}),
+        (scheduler, {"run_batch": watch}),
+    ):
+        scheduler.fakes.enter_context(mock.patch.multiple(owner, **fake))
 
 
 def began_awake(scheduler):
+    scheduler.fakes.close()
     assert set(scheduler.began_asleep) == {"long"}
     assert [req.rid for req in scheduler.waiting_queue] == ["grammar"]
 
@@ -261,20 +269,20 @@ def test_what_was_mapped_ahead_is_let_go_of_although_its_lease_failed(schedulers
 
 def next_lease_of_a_prepared_one_fails(scheduler):
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
-    fit = memory.segments.fit
-    scheduler.failed = failed = []
+    fit, fake = memory.segments.fit, mock.patch.object(memory.segments, "fit")
 
     def fails_once(segment, pages):
-        if not failed and len(segment.pages) == 12 and len(pages) > 12:
-            failed.append(segment)
+        if len(segment.pages) == 12 and len(pages) > 12:
+            fake.stop()
             raise VMMError("map", "injected", "INJECTED")
         return fit(segment, pages)
 
-    memory.segments.fit = fails_once
+    fake.start().side_effect = fails_once
 
 
 def one_has_failed(scheduler):
-    assert len(scheduler.failed) == 1
+    segments = scheduler.token_to_kv_pool_allocator.runtime.memory.segments
+    assert not isinstance(segments.fit, mock.Mock)
 
 
 def test_cached_prefixes_grow_old(schedulers):

@@ -20,7 +20,7 @@ PATCHES = Path(patches.__file__).parent
 
 def seams():
     module = patches.load()
-    return [*module.EVERYWHERE, *module.IN_SCHEDULERS, *module.FOR_SHARED_DECODE, *module.ON_THE_HOST]
+    return [*module.EVERYWHERE, *module.in_schedulers(), *module.FOR_SHARED_DECODE, *module.ON_THE_HOST]
 
 
 def original(target):

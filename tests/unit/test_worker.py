@@ -156,22 +156,6 @@ def test_a_page_too_many_of_a_parked_segment_goes_although_its_unmapping_fails_o
         memory.check_integrity()
 
 
-def test_a_capture_does_not_wait_for_the_worker_without_an_end(hanging):
-    vmm, hang, begun, go = hanging
-    with serving(vmm) as memory:
-        pages = memory.allocate(PAGES)
-        hang("release")
-        memory.free(pages)
-        memory.complete(memory.launch())
-        assert begun.wait(10)
-        with pytest.raises(VMMError, match="worker's call has not returned"), memory.paused():
-            pytest.fail("it may call the driver meanwhile")
-        go.set()
-        wait_for(lambda: memory.pages.moving == 0)
-        with memory.paused():
-            memory.check_integrity()
-
-
 @pytest.fixture
 def hanging(monkeypatch):
     """A driver whose next `release`, `map` or `unmap` in the worker does not return before `go` is set."""
@@ -193,14 +177,31 @@ def hanging(monkeypatch):
     go.set()
 
 
+def hold_a_page(memory, hang, begun):
+    """Of all pages, which are free then, the worker has one in hand, and does not let go of it."""
+    pages = memory.allocate(PAGES)
+    hang("release")
+    memory.free(pages)
+    memory.complete(memory.launch())
+    assert begun.wait(10)
+
+
+def test_a_capture_does_not_wait_for_the_worker_without_an_end(hanging):
+    vmm, hang, begun, go = hanging
+    with serving(vmm) as memory:
+        hold_a_page(memory, hang, begun)
+        with pytest.raises(VMMError, match="worker's call has not returned"), memory.paused():
+            pytest.fail("it may call the driver meanwhile")
+        go.set()
+        wait_for(lambda: memory.pages.moving == 0)
+        with memory.paused():
+            memory.check_integrity()
+
+
 def test_the_scheduling_thread_does_without_a_page_that_the_worker_does_not_let_go_of(hanging, caplog):
     vmm, hang, begun, go = hanging
     with serving(vmm) as memory:
-        pages = memory.allocate(PAGES)
-        hang("release")
-        memory.free(pages)
-        memory.complete(memory.launch())
-        assert begun.wait(10)
+        hold_a_page(memory, hang, begun)
         for _ in range(3):
             start = time.monotonic()
             assert memory.allocate(PAGES) is None
