@@ -1,14 +1,19 @@
-# One way to run each thing. Every target sets up what it needs in .venv.
+# One way to run each thing. Every target sets up what it needs in .venv, or beside it.
 
 SHELL := /bin/bash
 # A Python 3.11 or 3.12 that runs; `make PYTHON=...` chooses another.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
+# The version of SGLang that everything runs with; `make SGLANG=0.5.17 ...` chooses the other one that there is a patch
+# for. Each has an environment of its own.
+SGLANG ?= 0.5.23
+VENV := .venv$(if $(filter-out 0.5.23,$(SGLANG)),-$(SGLANG))
+LOCK := requirements-$(SGLANG).lock
+BIN := $(VENV)/bin
 # Bytecode is kept, also where the environment says otherwise: each process that a test starts would compile SGLang and
 # what it imports anew, for 20 s.
 unexport PYTHONDONTWRITEBYTECODE
-SETUP := .venv/.setup-done
+SETUP := $(VENV)/.setup-done
 
 # Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
 BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py ranks.py)
@@ -65,19 +70,19 @@ bench: $(SETUP)  ## what needs no GPU
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml requirements.lock
+$(SETUP): pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
-	$(BIN)/python -m uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/python -m uv pip install -q --python $(BIN)/python -r $(LOCK)
 	$(BIN)/python -m uv pip install -q --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-lock:
-	$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --extra test --extra bench \
-		--no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
-	sed -i '1i # Every package of a working set-up, resolved for Python 3.11 and 3.12. Made by `make lock`.' requirements.lock
+lock: $(SETUP)  ## resolve the versions anew: make lock, make SGLANG=0.5.17 lock
+	echo 'sglang==$(SGLANG)' | $(BIN)/python -m uv pip compile -q --universal --python-version 3.11 \
+		--extra test --extra bench --no-emit-index-url --no-annotate --no-header pyproject.toml - -o $(LOCK)
+	sed -i '1i # Every package of a working set-up with SGLang $(SGLANG), resolved for Python 3.11 and 3.12. Made by `make lock`.' $(LOCK)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

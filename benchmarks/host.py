@@ -1,5 +1,6 @@
 """The chat on the host backend against SGLang's own KV cache with torch_native attention; and what the scheduling
-thread does for a turn in tree and pools (`turns`), and for a decode step to know who shares what (`grouping`).
+thread does for a turn in tree and pools, beside SGLang's tree in Rust (`unified`), and for a decode step to know who
+shares what (`grouping`).
 
 Both engines run at once and take turns, so that what the machine does beside hits both alike. A turn is timed in two
 parts: the prompt with one new token (prefill of what is not cached), and the answer (decode). Medians over rounds.
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import grouping, results, turns
+from benchmarks import grouping, results, unified
 from sglang_vtensor import tiny_model
 
 USERS, TURNS, SYSTEM, QUESTION, ANSWER = 4, 4, 1024, 192, 48
@@ -130,9 +131,7 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="Chats timed on each en
         f"{part}_vs_torch_native": median["vtensor", part] / median["torch_native", part]
         for part in ("prefill", "decode")
     }
-    for side, prefix in ((turns.Ours, ""), (turns.Theirs, "sglang_")):
-        for conversations, name in ((100, "100"), (10_000, "10k")):
-            summary[f"{prefix}turn_us_at_{name}"] = turns.measure(side, conversations)
+    summary |= unified.compare()
     summary["grouping_us_256"] = grouping.step_us(256)
     console.print({key: round(value, 1) for key, value in summary.items() if "_us_" in key})
     table = Table("tokens/s", "torch_native", "vtensor", "ratio", box=None)

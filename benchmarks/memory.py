@@ -33,9 +33,11 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.prefix import Client, Workload, conversations, large_model, small_model, workloads
-from benchmarks.prefix import row as latencies
+from benchmarks.contestants import Client, Workload
+from benchmarks.contestants import row as latencies
+from benchmarks.prefix import large_model, small_model
 from benchmarks.serving import CONTESTANTS, server
+from benchmarks.workloads import conversations, workloads
 
 console = Console(width=150)
 PARTS = ("held", "live", "returned", "backed", "two", "pair")

@@ -39,7 +39,7 @@ def draw() -> list[Path]:
             drawn.append(_sweep(sweep, rows))
     record = results.read("prefix")
     if record:
-        drawn.append(_suite(record["rows"]))
+        drawn.append(_suite(record))
     record = results.read("memory")
     held = [row for row in record["rows"] if row["part"] == "held"] if record else []
     if held:
@@ -47,9 +47,11 @@ def draw() -> list[Path]:
     return drawn
 
 
-def _suite(rows: list[dict[str, Any]]) -> Path:
-    """Throughput of our server over each other one, workload by workload."""
+def _suite(record: dict[str, Any]) -> Path:
+    """Throughput of our server over each other one, workload by workload; the least and the most, where rounds of
+    both alternated."""
     figure, axes = _figure()
+    rows, summary = record["rows"], record["summary"]
     kinds = list(dict.fromkeys(row["workload"] for row in rows))
     others = [name for name in dict.fromkeys(row["contestant"] for row in rows) if name != "vtensor"]
 
@@ -57,14 +59,25 @@ def _suite(rows: list[dict[str, Any]]) -> Path:
         rates = [row["tokens_per_second"] for row in rows if (row["workload"], row["contestant"]) == (kind, name)]
         return statistics.median(rates) if rates else None
 
+    def ratio(kind: str, other: str) -> tuple[float, float, float] | None:
+        """The median, and how far the least and the most are from it."""
+        key = f"{kind}_vs_{other}"
+        if f"{key}_least" in summary:
+            return summary[key], summary[key] - summary[f"{key}_least"], summary[f"{key}_most"] - summary[key]
+        ours, theirs = middle(kind, "vtensor"), middle(kind, other)
+        return (ours / theirs, 0.0, 0.0) if "comparisons" not in record and ours and theirs else None
+
     for n, other in enumerate(others):
         at, ratios = [], []
         for x, kind in enumerate(kinds):
-            ours, theirs = middle(kind, "vtensor"), middle(kind, other)
-            if ours and theirs:
+            if found := ratio(kind, other):
                 at.append(x + 0.8 * (n + 0.5) / len(others) - 0.4)
-                ratios.append(ours / theirs)
-        axes.bar(at, ratios, 0.8 / len(others), label=f"over {other}")
+                ratios.append(found)
+        over = [found[0] for found in ratios]
+        axes.bar(at, over, 0.8 / len(others), label=f"over {other}")
+        if "comparisons" in record:
+            ends = [[found[1] for found in ratios], [found[2] for found in ratios]]
+            axes.errorbar(at, over, ends, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("throughput, vtensor / it")

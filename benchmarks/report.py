@@ -39,7 +39,7 @@ def host(record: Record) -> str:
         ]
         ratio = record["summary"][f"{part}_vs_torch_native"]
         lines.append(f"| {what} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
-    lines += ["", "| on the scheduling thread, microseconds | SGLang | vtensor |", "|---|---|---|"]
+    lines += ["", "| on the scheduling thread, microseconds | SGLang, in Rust | vtensor, in Python |", "|---|---|---|"]
     for name, count in (("100", "100"), ("10k", "10,000")):
         times = [record["summary"][f"{prefix}turn_us_at_{name}"] for prefix in ("sglang_", "")]
         lines.append(f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f} |")
@@ -153,6 +153,39 @@ def plain_decode(record: Record) -> str:
 
 def prefix(record: Record) -> str:
     """The prefix-caching suite."""
+    return _side_by_side(record) if "comparisons" in record else _one_after_another(record)
+
+
+def _side_by_side(record: Record) -> str:
+    """Rounds that alternate: medians, and the least and the most of throughput and of ratios."""
+    head = ["workload", "server", "rounds", "requests/s", "tokens/s", "TTFT", "p99", "TPOT", "cached", "mapping"]
+    head += ["worker", "vtensor / it"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in record["comparisons"]:
+        ratio = (
+            f"**{one['ratio']:.3f}** ({one['ratio_least']:.3f} to {one['ratio_most']:.3f})" if "ratio" in one else ""
+        )
+        lines.append(
+            f"| {one['workload']} | {one['contestant']} | {one['rounds']} | {one['requests_per_second']:.2f} | "
+            f"{one['tokens_per_second']:,.0f} ({one['least']:,.0f} to {one['most']:,.0f}) | "
+            f"{one['ttft_median_ms']:.0f} ms | {one['ttft_p99_ms']:.0f} ms | {one['tpot_median_ms']:.1f} ms | "
+            f"{one['cached_share']:.1%} | {one['mapping_share']:.2%} | {one['worker_share']:.1%} | {ratio} |"
+        )
+    end = []
+    kinds = list(dict.fromkeys(one["workload"] for one in record["comparisons"]))
+    for other, name in (("best", "the stronger of `fa3` and `fa3-page128`"), ("vllm", "vLLM")):
+        if measured := [kind for kind in kinds if f"{kind}_vs_{other}" in record["summary"]]:
+            said = ", ".join(f"{kind} {_ratio(record['summary'], f'{kind}_vs_{other}')}" for kind in measured)
+            end.append(f"Throughput over that of {name}, the median of the rounds (least to most): {said}.")
+    return "\n".join([*lines, "", *_of_all(record["summary"], end), source(record), *_plot(record)])
+
+
+def _ratio(summary: dict[str, float], key: str) -> str:
+    return f"**{summary[key]:.2f}** ({summary[f'{key}_least']:.2f} to {summary[f'{key}_most']:.2f})"
+
+
+def _one_after_another(record: Record) -> str:
+    """Files from before servers stood side by side."""
     lines = [
         "| workload | server | requests/s | tokens/s | TTFT | p99 | TPOT | cached | mapping | worker | vtensor / it |",
         "|---" * 11 + "|",
@@ -179,16 +212,22 @@ def prefix(record: Record) -> str:
             f"{middle(workload, server, 'cached_share'):.1%} | {middle(workload, server, 'mapping_share'):.2%} | "
             f"{worker(workload, server):.1%} | {ratio:.3f} |"
         )
-    end = []
-    summary = record["summary"]
+    return "\n".join([*lines, "", *_of_all(record["summary"], []), source(record), *_plot(record)])
+
+
+def _of_all(summary: dict[str, float], end: list[str]) -> list[str]:
+    """What a summary says of all workloads together, after `end`."""
     if "geomean_vs_triton" in summary:
         mean, most = summary["geomean_vs_triton"], summary["max_vs_triton"]
         end.append(f"Against Triton {mean:.2f} times in the geometric mean of what shares, {most:.2f} at most.")
     if "ttft_p99_vs_fa3_worst" in summary:
         end.append(f"The p99 TTFT of fa3 is {summary['ttft_p99_vs_fa3_worst']:.2f} of ours at worst.")
     end.append(f"For turns that continue, {summary['prefix_maps_on_continue']:.0f} pages of prefix were mapped.")
-    plot = ["", "![Throughput by workload](docs/plots/prefix.svg)"] if record["name"] == "prefix" else []
-    return "\n".join([*lines, "", *end, source(record), *plot])
+    return end
+
+
+def _plot(record: Record) -> list[str]:
+    return ["", "![Throughput by workload](docs/plots/prefix.svg)"] if record["name"] == "prefix" else []
 
 
 def memory(record: Record) -> str:
@@ -223,7 +262,8 @@ def memory(record: Record) -> str:
 
 def source(record: Record) -> str:
     """Where a table comes from, in one line."""
-    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("sglang", "torch"))
+    named = ("sglang", "torch", *(["vllm"] if "vllm" in record["versions"] else []))
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in named)
     return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
 
 

@@ -11,27 +11,60 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rounds
+
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings")
 
 
-def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, after: str = "") -> Path:
-    """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1. `after` is the command
-    that measured those of the rows that were there before."""
+def head() -> dict[str, Any]:
+    """What is measured here and now: the command, the commit, the day, the device and the versions."""
     name_of_device, driver = device()
-    arguments = [Path(argument).name if Path(argument).is_file() else argument for argument in sys.argv[1:]]
-    command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
-    record = {
-        "name": name,
-        "command": f"{after} && {command}" if after else command,
+    # Paths of one machine do not belong in results; a file of rows does not exist yet when this is read.
+    arguments = [Path(argument).name if os.sep in argument else argument for argument in sys.argv[1:]]
+    return {
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": name_of_device,
         "driver": driver,
         "versions": {"python": sys.version.split()[0]} | {p: v for p in PACKAGES if (v := _version(p))},
-        "summary": {key: round(value, 4) for key, value in summary.items()},
-        "rows": rows,
     }
+
+
+def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, after: str = "") -> Path:
+    """Write `results/<name>.json`. Ratios above 1 are in our favour; shares are between 0 and 1. `after` is the command
+    that measured those of the rows that were there before."""
+    here = head()
+    here["command"] = f"{after} && {here['command']}" if after else here["command"]
+    return _save(name, here, summary, {"rows": rows})
+
+
+def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
+    """Add runs of contestants side by side, each row with its head in it, to `results/<name>.json`. Returns its path,
+    and why what it had was dropped, or "". Raises `rounds.Differ` if the runs do not belong together, `ValueError` if
+    there is no whole round."""
+    added, dropped = rounds.joined(runs), ""
+    if not added:
+        raise ValueError("no round of these runs was finished by all contestants")
+    kept = read(name)
+    if kept is not None:
+        before = rounds.with_heads(kept)
+        if not before:
+            dropped = "rows without rounds"
+        try:
+            added = rounds.joined([before, added])
+        except rounds.Differ as error:
+            dropped = str(error)
+    rows = [{key: value for key, value in row.items() if key not in rounds.HEAD} for row in added]
+    comparisons = rounds.compare(rows)
+    return _save(
+        name, rounds.head_of(added), rounds.summarize(rows), {"comparisons": comparisons, "rows": rows}
+    ), dropped
+
+
+def _save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[str, Any]) -> Path:
+    record = {"name": name} | head | {"summary": {key: round(value, 4) for key, value in summary.items()}} | more
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

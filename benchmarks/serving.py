@@ -14,12 +14,13 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -194,38 +195,70 @@ def words(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(count)]
 
 
+def command(
+    model: Path, port: int, arguments: list[str], environment: dict[str, str], *, host: bool = False
+) -> list[str]:
+    """The command of a server of SGLang's with these arguments; on the `host` backend `environment` says so."""
+    start = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    start += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--random-seed", "0"]
+    start += ["--sampling-backend", "pytorch"]
+    if host:
+        start += ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]
+        environment["SGLANG_PLATFORM"] = "vtensor_host"
+    else:
+        start += ["--dtype", "bfloat16", "--load-format", "dummy"]
+    return start + arguments
+
+
+@contextlib.contextmanager
+def started(
+    name: str,
+    command: list[str],
+    url: str,
+    log: Path,
+    environment: dict[str, str],
+    *,
+    health: str = "/health_generate",
+    folder: Path | None = None,
+    patience: float = 300,
+) -> Iterator[Callable[[], float]]:
+    """Start a server, in `folder`, and end it afterwards with all its children. Yields a function that waits until it
+    answers `health` and returns the seconds since the start; it raises `RuntimeError` after `patience` seconds, or if
+    the server ended."""
+    start = time.perf_counter()
+
+    def wait() -> float:
+        while True:
+            if process.poll() is not None or time.perf_counter() - start > patience:
+                raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(url + health, timeout=5).status_code == 200:
+                    return time.perf_counter() - start
+            time.sleep(0.2)
+
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+        )
+        try:
+            yield wait
+        finally:
+            stop(process)
+            with contextlib.suppress(ProcessLookupError):  # a child that outlives its server would hold the GPU
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def server(
     name: str, model: Path, log: Path, *, arguments: list[str] | None = None, host: bool = False
 ) -> Iterator[tuple[str, float]]:
     """Start a contestant (with other `arguments` than the table's; on the `host` backend). Yields its URL and the
     seconds until it answered."""
-    port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--random-seed", "0"]
-    command += ["--sampling-backend", "pytorch"]
-    environment = dict(os.environ)
-    if host:
-        command += ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]
-        environment["SGLANG_PLATFORM"] = "vtensor_host"
-    else:
-        command += ["--dtype", "bfloat16", "--load-format", "dummy"]
-    command += CONTESTANTS[name] if arguments is None else arguments
-    start = time.perf_counter()
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while True:
-                if process.poll() is not None or time.perf_counter() - start > 300:
-                    raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-4000:]}")
-                with contextlib.suppress(requests.RequestException):
-                    if requests.get(f"{url}/health_generate", timeout=5).status_code == 200:
-                        break
-                time.sleep(0.2)
-            yield url, time.perf_counter() - start
-        finally:
-            stop(process)
+    port, environment = free_port(), dict(os.environ)
+    what = command(model, port, CONTESTANTS[name] if arguments is None else arguments, environment, host=host)
+    url = f"http://127.0.0.1:{port}"
+    with started(name, what, url, log, environment) as wait:
+        yield url, wait()
 
 
 def main(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang_vtensor.patches.common import Patch
 
 #: SGLang versions and the module that patches each.
-MODULES = {"0.5.17": "v0_5_17"}
+MODULES = {"0.5.23": "v0_5_23", "0.5.17": "v0_5_17"}
 
 
 class UnsupportedVersion(RuntimeError):
@@ -25,6 +28,7 @@ def module_name(installed: str) -> str:
     return MODULES[installed]
 
 
-def load() -> ModuleType:
-    """The patch module of the installed SGLang."""
-    return importlib.import_module(f"{__name__}.{module_name(version('sglang'))}")
+def load() -> Patch:
+    """The patch of the installed SGLang."""
+    patch: Patch = importlib.import_module(f"{__name__}.{module_name(version('sglang'))}").PATCH
+    return patch

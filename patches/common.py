@@ -1,12 +1,35 @@
-"""What the modules of all versions have in common: how a seam is written down, and hooked."""
+"""What the modules of all versions have in common: how a seam is written down and hooked, and what SGLang finds there.
+
+A version's module has a `Patch` of its own: where SGLang is hooked, how its settings and its requests are read, and the
+classes that have the names which it calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import abc
+import argparse
+import contextlib
+import contextvars
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_vtensor.srt.options import Options, Refusal
+    from sglang_vtensor.srt.requests import Requests
+
+logger = logging.getLogger(__name__)
+
+#: SGLang leaves room for so many tokens more than a context's.
+_EXTRA_TOKENS = 4
+#: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
+_parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options", default=None)
 
 
 @dataclass(frozen=True)
@@ -24,3 +47,310 @@ def hook(seams: Iterable[Seam]) -> None:
     """Register them. SGLang applies what was registered when it starts, or when it is told to."""
     for seam in seams:
         HookRegistry.register(seam.target, seam.body, seam.kind)
+
+
+class Patch(abc.ABC):
+    """One version of SGLang.
+
+    `register` runs in every process that loads plugins and adds the options, nothing else. `install` runs in a
+    scheduler process whose server asked for `--kv-backend vtensor`, before its scheduler is built, and replaces the KV
+    memory.
+    """
+
+    #: How requests are kept.
+    requests: Requests
+
+    # Where SGLang is hooked.
+
+    @abc.abstractmethod
+    def everywhere(self) -> list[Seam]:
+        """In every process that loads plugins."""
+
+    @abc.abstractmethod
+    def in_schedulers(self) -> list[Seam]:
+        """In a scheduler with `--kv-backend vtensor`. Other processes import nothing of what is called there."""
+
+    @abc.abstractmethod
+    def for_shared_decode(self) -> list[Seam]:
+        """And where decode may read what requests share once."""
+
+    @abc.abstractmethod
+    def on_the_host(self) -> list[Seam]:
+        """And without a GPU."""
+
+    # How its settings are read.
+
+    @abc.abstractmethod
+    def settings(self, server_args: ServerArgs) -> Any:
+        """SGLang's arguments by name, as resolved so far."""
+
+    @abc.abstractmethod
+    def model(self, server_args: ServerArgs) -> Any:
+        """SGLang's `ModelConfig`."""
+
+    @abc.abstractmethod
+    def uses_mla(self, server_args: ServerArgs) -> bool:
+        """Whether the model has multi-head latent attention."""
+
+    @abc.abstractmethod
+    def attn_tp_size(self, server_args: ServerArgs) -> int:
+        """How many ranks share the KV heads."""
+
+    @abc.abstractmethod
+    def refused(self, server_args: ServerArgs) -> list[Refusal]:
+        """What this version has, and others have not, that we do not support."""
+
+    # Its classes.
+
+    @abc.abstractmethod
+    def tree_class(self) -> type:
+        """Of `PagedRadixCache`."""
+
+    @abc.abstractmethod
+    def allocator_class(self) -> type:
+        """Of `VTensorAllocator`."""
+
+    def decode_class(self) -> Any:
+        """Of `SharedDecodeBackend`."""
+        from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+
+        return SharedDecodeBackend
+
+    def register(self) -> None:
+        """Add the options. A server that does not use them runs SGLang's own code, unpatched."""
+        hook(self.everywhere())
+
+    def install(self, server_args: ServerArgs) -> None:
+        """Replace the KV memory of the scheduler that this process is about to build."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from sglang_vtensor.srt.attention_choice import wants_shared_decode
+        from sglang_vtensor.srt.options import ATTENTION_BACKEND, Options
+
+        settings = self.settings(server_args)
+        hook(self.in_schedulers())
+        if wants_shared_decode(settings, Options.of(server_args)):
+            hook(self.for_shared_decode())
+        if settings.device == "cpu":
+            hook(self.on_the_host())
+        HookRegistry.apply_hooks()
+        register_attention_backend(ATTENTION_BACKEND)(self.build_attention)
+
+    # The options.
+
+    def add_cli_args(self, original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+        from sglang.srt import server_args
+
+        from sglang_vtensor.srt import options
+
+        if options.ATTENTION_BACKEND not in server_args.ATTENTION_BACKEND_CHOICES:
+            server_args.add_attention_backend_choices([options.ATTENTION_BACKEND])
+        original(parser)
+        options.add_arguments(parser)
+
+    @contextlib.contextmanager
+    def command_line(self, args: argparse.Namespace) -> Iterator[Options]:
+        """Our options of a command line, while SGLang makes its `ServerArgs` of the rest. What is refused meanwhile
+        ends the command with one line, where Python gets the exception."""
+        from sglang_vtensor.srt.options import Options, Refused
+        from sglang_vtensor.vmm import Unsupported
+
+        token = _parsed.set(None)
+        try:
+            options = Options.parsed(args)
+            _parsed.set(options)
+            yield options
+        except (Refused, Unsupported) as error:
+            raise SystemExit(f"error: {error}") from None
+        finally:
+            _parsed.reset(token)
+
+    @staticmethod
+    def take_options(kwargs: dict[str, Any]) -> Options:
+        """Take our options from arguments that are meant for `ServerArgs`; those of the command line where there are
+        none. The attention backend that they ask for is among the arguments then."""
+        from sglang_vtensor.srt.attention_choice import choose_attention
+        from sglang_vtensor.srt.options import Options
+
+        given = {name: kwargs.pop(name) for name in Options.names() if name in kwargs}
+        options: Options = Options.given(given) if given else _parsed.get() or Options()
+        kwargs.update(choose_attention(kwargs, options))
+        return options
+
+    def page_size(self, server_args: ServerArgs) -> int | None:
+        """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size. None
+        without the option."""
+        from sglang.srt.utils import get_device_memory_capacity
+
+        from sglang_vtensor.srt.options import Options, choose_page_size, refuse_unsupported
+
+        options = Options.of(server_args)
+        if not options.ours:
+            return None
+        settings, model = self.settings(server_args), self.model(server_args)
+        refuse_unsupported(
+            settings, model, options, uses_mla=self.uses_mla(server_args), more=self.refused(server_args)
+        )
+        device_mib = get_device_memory_capacity(settings.device)
+        if device_mib is not None:
+            options.check_device(int(device_mib) << 20)
+        return choose_page_size(settings, model, attn_tp_size=self.attn_tp_size(server_args))
+
+    def add_routes(self, _: None, server_args: ServerArgs) -> None:
+        """In the process of the HTTP server; an engine without one has no application."""
+        from sglang_vtensor.srt.options import Options
+
+        server = sys.modules.get("sglang.srt.entrypoints.http_server")
+        if server is None or not Options.of(server_args).ours:
+            return
+        workers = self.settings(server_args).tokenizer_worker_num
+        if workers > 1:
+            logger.warning(
+                "--tokenizer-worker-num %d: POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there, as "
+                "SGLang loads no plugin in its HTTP workers. Leave it out to have them.",
+                workers,
+            )
+            return
+        from sglang_vtensor.srt.http import add_routes
+
+        # The module knows its state only when it is told, behind this.
+        add_routes(server.app, _ServerState(server))
+
+    def configure_scheduler(self, server_args: ServerArgs, *_: Any, **__: Any) -> None:
+        from sglang_vtensor.srt.options import Options
+
+        if Options.of(server_args).ours:
+            self.install(server_args)
+
+    # The memory.
+
+    def layout(self, configurator: Any) -> Any:
+        from sglang_vtensor.srt.options import layout_for
+
+        settings = self.settings(configurator.server_args)
+        return layout_for(
+            settings,
+            self.model(configurator.server_args),
+            device=configurator.device,
+            page_tokens=settings.page_size,
+            attn_tp_size=self.attn_tp_size(configurator.server_args),
+        )
+
+    def without_padding(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+        """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
+        layout = self.layout(configurator)
+        return int((original(configurator, *args, **kwargs) - layout.page_bytes) * (1 - layout.waste))
+
+    def limit_requests(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+        """Every running request has a segment, and addresses are many but not endless."""
+        from sglang_vtensor.manager import most_running
+
+        wanted = original(configurator, *args, **kwargs)
+        context = configurator.model_config.context_len
+        most = most_running(self.layout(configurator), context + _EXTRA_TOKENS)
+        if wanted > most:
+            logger.warning(
+                "up to %d requests run at a time instead of %d, as each may need contiguous addresses for %d tokens; "
+                "a lower --context-length allows more",
+                most,
+                wanted,
+                context,
+            )
+        return min(wanted, most)
+
+    def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
+        from sglang_vtensor.srt.kv_pool import VTensorKVPool
+        from sglang_vtensor.srt.options import NO_FP8, Options, Refused
+
+        layout = self.layout(configurator)
+        if configurator.kv_cache_dtype != layout.dtype:  # SGLang knows it when the weights are there
+            raise Refused(
+                f"this checkpoint asks for a KV cache of {configurator.kv_cache_dtype}, and {NO_FP8}, here "
+                f"{layout.dtype}: give --kv-cache-dtype bfloat16, or run with --kv-backend default"
+            )
+        return VTensorKVPool(
+            sizes.max_total_num_tokens,
+            layout=layout,
+            options=Options.of(configurator.server_args),
+            device=configurator.device,
+            max_running=req_to_token_pool.req_to_token.shape[0] - 1,
+            max_tokens=req_to_token_pool.req_to_token.shape[1],
+            start_layer=configurator.layer_info.start_layer,
+            end_layer=configurator.layer_info.end_layer,
+            sglang=self.requests,
+        )
+
+    def build_allocator(self, _: Any, *, sizes: Any, token_to_kv_pool: Any, **__: Any) -> Any:
+        return self.allocator_class()(sizes.max_total_num_tokens, token_to_kv_pool)
+
+    def build_tree(self, context: Any) -> Any:
+        return self.tree_class()(context.params)
+
+    # Attention.
+
+    def build_attention(self, runner: Any) -> Any:
+        if runner.device == "cpu":
+            from sglang_vtensor.srt.attention_host import HostAttentionBackend
+
+            return HostAttentionBackend(runner)
+        from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+
+        runner.token_to_kv_pool.runtime.use_device_table()
+        return SegmentPrefillBackend.choose(runner)
+
+    @staticmethod
+    def init_graphs(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+        with runner.token_to_kv_pool.runtime.memory.paused():
+            original(runner, *args, **kwargs)
+
+    def init_hybrid(
+        self, original: Callable[..., None], hybrid: Any, model_runner: Any, prefill_backend: Any, decode_backend: Any
+    ) -> None:
+        from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+
+        if isinstance(prefill_backend, SegmentPrefillBackend):
+            decode_backend = self.decode_class().around(model_runner, decode_backend)
+        original(hybrid, model_runner, prefill_backend, decode_backend)
+
+    # The scheduler.
+
+    def init_scheduler(self, _: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        from sglang_vtensor.srt.options import Options
+        from sglang_vtensor.srt.scheduling import equip
+
+        settings: Any = self.settings(scheduler.server_args)
+        name = str(settings.served_model_name) if settings.enable_metrics else None
+        equip(scheduler, Options.of(scheduler.server_args), name)
+
+    @staticmethod
+    def internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
+        from sglang_vtensor.srt.scheduling import add_internal_state
+
+        return add_internal_state(result, scheduler)
+
+
+def shared_decode(runner: Any) -> Any:
+    """The decode backend of a graph runner, if it is ours."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+
+    hybrid = runner.attn_backend
+    backend = hybrid.decode_backend if isinstance(hybrid, HybridAttnBackend) else None
+    return backend if isinstance(backend, SharedDecodeBackend) else None
+
+
+def named(server_args: ServerArgs, names: Iterable[str]) -> Mapping[str, Any]:
+    """Some of what a `ServerArgs` was given, by name."""
+    return {name: getattr(server_args, name) for name in names}
+
+
+class _ServerState:
+    """SGLang's tokenizer manager, as its HTTP server has it when a request comes."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    @property
+    def tokenizer_manager(self) -> Any:
+        return self._server._global_state.tokenizer_manager

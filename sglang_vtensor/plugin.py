@@ -39,11 +39,13 @@ def _refuse_flag(message: str) -> None:
     if "--kv-backend vtensor" in asked:
         raise SystemExit(f"error: {message}")
 
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.entrypoints.engine import Engine
 
-    def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.pop("kv_backend", "default") != "default":
+    make = Engine.server_args_class
+
+    def refuse(**given: Any) -> Any:
+        if given.pop("kv_backend", "default") != "default":
             raise ValueError(message)
-        original(self, *args, **kwargs)
+        return make(**given)
 
-    HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", init, HookType.AROUND)
+    Engine.server_args_class = staticmethod(refuse)

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests import versions
+
 ON_GPU = os.environ.get("VTENSOR_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["SGLANG_PLATFORM"] = "vtensor_host"
@@ -52,7 +54,10 @@ class Request:
     tokens: Sequence[int]
     new: int = 8
     extra_key: str | None = None
+    salt: str | None = None
     priority: int | None = None
+    #: Whether SGLang is told that it has exactly so many: it admits fewer of them at once then, and retracts none.
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,15 +246,8 @@ def _build(kwargs: dict[str, Any]) -> Any:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from sglang.srt.managers import scheduler as module
-    from sglang.srt.runtime_context import publish
-    from sglang.srt.server_args import PortArgs, ServerArgs
-
-    server_args = ServerArgs(**kwargs)
-    server_args.check_server_args()
-    module.configure_scheduler_process(server_args, 0, 0, 0, 0, 0, 0, None)
-    publish(server_args, role="scheduler")
-    scheduler = module.Scheduler(server_args, PortArgs.init_new(server_args), 0, 0, 0, 0, 0, 0, None)
+    scheduler = versions.scheduler(kwargs)
+    scheduler.model_config.hf_eos_token_id = set()  # nothing ends an answer but its length
     scheduler.result_queue = deque()  # the event loop makes it; a flush before the first run asks for it
     scheduler.finished_requests = {}
     queue = scheduler._add_request_to_queue
@@ -281,7 +279,7 @@ def _check_every_batch(scheduler: Any) -> None:
         if mode.is_extend() or mode.is_decode():
             if not ON_GPU:
                 scheduler.tree_cache.check_integrity()
-            slots = [req.req_pool_idx for req in batch.reqs]
+            slots = [runtime.sglang.slot(req) for req in batch.reqs]
             table = None if ON_GPU else scheduler.req_to_token_pool.req_to_token
             by_segments = runtime.check_batch(slots, batch.seq_lens_cpu.tolist(), table, decode=mode.is_decode())
             kind = "decode" if mode.is_decode() else "extend"
@@ -320,7 +318,7 @@ def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
     turns = iter(script)
     scheduler.finished_requests.clear()
 
-    def receive() -> list[Any]:
+    def receive(**_: Any) -> list[Any]:
         for turn in turns:
             for item in turn:
                 if isinstance(item, Do):
@@ -346,7 +344,7 @@ def _tokenized(request: Request) -> Any:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    params = SamplingParams(max_new_tokens=request.new, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=request.new, temperature=0.0, ignore_eos=request.fixed)
     params.normalize(None)
     return TokenizedGenerateReqInput(
         rid=request.rid,
@@ -361,8 +359,8 @@ def _tokenized(request: Request) -> Any:
         top_logprobs_num=2,
         token_ids_logprob=None,
         stream=False,
-        extra_key=request.extra_key,
         priority=request.priority,
+        **versions.namespace(request.extra_key, request.salt),
     )
 
 

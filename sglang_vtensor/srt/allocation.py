@@ -4,7 +4,7 @@ SGLang allocates for a batch of lengths; here it is for requests, because which 
 the host (invariant 6), and because a request's segment must show its pages before the batch is launched (invariant 2).
 
 The driver may refuse what the pool's size promised. Then a batch gets nothing of what it asked for, on any rank: an
-extend batch is put off (`PutOff`), and a decode batch is told before it is made (`check_decode_mem`), so that SGLang
+extend batch is put off (`PutOff`), and a decode batch is told before it is made (`secure_decode`), so that SGLang
 retracts requests until the rest fits (invariant 7).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ class _Partials:
         self._batch = batch
         self._runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
         self._reqs = reqs
-        self._found = [
-            (req, req.vtensor_partial) for req in reqs if len(req.prefix_indices) % self._runtime.page_tokens
-        ]
+        prefix = self._runtime.sglang.prefix
+        self._found = [(req, req.vtensor_partial) for req in reqs if prefix(req) % self._runtime.page_tokens]
         self._claimed: dict[int, Req] = {}  # by page
         self._locked = []
         self._there = True
@@ -67,8 +66,11 @@ class _Partials:
         if page is None:
             return False
         self._claimed[page] = req
-        self._runtime.requests[req.req_pool_idx].pages.append(page)
+        self._record(req).pages.append(page)
         return True
+
+    def _record(self, req: Req) -> RequestPages:
+        return self._runtime.requests[self._runtime.sglang.slot(req)]
 
     def settle(self, secured: bool) -> None:
         """The batch has its pages, or waits."""
@@ -83,15 +85,11 @@ class _Partials:
             return
         for req in self._reqs:
             req.vtensor_whole_pages = False  # should it be retracted, it may begin inside a page again
-        tokens = self._runtime.page_tokens
         for req, partial in self._found:
-            record = self._runtime.requests[req.req_pool_idx]
+            record = self._record(req)
             page = record.pages[record.protected]
             if page != partial.page:
                 self._runtime.copies.append((partial.page, page, partial.tokens))
-            whole = req.prefix_indices[: record.protected * tokens]
-            own = torch.arange(page * tokens, page * tokens + partial.tokens, dtype=whole.dtype, device=whole.device)
-            req.prefix_indices = torch.cat([whole, own])
 
 
 class PutOff(RuntimeError):
@@ -109,16 +107,18 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     device and on the host). Raises `PutOff` if there is no memory; requests that just began then hold no slot either.
     """
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
+    sglang = runtime.sglang
+    fresh = [req for req in batch.reqs if not sglang.begun(req)]  # from here on, all of them have a row
+    begins = set(fresh)
     slots = alloc_req_slots(batch.req_to_token_pool, batch.reqs, batch.tree_cache)
     prefix_lens: list[int] = batch.prefix_lens
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
 
-    records, fresh = [], []
+    records = []
     with runtime.memory.clock:
         for req, slot, prefix_len in zip(batch.reqs, slots, prefix_lens, strict=True):
-            if req.kv is None:
+            if req in begins:
                 runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
-                fresh.append(req)
             records.append(runtime.requests[slot])
 
     def map_segments(new: int) -> None:
@@ -130,14 +130,15 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             adopt = batch.tree_cache.segment_for(req, taken) if record.segment is None else None
             if adopt is not None:
                 taken.add(adopt.index)
-            shared = record.protected if req.kv is None else 0
+            shared = record.protected if req in begins else 0
             extends.append(Extend(slot, shared, adopt, seq_len - prefix_len, seq_len))
         runtime.map_extend(extends, new)
 
     with runtime.memory.clock:
         partials = _Partials(batch, fresh)
         secured = partials.agreed() and _secure(
-            batch,
+            runtime,
+            batch.tree_cache,
             records,
             seq_lens,
             map_segments if runtime.extend_reads_segments else None,
@@ -147,12 +148,12 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     if not secured:
         with runtime.memory.clock:
             for req in fresh:
-                batch.tree_cache.give_back(req, runtime.requests.pop(req.req_pool_idx))
+                batch.tree_cache.give_back(req, runtime.requests.pop(sglang.slot(req)))
                 batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
     runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens)  # beside what decodes
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):
-        if req.kv is None:
+        if req in begins:
             runtime.memory.prefix_tokens_served += prefix_len
             runtime.memory.prompt_tokens += len(req.origin_input_ids) + len(req.output_ids)
 
@@ -177,56 +178,57 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
         batch.seq_lens_cpu,
         extend_lens_cpu.to(batch.device, non_blocking=True),
         extend_lens_cpu,
-        [req.prefix_indices for req in batch.reqs],
+        _prefix_slots(records, prefix_lens, runtime.page_tokens, batch.device),
         batch.req_to_token_pool,
     )
-    _note_allocated(batch.reqs, seq_lens)
+    for req, seq_len in zip(batch.reqs, seq_lens, strict=True):
+        sglang.extended(req, seq_len)
     return out_cache_loc, slots_device, slots_cpu
 
 
-def check_decode_mem(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> bool:
-    """Whether the next decode step of these requests (of all: None) has its memory. If so, they hold it already: what
+def secure_decode(runtime: Runtime, tree: Any, reqs: list[Req]) -> bool:
+    """Whether the next decode step of these requests has its memory. If so, they hold it already: what
     `alloc_for_decode` hands out is never refused."""
-    reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
-    return _secure_decode(batch, reqs, [req.kv_committed_len for req in reqs])
+    return _secure_decode(runtime, tree, reqs, [runtime.sglang.committed(req) for req in reqs])
 
 
 def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     """The slot of each request's next token (int64, on the device). Raises `RuntimeError` if there is no room, which
-    `check_decode_mem` would have told."""
+    `secure_decode` would have told."""
     if token_per_req != 1:
         raise NotImplementedError(f"{token_per_req} tokens a decode step: speculative decoding is refused at start")
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
-    if not _secure_decode(batch, batch.reqs, seq_lens):
+    if not _secure_decode(runtime, batch.tree_cache, batch.reqs, seq_lens):
         memory = runtime.memory
         raise RuntimeError(
             f"no page for the next tokens of {len(seq_lens)} requests: {memory.available_pages()} are left below the "
             f"limit, {memory.pages.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}"
         )
     tokens = runtime.page_tokens
-    records = [runtime.requests[req.req_pool_idx] for req in batch.reqs]
+    records = [runtime.requests[runtime.sglang.slot(req)] for req in batch.reqs]
     runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
     out = [record.pages[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)]
     out_cache_loc = _to_device(np.array(out, dtype=np.int64), batch.device)
     # A copy: the batch advances seq_lens while this write may still be queued.
     batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32))
     for req in batch.reqs:
-        req.kv.kv_allocated_len += 1
+        runtime.sglang.decoded(req)
     return out_cache_loc
 
 
-def _secure_decode(batch: ScheduleBatch, reqs: list[Req], seq_lens: list[int]) -> bool:
-    runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
-    records = [runtime.requests[req.req_pool_idx] for req in reqs]
+def _secure_decode(runtime: Runtime, tree: Any, reqs: list[Req], seq_lens: list[int]) -> bool:
+    slots = [runtime.sglang.slot(req) for req in reqs]
+    records = [runtime.requests[slot] for slot in slots]
 
     def map_segments(_: int) -> None:
-        for req in reqs:
-            runtime.map_request(req.req_pool_idx)
+        for slot in slots:
+            runtime.map_request(slot)
 
     lengths = [n + 1 for n in seq_lens]
+    reads = map_segments if runtime.decode_reads_segments else None
     with runtime.memory.clock:
-        return _secure(batch, records, lengths, map_segments if runtime.decode_reads_segments else None, growing=True)
+        return _secure(runtime, tree, records, lengths, reads, growing=True)
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestPages:
@@ -243,7 +245,8 @@ def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Run
 
 
 def _secure(
-    batch: ScheduleBatch,
+    runtime: Runtime,
+    tree: Any,
     records: list[RequestPages],
     lengths: list[int],
     map_segments: Callable[[int], None] | None,
@@ -257,7 +260,6 @@ def _secure(
     If the pool, the limit or the driver is short of pages, the tree is evicted of as many first: what it held is
     backed.
     """
-    runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     wanted = [
         runtime.memory.layout.pages_for(length) - len(record.pages)
         for length, record in zip(lengths, records, strict=True)
@@ -267,12 +269,12 @@ def _secure(
         return True
     short = total - runtime.memory.room()
     if short > 0:
-        batch.tree_cache.evict(EvictParams(num_tokens=short * runtime.page_tokens))
+        tree.evict(EvictParams(num_tokens=short * runtime.page_tokens))
     if _attempt(runtime, records, wanted, map_segments, growing):
         return True
     # Whatever was refused, and on whichever rank: all of them give up the same, kept pages first.
     evict = total - runtime.memory.forget_tails(total)
-    batch.tree_cache.evict(EvictParams(num_tokens=evict * runtime.page_tokens))
+    tree.evict(EvictParams(num_tokens=evict * runtime.page_tokens))
     return _attempt(runtime, records, wanted, map_segments, growing)
 
 
@@ -322,18 +324,18 @@ def _slots(pages: list[int], start: int, stop: int, tokens: int) -> np.ndarray:
     return slots[start - first * tokens : stop - first * tokens]
 
 
+def _prefix_slots(records: list[RequestPages], prefix_lens: list[int], tokens: int, device: str) -> list[torch.Tensor]:
+    """The slots of what comes before the new tokens of each request (int64, on the device), made there of its pages."""
+    counts = [-(-prefix_len // tokens) for prefix_len in prefix_lens]
+    pages = [page for record, count in zip(records, counts, strict=True) for page in record.pages[:count]]
+    first = _to_device(np.array(pages, dtype=np.int64) * tokens, device)
+    slots = (first[:, None] + torch.arange(tokens, device=device)).reshape(-1)
+    of_each = slots.split([count * tokens for count in counts])
+    return [own[:prefix_len] for own, prefix_len in zip(of_each, prefix_lens, strict=True)]
+
+
 def _to_device(array: np.ndarray, device: str) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     if is_pin_memory_available(device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _note_allocated(reqs: list[Req], seq_lens: list[int]) -> None:
-    from sglang.srt.managers.schedule_batch import ReqKvInfo
-
-    for req, seq_len in zip(reqs, seq_lens, strict=True):
-        if req.kv is None:
-            req.kv = ReqKvInfo(kv_allocated_len=seq_len, swa_evicted_seqlen=0)
-        else:
-            req.kv.kv_allocated_len = seq_len

@@ -21,8 +21,6 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
         self.dtype = kvcache.dtype
         self.device = kvcache.device
         self.need_sort = False
-        self.is_not_in_free_group = True
-        self.free_group: list[torch.Tensor] = []
         self._kvcache = kvcache
         self.runtime = kvcache.runtime
 

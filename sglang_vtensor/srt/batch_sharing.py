@@ -24,6 +24,8 @@ class BatchSharing:
         self.sharing = Sharing(slots=len(runtime.segment_of), requests=requests, page_tokens=runtime.page_tokens)
         #: Whether the next batch is to read what it shares once.
         self.pays = False
+        #: Decode batches that were announced.
+        self.batches = 0
         self.steps_shared = 0
         self.steps_plain = 0
         self.saved_tokens = 0
@@ -34,6 +36,7 @@ class BatchSharing:
     def begin(self, slots: list[int], tokens: int) -> None:
         """The next batch is a decode step of the requests in these slots, with so many tokens in all."""
         start = time.perf_counter()
+        self.batches += 1
         with self.runtime.memory.clock:
             if len(slots) > self.sharing.requests:
                 self.clear()

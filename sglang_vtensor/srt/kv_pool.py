@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -14,6 +14,9 @@ from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.srt.options import Options, parse_share_or_bytes
 from sglang_vtensor.srt.runtime import Runtime
 from sglang_vtensor.vmm import open_vmm
+
+if TYPE_CHECKING:
+    from sglang_vtensor.srt.requests import Requests
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class VTensorKVPool(MHATokenToKVPool):
         max_tokens: int,
         start_layer: int,
         end_layer: int,
+        sglang: Requests,
     ) -> None:
         # The base class creates the buffers in its constructor: what that needs comes first.
         capacity_pages = size // layout.page_tokens
@@ -58,6 +62,7 @@ class VTensorKVPool(MHATokenToKVPool):
                 idle_seconds=options.vtensor_idle_seconds,
             ),
             max_running + 1,
+            sglang,
         )
         super().__init__(
             size,
@@ -70,7 +75,7 @@ class VTensorKVPool(MHATokenToKVPool):
             enable_memory_saver=False,
             start_layer=start_layer,
             end_layer=end_layer,
-            kv_cache_layout="token_major",
+            kv_cache_layout="page_major",
         )
 
     def _create_buffers(self) -> None:

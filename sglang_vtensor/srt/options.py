@@ -137,8 +137,8 @@ class Options:
         return cls(**{name: getattr(carrier, name) for name in cls.names() if hasattr(carrier, name)})
 
     def attach(self, server_args: ServerArgs) -> None:
-        for name in self.names():
-            object.__setattr__(server_args, name, getattr(self, name))
+        """They travel with it to other processes."""
+        vars(server_args).update({name: getattr(self, name) for name in self.names()})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,16 +248,24 @@ def _meant(number: float) -> str:
     return f"{text}MiB" if number < 10_000 else f"{number:.0f}B"
 
 
-def refuse_unsupported(args: ServerArgs) -> None:
-    """Raise `Refused` for what would break, or be wrong, with this KV memory."""
+#: An option or a setting, whether it was given, and why it is refused.
+Refusal = tuple[str, bool, str]
+
+
+def refuse_unsupported(
+    args: Any, model: Any, options: Options, *, uses_mla: bool, more: Sequence[Refusal] = ()
+) -> None:
+    """Raise `Refused` for what would break, or be wrong, with this KV memory.
+
+    `args` are SGLang's settings as resolved so far, `model` is its `ModelConfig`, and `more` is what its version has.
+    """
     from sglang.srt.environ import envs
 
     def refuse(option: str, why: str, instead: str) -> None:
         raise Refused(f"--kv-backend vtensor does not support {option}: {why}. {instead}")
 
-    options = Options.of(args)
     without = "Leave it out, or run with --kv-backend default."
-    flags: list[tuple[str, bool, str]] = [
+    flags: list[Refusal] = [
         ("--speculative-algorithm", args.speculative_algorithm is not None, "draft tokens are not yet mapped"),
         ("--disaggregation-mode", args.disaggregation_mode != "null", "pages are not registered for transfer"),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache, "pages have no copy on the host"),
@@ -299,15 +307,15 @@ def refuse_unsupported(args: ServerArgs) -> None:
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),
         ("--attn-cp-size above 1", args.attn_cp_size > 1, "a context would be spread over ranks"),
+        *more,
     ]
     for option, given, why in flags:
         if given:
             refuse(option, why, without)
 
-    model = args.get_model_config()
     name = (model.hf_config.architectures or ["this model"])[0]
     default = "Run this model with --kv-backend default."
-    if args.use_mla_backend():
+    if uses_mla:
         refuse(name, "multi-head latent attention (MLA) caches a compressed vector, not K and V", default)
     if model.is_hybrid_swa or getattr(model, "sliding_window_size", None):
         refuse(name, "its sliding-window layers keep only part of a context", default)
@@ -342,11 +350,13 @@ def asks_for_fp8_kv(model: Any) -> bool:
     return str(told.get("kv_cache_quant_algo")).upper() == "FP8"
 
 
-def choose_page_size(args: ServerArgs) -> int:
+def choose_page_size(args: Any, model: Any, *, attn_tp_size: int) -> int:
     """Tokens a page: `--page-size`, or the smallest size that suits the model. Raises `Refused` for one that does not
     fit the memory, the longest context, the cache or a chunk of prefill."""
-    page = layout_for(args, device=args.device, page_tokens=args.page_size).page_tokens
-    context = args.get_model_config().context_len
+    page = layout_for(
+        args, model, device=args.device, page_tokens=args.page_size, attn_tp_size=attn_tp_size
+    ).page_tokens
+    context = model.context_len
     if args.page_size is not None and page > context:
         raise Refused(
             f"--page-size {page} is longer than the longest context, {context} tokens: leave it out to have one chosen"
@@ -362,16 +372,15 @@ def choose_page_size(args: ServerArgs) -> int:
     return page
 
 
-def layout_for(args: ServerArgs, *, device: str, page_tokens: int | None) -> KVLayout:
-    """The layout of one rank's KV cache for the model in `args` on `device`. Raises `Refused` as `KVLayout.choose`
-    does, and `Unsupported` where the device has no virtual memory management."""
-    model = args.get_model_config()
+def layout_for(args: Any, model: Any, *, device: str, page_tokens: int | None, attn_tp_size: int) -> KVLayout:
+    """The layout of the KV cache of one of `attn_tp_size` ranks for `model` on `device`. Raises `Refused` as
+    `KVLayout.choose` does, and `Unsupported` where the device has no virtual memory management."""
     granularity, tile_tokens = page_units(device)
     dtype = torch.bfloat16 if args.kv_cache_dtype in ("bfloat16", "bf16") else model.dtype
     try:
         return KVLayout.choose(
             layers=model.num_hidden_layers,
-            kv_heads=model.get_num_kv_heads(args.tp_size // (args.dp_size if args.enable_dp_attention else 1)),
+            kv_heads=model.get_num_kv_heads(attn_tp_size),
             head_dim=model.head_dim,
             dtype=dtype,
             granularity=granularity,

@@ -57,6 +57,10 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """By kind, as newer versions of SGLang ask; those before asked for the pool of the first kind only."""
+        return self.get_mha_kv_pool_cls() if kind == "mha" else None
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 

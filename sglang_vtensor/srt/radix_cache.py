@@ -3,8 +3,8 @@
     root -- [system prompt: pages 4 9] -- [turn 1: pages 2 7 3] (parked: 4 9 2 7 3)
                                       \\-- [turn 1': page 11]    (parked: 4 9 11)
 
-A node owns its pages. A request that matched a node has locked it, and reads the pages without owning them. What SGLang
-finds in the tree stays as it was: values are slots on the device, and nodes are whole pages.
+A node owns its pages. A request that matched a node has locked it, and reads the pages without owning them. Nodes are
+whole pages, and SGLang's `value` of a node is the slots of its pages, on the host.
 
 A match goes on inside a page: of the page behind the last whole one, be it a child's or the unfilled last page of a
 request that ended there (a tail), the longest common start is taken too. So reuse is exact to the token.
@@ -28,7 +28,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
     MatchResult,
 )
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_vtensor.segments import Segment
@@ -55,11 +54,16 @@ class PagedInsertParams(InsertParams):
     pages: list[int] = field(default_factory=list)
 
 
-class VTensorRadixCache(RadixCache):
-    """A node has `pages` (ids, in the order of its tokens), `segment` (parked there, or None, or gone since), `tails`
+class PagedRadixCache(RadixCache):
+    """What is the same for every version of SGLang; `patches` has a class for each, with the names that it calls.
+
+    A node has `pages` (ids, in the order of its tokens), `segment` (parked there, or None, or gone since), `tails`
     (`(RadixKey, Tail)`, what followed in pages that were not filled), `firsts` (the first pages of its children, as
     tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it),
-    `depth` (tokens from the root to its end) and `saved` (tokens that its children need not have each)."""
+    `depth` (tokens from the root to its end) and `saved` (tokens that its children need not have each).
+
+    With --disable-radix-cache it is `disable`d: nothing is found, nothing is kept, and requests own all of their pages.
+    """
 
     def __init__(self, params: CacheInitParams) -> None:
         self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
@@ -102,15 +106,36 @@ class VTensorRadixCache(RadixCache):
         node.saved = 0
 
     def _first(self, key: RadixKey) -> tuple[str, tuple[int, ...]]:
-        return _namespace(key), tuple(key.token_ids[: self.page_size])
+        return self.runtime.sglang.namespace(key), tuple(key.token_ids[: self.page_size])
+
+    # How a version of SGLang says it.
+
+    @staticmethod
+    def matched(result: MatchResult) -> int:
+        """How many tokens a match found."""
+        raise NotImplementedError
+
+    @staticmethod
+    def longer(result: MatchResult, tokens: int) -> MatchResult:
+        """A match that goes on for so many tokens inside a page, which no node gives to the request."""
+        raise NotImplementedError
+
+    def insertion(self, req: Req, key: RadixKey, value: torch.Tensor, pages: list[int]) -> PagedInsertParams:
+        """Of the start of a request."""
+        raise NotImplementedError
+
+    def hold(self, req: Req, leaf: TreeNode, tokens: int) -> None:
+        """From now on the request's first `tokens` are the tree's: it locks `leaf`, and no longer what it matched."""
+        raise NotImplementedError
+
+    def tell_removed(self, leaf: TreeNode) -> None:
+        """For who listens to SGLang's events of the cache."""
+        raise NotImplementedError
 
     # Matching.
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """As SGLang does, by whole pages; and for a request, on into the next page (`req.vtensor_partial`).
-
-        The slots of that part are not known before the request has a page of its own: zeros stand for them.
-        """
+        """As SGLang does, by whole pages; and for a request, on into the next page (`req.vtensor_partial`)."""
         result = super().match_prefix(params)
         req = params.req
         if req is None:
@@ -118,30 +143,31 @@ class VTensorRadixCache(RadixCache):
         req.vtensor_partial = None
         if self.disable or self.page_size == 1 or getattr(req, "vtensor_whole_pages", False):
             return result
-        matched = len(result.device_indices)
+        matched = self.matched(result)
         with self.runtime.memory.clock:
             partial = self._inside_page(result.last_device_node, params.key[matched : matched + self.page_size])
         if partial is None:
             return result
         req.vtensor_partial = partial
-        indices = torch.cat([result.device_indices, result.device_indices.new_zeros(partial.tokens)])
-        return result._replace(device_indices=indices, cache_protected_len=matched)
+        return self.longer(result, partial.tokens)
 
     def _inside_page(self, node: TreeNode, rest: RadixKey) -> Partial | None:
         """The longest start of `rest` that a page behind `node` begins with."""
         best: Partial | None = None
         if not len(rest):
             return None
+        sglang = self.runtime.sglang
+        mine = self._first(rest)
         for key, tail in node.tails:
-            if tail.page is not None and key.extra_key == rest.extra_key:
+            if tail.page is not None and sglang.namespace(key) == mine[0]:
                 tokens = key.match(rest)
                 if tokens > (best.tokens if best else 0):
                     best = Partial(tail.page, tokens, tail=tail)
-        at = bisect_left(node.firsts, self._first(rest))
-        for extra, first in node.firsts[max(0, at - 1) : at + 1]:
-            if extra != _namespace(rest):
+        at = bisect_left(node.firsts, mine)
+        for namespace, first in node.firsts[max(0, at - 1) : at + 1]:
+            if namespace != mine[0]:
                 continue
-            child = node.children[first if rest.extra_key is None else (rest.extra_key, first)]
+            child = node.children[sglang.like(rest, first).child_key(self.page_size)]
             tokens = child.key.match(rest)
             if tokens > (best.tokens if best else 0):
                 best = Partial(child.pages[0], tokens, node=child)
@@ -188,7 +214,7 @@ class VTensorRadixCache(RadixCache):
             self._prepare(waiting)
 
     def _prepare(self, waiting: Sequence[Req]) -> None:
-        memory, tokens = self.runtime.memory, self.page_size
+        memory, sglang, tokens = self.runtime.memory, self.runtime.sglang, self.page_size
         seen = (self._inserted, len(waiting), waiting[0].rid if waiting else None, waiting[-1].rid if waiting else None)
         if seen == self._looked_at:
             return
@@ -203,12 +229,12 @@ class VTensorRadixCache(RadixCache):
                 if prepared is not None:
                     memory.drop(prepared)
         for req in waiting[:MAX_PREPARED]:
-            if req.rid in self._prepared or req.kv is not None or len(req.origin_input_ids) <= tokens:
+            if req.rid in self._prepared or sglang.begun(req) or len(req.origin_input_ids) <= tokens:
                 continue
-            if RadixKey(req.origin_input_ids[:tokens], req.extra_key).child_key(tokens) not in self.root_node.children:
+            if sglang.key(req, req.origin_input_ids[:tokens]).child_key(tokens) not in self.root_node.children:
                 continue  # told by one page: nothing of it is cached
             # Its last token is always computed, so what is matched ends before it.
-            key = RadixKey((req.origin_input_ids + req.output_ids)[:-1], req.extra_key)
+            key = sglang.key(req, (req.origin_input_ids + req.output_ids)[:-1])
             node, pages = self._find(key.page_aligned(tokens))
             segment = None
             if self.parked_segment(node) is None:
@@ -227,7 +253,8 @@ class VTensorRadixCache(RadixCache):
             return self._awaits(req, begun)
 
     def _awaits(self, req: Req, begun: Sequence[Req]) -> bool:
-        tokens, start = req.full_untruncated_fill_ids, len(req.prefix_indices)
+        sglang = self.runtime.sglang
+        tokens, start = req.full_untruncated_fill_ids, sglang.prefix(req)
         end = start + AWAITED_TOKENS
         if self.disable or end > req._compute_max_prefix_len(len(tokens)) or req.positional_embed_overrides is not None:
             return False
@@ -239,7 +266,7 @@ class VTensorRadixCache(RadixCache):
             if (
                 len(theirs) // self.page_size * self.page_size >= end  # what fills no page stays its own
                 and theirs[start] == tokens[start]  # most differ here
-                and other.extra_key == req.extra_key
+                and sglang.namespace(other) == sglang.namespace(req)
                 and other.positional_embed_overrides is None
                 and theirs[:end] == tokens[:end]
             ):
@@ -284,74 +311,59 @@ class VTensorRadixCache(RadixCache):
         upper.firsts = [self._first(child.key)]
         return upper
 
-    def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        """The request is over: its full pages go to the tree, or back to the pool, and its segment is parked."""
-        record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)
-        memory = self.runtime.memory
-        written = memory.layout.pages_for(kv_len_to_handle)
-        if not is_insert or self.disable or self.disable_finished_insert:
-            memory.free(record.pages[record.protected : written])
-            if record.segment is not None:
-                memory.release(record.segment)
-        else:
-            tokens = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
-            key, leaf, matched = self._insert_pages(req, record, tokens, chunked=False)
-            full = len(key) // self.page_size
-            memory.free(record.pages[record.protected : matched] + record.pages[full + 1 : written])
-            with memory.clock:
-                if full < written:
-                    self._keep_tail(leaf, RadixKey(tokens[len(key) :], req.extra_key), record.pages[full])
-                self._park(record.segment, leaf)
-        if req.last_node is not None:
-            self.dec_lock_ref(req.last_node)
-
-    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
-        """The request goes on: its full pages go to the tree, which it reads them from now.
+    def advance(self, req: Req, tokens: Sequence[int], *, over: bool) -> None:
+        """The full pages of `tokens`, which the request has computed, go to the tree, and it reads them from there now.
 
         Where the tree has equal pages already (the same prompt twice in a batch), the request's own are freed, and the
-        tree's take their place in its record: its segment shows freed pages until it is mapped again.
+        tree's take their place in its record: its segment shows freed pages until it is mapped again. Of one that is
+        `over` nobody reads the table of slots any more.
         """
-        if self.disable:
-            return
-        record = self.runtime.requests[req.req_pool_idx]
-        tokens = req.get_fill_ids()
-        row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(tokens)]
-        key, leaf, matched = self._insert_pages(req, record, tokens, chunked=chunked)
+        runtime = self.runtime
+        slot = runtime.sglang.slot(req)
+        record = runtime.requests[slot]
+        key = runtime.sglang.key(req, tokens).page_aligned(self.page_size)
         full = len(key) // self.page_size
-
-        if matched > record.protected:
-            indices = self.match_prefix(MatchPrefixParams(key=key)).device_indices
-            start = record.protected * self.page_size
-            self.req_to_token_pool.write((req.req_pool_idx, slice(start, len(indices))), indices[start:])
-            with self.runtime.memory.clock:
-                self.runtime.memory.free(record.pages[record.protected : matched])
-                record.pages[record.protected : matched] = self.path_pages(leaf)[record.protected : matched]
+        pages = record.pages[:full]
+        result = self.insert(self.insertion(req, key, self._slots(pages), pages))
+        leaf, had = result.last_device_node, result.prefix_len // self.page_size
+        if had > record.protected:
+            with runtime.memory.clock:
+                runtime.memory.free(record.pages[record.protected : had])
+                theirs = self.path_pages(leaf)[record.protected : had]
+                record.pages[record.protected : had] = theirs
+            if not over:
+                where = slice(record.protected * self.page_size, had * self.page_size)
+                table = self.req_to_token_pool
+                table.write((slot, where), self._slots(theirs).to(table.req_to_token.device, non_blocking=True))
         record.protected = full
-        if self.runtime.sharing is not None:
-            self.runtime.sharing.changed(req.req_pool_idx)
-        req.cache_protected_len = len(key)
-        self.dec_lock_ref(req.last_node)
-        self.inc_lock_ref(leaf)
-        req.last_node = leaf
-        # The next chunk starts behind all of its tokens, those of the last, unfilled page included.
-        req.prefix_indices = row.to(torch.int64, copy=True)
+        if runtime.sharing is not None and not over:
+            runtime.sharing.changed(slot)
+        self.hold(req, leaf, len(key))
 
-    def _insert_pages(
-        self, req: Req, record: RequestPages, tokens: list[int], *, chunked: bool
-    ) -> tuple[RadixKey, TreeNode, int]:
-        """Insert a request's full pages. Returns the key, the node it ends at, and the pages the tree had before."""
-        key = RadixKey(tokens, req.extra_key).page_aligned(self.page_size)
-        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(key)].to(torch.int64, copy=True)
-        result = self.insert(
-            PagedInsertParams(
-                key=key,
-                value=slots,
-                chunked=chunked,
-                priority=req.priority or 0,
-                pages=record.pages[: len(key) // self.page_size],
-            )
-        )
-        return key, result.last_device_node, result.prefix_len // self.page_size
+    def end_request(self, req: Req, written: int, *, kept: bool) -> None:
+        """The request is over, with `written` tokens. What of it is `kept`, the tree has by now (`advance`): its
+        unfilled last page is remembered too, and its segment parked. The rest goes back to the pool."""
+        runtime = self.runtime
+        memory = runtime.memory
+        record = runtime.end_request(runtime.sglang.slot(req), runtime.sglang.allocated(req))
+        if not kept:
+            memory.free(record.pages[record.protected :])
+            if record.segment is not None:
+                memory.release(record.segment)
+            return
+        full = record.protected
+        tail = full < memory.layout.pages_for(written)
+        memory.free(record.pages[full + tail :])
+        with memory.clock:
+            if tail:
+                tokens = (req.origin_input_ids + req.output_ids)[full * self.page_size : written]
+                self._keep_tail(req.last_node, runtime.sglang.key(req, tokens), record.pages[full])
+            self._park(record.segment, req.last_node)
+
+    def _slots(self, pages: list[int]) -> torch.Tensor:
+        """The slots of these pages (int64, on the host)."""
+        first = torch.tensor(pages, dtype=torch.int64) * self.page_size
+        return (first[:, None] + torch.arange(self.page_size)).reshape(-1)
 
     def _keep_tail(self, node: TreeNode, key: RadixKey, page: int) -> None:
         """A request ended at `node` with the tokens of `key` in a page that they do not fill."""
@@ -437,7 +449,7 @@ class VTensorRadixCache(RadixCache):
         del firsts[bisect_left(firsts, self._first(leaf.key))]
         self._delete_leaf(leaf)
         self._rate(leaf.parent)
-        self._record_remove_event(leaf)
+        self.tell_removed(leaf)
         pages: list[int] = leaf.pages
         return pages
 
@@ -522,49 +534,3 @@ class VTensorRadixCache(RadixCache):
                 path = self.path_pages(node)
                 shown = min(len(path), len(segment.pages))
                 assert segment.pages[:shown] == path[:shown], (segment, path)
-
-
-def _namespace(key: RadixKey) -> str:
-    return "" if key.extra_key is None else f"={key.extra_key}"
-
-
-class VTensorChunkCache(ChunkCache):
-    """What SGLang uses with --disable-radix-cache: nothing is shared, requests own all of their pages."""
-
-    def __init__(self, params: CacheInitParams) -> None:
-        super().__init__(params)
-        self.runtime: Runtime = params.token_to_kv_pool_allocator.runtime
-        self.runtime.use_group(params.tp_cache_group)
-
-    def path_pages(self, node: TreeNode | None) -> list[int]:
-        return []
-
-    def segment_for(self, req: Req, taken: Container[int] = ()) -> None:
-        return None
-
-    def prepare(self, waiting: Sequence[Req]) -> None:
-        """Nothing is shared, so there is nothing to prepare."""
-
-    def awaits(self, req: Req, begun: Sequence[Req]) -> bool:
-        """Nothing is shared, so there is nothing to wait for."""
-        return False
-
-    def give_back(self, req: Req, record: RequestPages) -> None:
-        if record.segment is not None:
-            self.runtime.memory.release(record.segment)
-
-    def expire(self, before: float) -> int:
-        """Nothing is cached, so nothing grows old."""
-        return 0
-
-    def shared_prefixes(self, count: int) -> list[dict[str, int]]:
-        return []
-
-    def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        record = self.runtime.end_request(req.req_pool_idx, req.kv.kv_allocated_len)
-        self.runtime.memory.free(record.pages[: self.runtime.memory.layout.pages_for(kv_len_to_handle)])
-        if record.segment is not None:
-            self.runtime.memory.release(record.segment)
-
-    def check_integrity(self) -> None:
-        self.runtime.check_integrity()

@@ -25,6 +25,7 @@ from sglang_vtensor.segments import Segment
 if TYPE_CHECKING:
     from sglang_vtensor.srt.batch_sharing import BatchSharing
     from sglang_vtensor.srt.metrics import Metrics
+    from sglang_vtensor.srt.requests import Requests
 
 
 #: So many pages are mapped for an extend batch, at most, if its kernel can read pages instead; beside the new ones,
@@ -80,8 +81,10 @@ class Runtime:
     read segments at all; and not where that batch is to be read by pages (`by_pages`).
     """
 
-    def __init__(self, memory: KVMemory, num_request_slots: int) -> None:
+    def __init__(self, memory: KVMemory, num_request_slots: int, sglang: Requests) -> None:
         self.memory = memory
+        #: How the running version of SGLang keeps requests.
+        self.sglang = sglang
         self.requests: dict[int, RequestPages] = {}
         self.segment_of = np.zeros(num_request_slots, dtype=np.int64)
         #: Copies that the next batch begins with: source page, target page, tokens.

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Larger batches are done by SGLang's own decode. Its graphs go up to so many requests, or fewer.
 MAX_REQUESTS = 512
-#: What graph keys of shared decode are told apart by.
-VARIANT = "vtensor_shared"
 
 
 class SharedDecodeBackend(AttentionBackend):
@@ -71,6 +69,7 @@ class SharedDecodeBackend(AttentionBackend):
         self.shared = False
         self._told = -1  # the state of the sharing that was looked at last: the device has it, if it fits
         self._fits = False
+        self._decided_for, self._decided = -1, False
 
     @classmethod
     def around(cls, runner: ModelRunner, inner: AttentionBackend) -> AttentionBackend:
@@ -92,7 +91,7 @@ class SharedDecodeBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         requests = forward_batch.batch_size
         self.shared = forward_batch.forward_mode.is_decode() and (
-            self.capturing and self.has_room_for(requests) if in_capture else self._tell(requests)
+            self.capturing and self.has_room_for(requests) if in_capture else self.decide(forward_batch, requests)
         )
         if self.shared:
             self.decoder.find_pages(self.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
@@ -106,7 +105,7 @@ class SharedDecodeBackend(AttentionBackend):
             self.inner.init_forward_metadata_in_graph(forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self.shared = forward_batch.forward_mode.is_decode() and self._tell(forward_batch.batch_size)
+        self.shared = self.decide(forward_batch, forward_batch.batch_size)
         if self.shared:
             self.decoder.find_pages(self.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
             self.init_forward_metadata_in_graph(forward_batch)
@@ -117,9 +116,18 @@ class SharedDecodeBackend(AttentionBackend):
         """Whether a batch of so many requests, padding included, can be done here."""
         return requests <= self.decoder.max_requests
 
+    def decide(self, forward_batch: ForwardBatch, requests: int) -> bool:
+        """Whether the batch at hand is done here, of so many requests, padding included. However often it is asked, the
+        answer for one batch is one."""
+        if not forward_batch.forward_mode.is_decode():
+            return False
+        if self._decided_for != self.sharing.batches:
+            self._decided_for, self._decided = self.sharing.batches, self._tell(requests)
+        return self._decided
+
     def _tell(self, requests: int) -> bool:
-        """Whether the batch is done here. If so, the device knows who shares what in it; told on the stream that it
-        runs on, behind the batch before."""
+        """Whether the batch is to be done here. If so, the device knows who shares what in it; it is told on the stream
+        that the batch runs on, behind the batch before."""
         sharing = self.sharing.sharing
         shared = self.sharing.pays and self.has_room_for(requests)
         if shared and self._told != sharing.changes:

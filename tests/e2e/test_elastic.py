@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.vmm import VMMError
+from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import leave_pages, refuse_at_random
 from tests.harness import ON_GPU, Abort, Do, Request, side_by_side
@@ -185,7 +186,7 @@ def compiled_for_the_last_chunk(scheduler):
     def after_the_look(*args):
         answer_failed(*args)
         chunked = scheduler.chunked_req
-        if chunked is not None and len(chunked.origin_input_ids) - chunked.extend_range.end <= 64 * S:
+        if chunked is not None and len(chunked.origin_input_ids) - versions.computed(chunked) <= 64 * S:
             ready.append(True)
 
     def watch(batch, *args, **kwargs):

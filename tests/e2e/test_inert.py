@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from sglang_vtensor import patches
 from tests.e2e.compare import Prompts
 from tests.harness import Request, Scheduler
 
@@ -20,15 +21,16 @@ def classes(scheduler):
 def test_the_default_backend_is_sglangs_own(schedulers):
     packages, patched = schedulers().call(classes)
     assert packages <= {"sglang", "sglang_vtensor"}
-    names = [name.rsplit(".", 1)[1] for name in patched]
-    assert names == [
-        "configure_scheduler_process",
-        "__init__",
-        "_handle_model_specific_adjustments",
+    assert patched == sorted(seam.target for seam in patches.load().everywhere())
+    assert {name.split(".")[-1] for name in patched} <= {
         "add_cli_args",
-        "check_server_args",
         "from_cli_args",
-    ]
+        "__init__",
+        "resolve_once",
+        "_handle_model_specific_adjustments",
+        "check_server_args",
+        "configure_scheduler_process",
+    }, "settings, and where a scheduler begins"
 
 
 def allocator_module(scheduler):

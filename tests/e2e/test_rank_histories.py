@@ -53,7 +53,8 @@ def join(scheduler: Any, number: int, store: str) -> None:
         return result
 
     def run_batch(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = [(req.rid, req.req_pool_idx, int(n)) for req, n in zip(batch.reqs, batch.seq_lens_cpu, strict=True)]
+        slot = runtime.sglang.slot
+        rows = [(req.rid, slot(req), int(n)) for req, n in zip(batch.reqs, batch.seq_lens_cpu, strict=True)]
         scheduler.noted.append((batch.forward_mode.name, rows, state(scheduler)))
         return launch(batch, *args, **kwargs)
 
@@ -68,7 +69,9 @@ def state(scheduler: Any) -> tuple[Any, ...]:
     while stack:
         node, before = stack.pop()
         path = (*before, tuple(node.key.token_ids))
-        tails = [(key.extra_key, tuple(key.token_ids), tail.page is not None) for key, tail in node.tails]
+        tails = [
+            (runtime.sglang.namespace(key), tuple(key.token_ids), tail.page is not None) for key, tail in node.tails
+        ]
         nodes.append((hash(path), node.lock_ref, len(node.pages), tails))
         stack += [(child, path) for child in node.children.values()]
     records = {slot: (len(record.pages), record.protected) for slot, record in runtime.requests.items()}

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from tests import versions
 from tests.harness import Scheduler
 
 
@@ -75,6 +76,7 @@ def test_options(models, server_args, message):
         ("--grammar-backend xgrammar", "--grammar-backend xgrammar needs a GPU's pinned memory: "),
         ("--enable-torch-compile", "--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it"),
         ("--enable-mixed-chunk", "--kv-backend vtensor does not support --enable-mixed-chunk: "),
+        *((f"{option}", f"--kv-backend vtensor does not support {option}: ") for option in versions.REFUSED_OPTIONS),
         ("--kv-backend default --vtensor-min 0", "--vtensor-min 0 needs --kv-backend vtensor: give that too, or leave"),
         ("--kv-backend default --vtensor-reserve 0.02", "--vtensor-reserve 0.02 needs --kv-backend vtensor: give that"),
     ],
@@ -101,7 +103,7 @@ def parse(arguments, said):
     from sglang.srt.server_args import prepare_server_args
 
     load_plugins()
-    prepare_server_args(arguments)
+    versions.settle(prepare_server_args(arguments))
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,30 @@ def test_flush_forgets_everything(pair):
     both(reference, ours, [Request("three", tokens + tokens, 10)], tie=tie)
 
 
+def test_salts_share_nothing(pair):
+    """`cache_salt` isolates users: inside pages, in unfinished pages, and while a prefix is awaited."""
+    page = pair.page_size
+    reference, ours, tie = pair()
+    prompt = Prompts(23)
+    stem = prompt(3 * page + 37)
+    both(reference, ours, [Request("one", stem, 9, salt="one")], tie=tie, cached=[0])
+    # The whole text, its start, which ends inside of a page, and what goes on in its unfinished page.
+    texts = [stem, stem[: 2 * page + 5] + prompt(30), stem + prompt(30)]
+    for n, text in enumerate(texts):
+        strangers = [Request(f"two{n}", text, 5, salt=f"two{n}"), Request(f"key{n}", text, 5, extra_key=f"one{n}")]
+        both(reference, ours, strangers, tie=tie, cached=[0, 0])
+        known = [min(len(stem), len(text) - 1), 2 * page + 5, len(stem)][n]
+        both(reference, ours, [Request(f"one{n}", text, 5, salt="one")], tie=tie, cached=[known])
+    both(reference, ours, [Request("none", stem, 5)], tie=tie, cached=[0])
+    both(reference, ours, [Request("both", stem, 5, salt="one", extra_key="a")], tie=tie, cached=[0])
+    fresh = prompt(4 * page + 40)
+    with having(ours, AWAITED_TOKENS=8):
+        before = ours.stats()["awaited_prefixes"]
+        twins = [Request(f"twin{n}", fresh, 9, salt=salt) for n, salt in enumerate(["x", "y", None])]
+        both(reference, ours, twins, tie=tie, cached=[0, 0, 0])
+        assert ours.stats()["awaited_prefixes"] == before
+
+
 def test_separate_namespaces_share_nothing(pair):
     reference, ours, tie = pair()
     tokens = Prompts(12)(100)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sglang_vtensor import demo
+from sglang_vtensor import demo, patches
 from sglang_vtensor.cli import app
 from sglang_vtensor.server_client import server_stats
 from sglang_vtensor.srt.elastic import SLEEP, WAKE
@@ -293,8 +294,15 @@ def test_flush_gives_the_cache_up(server):
 def test_a_demo_that_is_ended_takes_its_server_with_it(tmp_path):
     command = [sys.executable, "-m", "sglang_vtensor.cli", "demo"]
     demonstration = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
-    wait_for(lambda: psutil.Process(demonstration.pid).children(), 60)
-    (server,) = psutil.Process(demonstration.pid).children()
+    seen = []
+
+    def server_is_there():
+        children = psutil.Process(demonstration.pid).children()
+        seen[:] = [child for child in children if "sglang.launch_server" in child.cmdline()]
+        return seen
+
+    wait_for(server_is_there, 60)
+    (server,) = seen
     demonstration.terminate()
     assert demonstration.wait(60) == 128 + signal.SIGTERM
     gone, alive = psutil.wait_procs([server], timeout=20)
@@ -305,7 +313,8 @@ def test_a_demo_that_is_ended_takes_its_server_with_it(tmp_path):
 def test_check_on_the_command_line():
     shown = CliRunner().invoke(app, ["check"])
     assert shown.exit_code == 0, shown.output
-    assert "0.5.17, patch v0_5_17" in shown.output
+    installed = version("sglang")
+    assert f"{installed}, patch {patches.module_name(installed)}" in shown.output
 
 
 def quiet(url):

@@ -13,7 +13,8 @@ from sglang_vtensor.srt import shared_decode
 from sglang_vtensor.srt.kv_pool import VTensorKVPool
 from sglang_vtensor.srt.options import Options
 from sglang_vtensor.srt.runtime import RequestPages
-from sglang_vtensor.srt.shared_decode import VARIANT, SharedDecodeBackend
+from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+from tests import versions
 from tests.kernels.reference import DEVICE, assert_close, one_by_slot
 
 Q_HEADS, KV_HEADS, DIM = 8, 2, 64
@@ -50,6 +51,7 @@ class Server:
             max_tokens=20 * PAGE,
             start_layer=0,
             end_layer=layout.layers,
+            sglang=patches.load().requests,
         )
         self.runtime = self.pool.runtime
         self.table = torch.zeros(8, 20 * PAGE, dtype=torch.int32)
@@ -215,39 +217,51 @@ def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
     assert "shared decode is off: it takes head dimensions 64, 80, 96, 128, 256, and this model's is 72" in caplog.text
 
 
+def decode_batch(size):
+    return SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: True),
+        batch_size=size,
+        req_pool_indices=torch.zeros(size, dtype=torch.int64, device=DEVICE),
+        seq_lens=torch.ones(size, dtype=torch.int64, device=DEVICE),
+    )
+
+
 def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
     """Larger batches than shared decode has room for have SGLang's graph only."""
-    module = patches.load()
     room = server.backend.decoder.max_requests
     hybrid = HybridAttnBackend.__new__(HybridAttnBackend)
     hybrid.decode_backend = server.backend
-    runner = SimpleNamespace(attn_backend=hybrid, capture_bs=[4, room, room + 1, 640])
-    keys = []
-
-    def make_key(self, size, stream_idx, variant_label):
-        return (size, stream_idx, variant_label)
-
-    def capture(self, stream_idx):
-        for size in self.capture_bs:
-            batch = SimpleNamespace(
-                forward_mode=SimpleNamespace(is_decode=lambda: True),
-                batch_size=size,
-                req_pool_indices=torch.zeros(size, dtype=torch.int64, device=DEVICE),
-                seq_lens=torch.ones(size, dtype=torch.int64, device=DEVICE),
-            )
-            for label in (None, "lora"):
-                server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
-                keys.append(module._label_graph_key(make_key, self, size, stream_idx, label))
-
-    module._capture_both(capture, runner, None)
-    plain = [(size, None, label) for size in (4, room, room + 1, 640) for label in (None, "lora")]
-    shared = [(size, None, label) for size in (4, room) for label in (VARIANT, f"lora-{VARIANT}")]
-    assert keys == plain + shared
-    assert runner.capture_bs == [4, room, room + 1, 640]
+    sizes = [4, room, room + 1, 640]
+    runner = SimpleNamespace(attn_backend=hybrid, capture_bs=sizes)
+    keys = versions.captured(
+        runner, (None, "lora"), lambda size: server.backend.init_forward_metadata_out_graph(decode_batch(size), True)
+    )
+    wanted = [(size, label, False) for size in sizes for label in (None, "lora")]
+    wanted += [(size, label, True) for size in (4, room) for label in (None, "lora")]
+    assert sorted(keys.values(), key=str) == sorted(wanted, key=str)
+    assert len(keys) == len(wanted), "two graphs under one key"
+    assert runner.capture_bs == sizes
     assert not server.backend.capturing
     server.backend.capturing = True
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=room + 1)
-    server.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    server.backend.init_forward_metadata_out_graph(decode_batch(room + 1), in_capture=True)
     assert not server.backend.shared
-    other = SimpleNamespace(attn_backend=server.inner)
-    assert module._label_graph_key(make_key, other, 4) == (4, None, None)
+    others = SimpleNamespace(attn_backend=server.inner, capture_bs=sizes)
+    assert set(versions.captured(others, (None,), lambda size: None).values()) == {(size, None, None) for size in sizes}
+
+
+def test_a_batch_is_decided_once(server):
+    """SGLang may ask which graph it is before its metadata is made, and again; sizes of graphs are padded."""
+    fill(server)
+    for pays in (True, False):
+        server.runtime.sharing.begin([1, 2, 3], 3 * (4 * PAGE + 2))
+        server.runtime.sharing.pays = pays
+        before = server.runtime.sharing.stats()
+        batch = decode_batch(3)
+        assert [server.backend.decide(batch, size) for size in (4, 4, 3)] == [pays] * 3
+        server.backend.init_forward_metadata_out_graph(batch)
+        assert server.backend.shared == pays
+        counted = server.runtime.sharing.stats()
+        kind = "decode_steps_shared" if pays else "decode_steps_plain"
+        assert counted[kind] == before[kind] + 1
+    prefill = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: False), batch_size=3)
+    assert not server.backend.decide(prefill, 3)

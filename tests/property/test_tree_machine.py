@@ -9,6 +9,7 @@ and adopted addresses. And what a batch reads stays where it reads it until that
 from __future__ import annotations
 
 import random
+import zlib
 from array import array
 from collections import Counter
 from types import SimpleNamespace
@@ -20,16 +21,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
+from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import KVMemory
 from sglang_vtensor.segments import Segment
 from sglang_vtensor.srt.runtime import Extend, RequestPages, Runtime
 from sglang_vtensor.vmm.host import HostVirtualMemory
+from tests import versions
 
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
 #: Batches that were launched and are not done, at most.
 FLYING = 3
-POLICIES = ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
+POLICIES = ["lru", "lfu", "fifo", "filo", "priority", "slru", *versions.MORE_POLICIES]
 
 
 #: Reads of all histories, by what was read.
@@ -42,12 +45,13 @@ SAID = st.builds(lambda saying, count: SAYINGS[saying][:count], st.integers(0, l
 WHICH = st.integers(0, 11)
 #: So many tokens of a prompt are computed at first.
 CHUNK = st.sampled_from([1, 3, 8, CONTEXT, CONTEXT])
-#: SGLang's `extra_key`: None, or what a LoRA adapter or a salt makes of it.
-NAMESPACES = [None, "a", "b"]
+#: Who may share: an `extra_key`, which an adapter makes, and a `cache_salt`.
+NAMESPACES = [(None, None), ("a", None), ("b", None), (None, "a"), ("a", "b")]
 
 
-def content(namespace, tokens) -> int:
-    return hash((NAMESPACES.index(namespace), *tokens)) % 1_000_003
+def content(namespace: str, tokens) -> int:
+    """`namespace` as `Requests.namespace` has it."""
+    return zlib.crc32(repr((namespace, tuple(tokens))).encode()) % 1_000_003
 
 
 def one_of(things: list[Any], which: int) -> Any:
@@ -65,9 +69,6 @@ class TreeMachine(RuleBasedStateMachine):
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
-        from sglang_vtensor.srt.allocator import VTensorAllocator
-        from sglang_vtensor.srt.radix_cache import VTensorRadixCache
-
         layout = KVLayout(1, 8, 64, torch.float32, page_tokens, stride_bytes=4096, granularity=4096)
         self.memory = KVMemory(
             HostVirtualMemory(),
@@ -79,12 +80,13 @@ class TreeMachine(RuleBasedStateMachine):
             idle_seconds=0.0,
             worker=False,
         )
-        self.runtime = Runtime(self.memory, ROWS + 1)
+        self.sglang = patches.load().requests
+        self.runtime = Runtime(self.memory, ROWS + 1, self.sglang)
         self.runtime.extend_reads_segments = self.runtime.extend_reads_pages = True
         kvcache = SimpleNamespace(page_size=page_tokens, dtype=torch.float32, device="cpu", runtime=self.runtime)
-        allocator = VTensorAllocator(CAPACITY_TOKENS, kvcache)
+        allocator = versions.allocator(CAPACITY_TOKENS, kvcache)
         self.rows = ReqToTokenPool(ROWS, CONTEXT, "cpu", False)
-        self.tree = VTensorRadixCache(
+        self.tree = versions.prefix_index(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.rows,
@@ -109,17 +111,17 @@ class TreeMachine(RuleBasedStateMachine):
         while stack:
             node, before = stack.pop()
             text = before + list(node.key.token_ids)
-            yield node.key.extra_key, text
+            yield self.sglang.namespace(node.key), text
             for key, tail in node.tails:
                 if tail.page is not None and self.tokens_a_page > 1:
-                    yield key.extra_key, text + list(key.token_ids)
+                    yield self.sglang.namespace(key), text + list(key.token_ids)
             stack += [(child, text) for child in node.children.values()]
 
     # What SGLang's scheduler does, in its order.
 
     def take(self, req: SimpleNamespace, upto: int) -> bool:
         """Pages for `upto` tokens, evicting if need be."""
-        record = self.runtime.requests[req.req_pool_idx]
+        record = self.runtime.requests[self.sglang.slot(req)]
         wanted = self.memory.layout.pages_for(upto) - len(record.pages)
         short = wanted - self.memory.available_pages()
         if short > 0:
@@ -132,12 +134,12 @@ class TreeMachine(RuleBasedStateMachine):
 
     def write(self, req: SimpleNamespace, upto: int) -> None:
         """The KV of the tokens up to there, by slot."""
-        record = self.runtime.requests[req.req_pool_idx]
+        record = self.runtime.requests[self.sglang.slot(req)]
         tokens = req.origin_input_ids + req.output_ids
         for i in range(req.written, upto):
             slot = record.pages[i // self.tokens_a_page] * self.tokens_a_page + i % self.tokens_a_page
-            self.rows.req_to_token[req.req_pool_idx, i] = slot
-            self.keys[slot] = float(content(req.extra_key, tokens[: i + 1]))
+            self.rows.req_to_token[self.sglang.slot(req), i] = slot
+            self.keys[slot] = float(content(self.sglang.namespace(req), tokens[: i + 1]))
         req.written = upto
 
     def grow(self, req: SimpleNamespace, upto: int) -> bool:
@@ -148,10 +150,12 @@ class TreeMachine(RuleBasedStateMachine):
 
     def begin(self, req: SimpleNamespace, partial, upto: int) -> bool:
         """The first pages of a request, whose first one begins as another does."""
-        record = self.runtime.requests[req.req_pool_idx]
+        record = self.runtime.requests[self.sglang.slot(req)]
         tokens = list(req.origin_input_ids)
         whole = record.protected * self.tokens_a_page
-        expected = [float(content(req.extra_key, tokens[: i + 1])) for i in range(whole, whole + partial.tokens)]
+        expected = [
+            float(content(self.sglang.namespace(req), tokens[: i + 1])) for i in range(whole, whole + partial.tokens)
+        ]
         assert 0 < partial.tokens < self.tokens_a_page
         source = self.keys[partial.page * self.tokens_a_page :][: partial.tokens, 0, 0]
         assert source.tolist() == expected, "a page does not begin as its tokens say"
@@ -174,7 +178,7 @@ class TreeMachine(RuleBasedStateMachine):
         if page != partial.page:
             self.memory.copy_tokens(partial.page, page, partial.tokens)
         start = page * self.tokens_a_page
-        self.rows.req_to_token[req.req_pool_idx, whole : whole + partial.tokens] = torch.arange(
+        self.rows.req_to_token[self.sglang.slot(req), whole : whole + partial.tokens] = torch.arange(
             start, start + partial.tokens
         )
         req.written = whole + partial.tokens
@@ -183,7 +187,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     def read(self, req: SimpleNamespace, new: int, *, by_pages: bool) -> None:
         """A batch reads the request's segment, or its pages."""
-        slot = req.req_pool_idx
+        slot = self.sglang.slot(req)
         record = self.runtime.requests[slot]
         adopt = self.tree.segment_for(req) if record.segment is None else None
         self.runtime.waits_for = lambda batch, new_pages: 1 << 30 if by_pages else 0
@@ -196,7 +200,7 @@ class TreeMachine(RuleBasedStateMachine):
         else:
             shown = self.by_segment[record.segment.index, : req.written, 0, 0].tolist()
         READS["pages" if by_pages else "segments"] += 1
-        assert shown == [float(content(req.extra_key, tokens[: i + 1])) for i in range(req.written)]
+        assert shown == [float(content(self.sglang.namespace(req), tokens[: i + 1])) for i in range(req.written)]
         pages = record.pages[: self.memory.layout.pages_for(req.written)]
         self.flying.append((self.memory.launch(), None if by_pages else record.segment, pages))
         while len(self.flying) > FLYING:
@@ -220,27 +224,18 @@ class TreeMachine(RuleBasedStateMachine):
         which=WHICH,
         cut=st.integers(0, CONTEXT),
         more=SAID,
-        namespace=st.sampled_from([None] * 6 + NAMESPACES),
+        namespace=st.sampled_from(NAMESPACES[:1] * 6 + NAMESPACES),
         by_pages=st.none() | st.booleans(),
         chunk=CHUNK,
     )
     @precondition(lambda self: len(self.waiting) < 4)
     def arrive(
-        self, which: int, cut: int, more: list[int], namespace: str | None, by_pages: bool | None, chunk: int
+        self, which: int, cut: int, more: list[int], namespace: tuple, by_pages: bool | None, chunk: int
     ) -> None:
         """A request queues, and begins at once, or waits (None): meanwhile the worker maps what it will share."""
         tokens = (one_of(self.spoken, which)[:cut] + more)[: CONTEXT - 8]
         self.arrived += 1
-        req = SimpleNamespace(
-            rid=str(self.arrived),
-            origin_input_ids=array("q", tokens),
-            output_ids=array("q"),
-            extra_key=namespace,
-            priority=0,
-            written=0,
-            kv=None,
-        )
-        req.get_fill_ids = lambda: (req.origin_input_ids + req.output_ids)[: req.written]
+        req = versions.request(str(self.arrived), array("q", tokens), *namespace)
         self.waiting.append(req)
         self.tree.prepare(self.waiting)
         if by_pages is not None and len(self.requests) < ROWS:
@@ -277,17 +272,14 @@ class TreeMachine(RuleBasedStateMachine):
     def look_up(self, req: SimpleNamespace, tokens: int):
         """The node at which the request's first tokens end: they have nodes of their own from now on."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-        from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        key = RadixKey(req.origin_input_ids[:tokens], req.extra_key)
+        key = self.sglang.key(req, req.origin_input_ids[:tokens])
         return self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
 
     def shared_and_waiting(self) -> list[tuple[SimpleNamespace, int]]:
         """The requests that wait, and would find two whole pages or more; with their number."""
-        from sglang.srt.mem_cache.radix_cache import RadixKey
-
         page = self.tokens_a_page
-        keys = [RadixKey(req.origin_input_ids, req.extra_key).page_aligned(page) for req in self.waiting]
+        keys = [self.sglang.key(req, req.origin_input_ids).page_aligned(page) for req in self.waiting]
         found = [(req, len(self.tree._find(key)[1])) for req, key in zip(self.waiting, keys, strict=True)]
         return [(req, pages) for req, pages in found if pages > 1]
 
@@ -299,28 +291,28 @@ class TreeMachine(RuleBasedStateMachine):
     def begin_waiting(self, req: SimpleNamespace, chunk: int, *, by_pages: bool) -> None:
         """Its first chunk is computed: all of what it says, or so many tokens."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-        from sglang.srt.mem_cache.radix_cache import RadixKey
 
         self.waiting.remove(req)
         tokens = list(req.origin_input_ids)
-        match = self.tree.match_prefix(
-            MatchPrefixParams(key=RadixKey(req.origin_input_ids, req.extra_key, limit=len(tokens) - 1), req=req)
-        )
+        key = self.sglang.key(req, req.origin_input_ids)
+        key.limit = len(tokens) - 1
+        match = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
         partial = req.vtensor_partial
-        prefix = len(match.device_indices) - (partial.tokens if partial else 0)
-        assert self.keys[match.device_indices[:prefix], 0, 0].tolist() == [
-            float(content(req.extra_key, tokens[: i + 1])) for i in range(prefix)
+        prefix = versions.found(match) - (partial.tokens if partial else 0)
+        pages = self.tree.path_pages(match.last_device_node)
+        slots = (torch.tensor(pages, dtype=torch.int64)[:, None] * self.tokens_a_page).repeat(1, self.tokens_a_page)
+        slots = (slots + torch.arange(self.tokens_a_page)).flatten()
+        assert self.keys[slots[:prefix], 0, 0].tolist() == [
+            float(content(self.sglang.namespace(req), tokens[: i + 1])) for i in range(prefix)
         ]
-        mine = [text for namespace, text in self.cached() if namespace == req.extra_key]
+        mine = [text for namespace, text in self.cached() if namespace == self.sglang.namespace(req)]
         longest = max((common(tokens[:-1], text) for text in mine), default=0)
         assert prefix + (partial.tokens if partial else 0) == longest, "reuse is exact to the token"
-        req.req_pool_idx = self.rows.free_slots.pop()
-        req.last_node, req.cache_protected_len, req.written = match.last_device_node, prefix, prefix
-        self.tree.inc_lock_ref(req.last_node)
-        self.rows.req_to_token[req.req_pool_idx, :prefix] = match.device_indices[:prefix].to(torch.int32)
-        pages = self.tree.path_pages(req.last_node)
+        versions.begin(self.tree, req, self.rows.free_slots.pop(), match, prefix)
+        req.written = prefix
+        self.rows.req_to_token[self.sglang.slot(req), :prefix] = slots.to(torch.int32)
         assert len(pages) * self.tokens_a_page == prefix
-        self.runtime.requests[req.req_pool_idx] = RequestPages(pages, len(pages))
+        self.runtime.requests[self.sglang.slot(req)] = RequestPages(pages, len(pages))
         upto = min(len(tokens), longest + chunk)
         begun = self.begin(req, partial, upto) if partial else self.grow(req, upto)
         if not begun:
@@ -334,7 +326,7 @@ class TreeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     def stash(self, which: int) -> None:
         """The prefill's result is processed: full pages go to the tree, equal ones are swapped."""
-        self.tree.cache_unfinished_req(one_of(self.requests, which))
+        versions.stash(self.tree, one_of(self.requests, which))
 
     @rule(which=WHICH, more=SAID, by_pages=st.booleans())
     @precondition(lambda self: self.requests)
@@ -361,9 +353,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.end(req, insert=insert)
 
     def end(self, req: SimpleNamespace, *, insert: bool) -> None:
-        req.kv = SimpleNamespace(kv_allocated_len=req.written)
-        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.written)
-        self.rows.free_slots.append(req.req_pool_idx)
+        self.rows.free_slots.append(versions.end(self.tree, req, insert=insert))
 
     @rule(tokens=st.integers(1, 16) | st.integers(1, CAPACITY_TOKENS))
     @precondition(lambda self: self.tree.root_node.children)
@@ -419,7 +409,7 @@ class TreeMachine(RuleBasedStateMachine):
             tokens = before + list(node.key.token_ids)
             if node is not self.tree.root_node:
                 got = self.keys[node.value, 0, 0].tolist()
-                whose = node.key.extra_key
+                whose = self.sglang.namespace(node.key)
                 assert got == [float(content(whose, tokens[: i + 1])) for i in range(len(before), len(tokens))]
             stack += [(child, tokens) for child in node.children.values()]
 
@@ -476,7 +466,8 @@ def busy_history(rng: random.Random) -> None:
 
     def arrive() -> None:
         begins = rng.choice([None, None, True, False])
-        machine.arrive(which(), rng.randint(0, CONTEXT), said(), rng.choice([None] * 6 + NAMESPACES), begins, chunk())
+        namespace = rng.choice(NAMESPACES[:1] * 6 + NAMESPACES)
+        machine.arrive(which(), rng.randint(0, CONTEXT), said(), namespace, begins, chunk())
 
     steps = {
         arrive: (6, lambda: len(machine.waiting) < 4),

@@ -5,6 +5,7 @@ import re
 import reprlib
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -15,16 +16,19 @@ from hypothesis import given
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.manager import affordable_segments
+from sglang_vtensor.srt import scheduling
+from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, parse_share_or_bytes
 
 
 def test_a_known_version_has_its_module():
-    assert patches.load().__name__ == "sglang_vtensor.patches.v0_5_17"
+    module = patches.MODULES[version("sglang")]
+    assert type(patches.load()).__module__ == f"sglang_vtensor.patches.{module}"
 
 
 def test_an_unknown_version_is_refused_with_those_there_are():
-    with pytest.raises(patches.UnsupportedVersion, match=r"no patch for SGLang 9\.9\.9.*works with 0\.5\.17"):
+    with pytest.raises(patches.UnsupportedVersion, match=r"no patch for SGLang 9\.9\.9.*works with 0\.5\.23, 0\.5\.17"):
         patches.module_name("9.9.9")
 
 
@@ -37,7 +41,7 @@ def test_an_unknown_version_stops_only_who_asks_for_us(flag):
     done = subprocess.run([sys.executable, "-c", code, *flag], capture_output=True, text=True, check=False)
     if flag:
         assert done.returncode == 1
-        assert "no patch for SGLang 0.5.17; --kv-backend vtensor works with 0.0.1" in done.stderr
+        assert f"no patch for SGLang {version('sglang')}; --kv-backend vtensor works with 0.0.1" in done.stderr
     else:
         assert done.stdout.strip() == "started", done.stderr
 
@@ -161,10 +165,10 @@ def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monk
     layout = KVLayout.choose(
         layers=32, kv_heads=kv_heads, head_dim=128, dtype=torch.bfloat16, granularity=2 << 20, tile_tokens=128
     )
-    module = patches.load()
-    monkeypatch.setattr(module, "_layout", lambda configurator: layout)
+    patch = patches.load()
+    monkeypatch.setattr(patch, "layout", lambda configurator: layout)
     configurator = SimpleNamespace(model_config=SimpleNamespace(context_len=context))
-    assert module._limit_requests(lambda self, capacity: 4096, configurator, 10**6) == most
+    assert patch.limit_requests(lambda self, capacity: 4096, configurator, 10**6) == most
     assert bool(caplog.records) == (most < 4096)
     if most < 4096:
         assert f"{most} requests run at a time instead of 4096" in caplog.text
@@ -188,10 +192,7 @@ DETERMINISTIC = [{"enable_deterministic_inference": True}, {"rl_on_policy_target
 @pytest.mark.parametrize("asked", DETERMINISTIC)
 @pytest.mark.parametrize("named", [{}, {"attention_backend": "triton"}])
 def test_deterministic_inference_is_left_to_sglangs_kernels(on_hopper, asked, named, caplog):
-    kwargs = asked | named
-    before = dict(kwargs)
-    patches.load()._choose_attention(kwargs, Options(kv_backend="vtensor"))
-    assert kwargs == before, "SGLang chooses, as without the plugin"
+    assert choose_attention(asked | named, Options(kv_backend="vtensor")) == {}, "SGLang chooses, as without the plugin"
     option = next(iter(asked)).replace("_", "-")
     assert f"--{option}: attention is SGLang's own, by slot, and shared decode is off" in caplog.text
     assert len(caplog.records) == 1
@@ -207,24 +208,23 @@ def test_deterministic_inference_is_left_to_sglangs_kernels(on_hopper, asked, na
 )
 def test_deterministic_inference_refuses_kernels_that_are_not(on_hopper, asked, options, named, message):
     with pytest.raises(Refused, match=message):
-        patches.load()._choose_attention(asked | named, Options(kv_backend="vtensor", **options))
+        choose_attention(asked | named, Options(kv_backend="vtensor", **options))
 
 
 def test_without_deterministic_inference_extends_read_segments(on_hopper):
-    kwargs = {"enable_deterministic_inference": False, "rl_on_policy_target": None}
-    patches.load()._choose_attention(kwargs, Options(kv_backend="vtensor"))
-    assert kwargs["prefill_attention_backend"] == "vtensor"
+    given = {"enable_deterministic_inference": False, "rl_on_policy_target": None}
+    assert choose_attention(given, Options(kv_backend="vtensor")) == {"prefill_attention_backend": "vtensor"}
 
 
 def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
     """SGLang learns of a checkpoint's FP8 KV cache when its weights are there; a pool of another type would be read as
     FP8 by its kernels."""
-    module = patches.load()
+    patch = patches.load()
     layout = KVLayout.choose(layers=2, kv_heads=2, head_dim=64, dtype=torch.bfloat16, granularity=4096, tile_tokens=1)
-    monkeypatch.setattr(module, "_layout", lambda configurator: layout)
+    monkeypatch.setattr(patch, "layout", lambda configurator: layout)
     configurator = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn)
     with pytest.raises(Refused, match=r"asks for a KV cache of torch\.float8_e4m3fn.*give --kv-cache-dtype bfloat16"):
-        module._build_pool(configurator, sizes=None, req_to_token_pool=None)
+        patch.build_pool(configurator, sizes=None, req_to_token_pool=None)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,10 @@ def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside
     ],
 )
 def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog):
-    args = {"kv_backend": "vtensor", "device": "cuda", "prefill_attention_backend": "vtensor"}
-    args |= {"enable_deterministic_inference": False} | server_args
-    assert patches.load()._wants_shared_decode(SimpleNamespace(**args)) is wanted
+    args = {"device": "cuda", "prefill_attention_backend": "vtensor", "enable_deterministic_inference": False}
+    args |= server_args
+    options = Options("vtensor", vtensor_shared_decode=args.pop("vtensor_shared_decode", "auto"))
+    assert wants_shared_decode(SimpleNamespace(**args), options) is wanted
     assert why in caplog.text
     assert bool(why) == bool(caplog.records)
 
@@ -273,7 +274,7 @@ def test_an_event_loop_sleeps_in_naps_beside_neighbours(beside_others, slept):
     sleeper, polls = IdleSleeper([]), []
     sleeper.poller = SimpleNamespace(poll=polls.append)
     scheduler = SimpleNamespace(idle_sleeper=sleeper, vtensor_elastic=SimpleNamespace(beside_others=beside_others))
-    patches.load()._sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
+    scheduling.sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
     assert polls == slept
 
 
@@ -290,16 +291,15 @@ def test_an_event_loop_sleeps_in_naps_beside_neighbours(beside_others, slept):
 def test_an_event_loop_sleeps_while_requests_wait_for_a_sleeping_server(sleeping, running, waiting, sleeps):
     elastic = Elastic.__new__(Elastic)
     elastic.tick = lambda waiting: None
-    elastic.sleeping, elastic.runtime = sleeping, SimpleNamespace(requests=running, idle=lambda: None)
+    elastic.sleeping, elastic.runtime = sleeping, SimpleNamespace(requests=running, idle=lambda: None, metrics=None)
     called = []
     scheduler = SimpleNamespace(
         vtensor_elastic=elastic,
         waiting_queue=[SimpleNamespace(is_retracted=retracted) for retracted in waiting],
         token_to_kv_pool_allocator=SimpleNamespace(runtime=elastic.runtime),
-        server_args=SimpleNamespace(enable_metrics=False),
         maybe_sleep_on_idle=lambda: called.append("sleeps"),
     )
-    patches.load()._on_idle(lambda self: called.append("SGLang's own"), scheduler)
+    scheduling.on_idle(lambda self: called.append("SGLang's own"), scheduler)
     assert called == ["SGLang's own", "sleeps"][: 1 + sleeps], "health checks are answered first"
 
 
@@ -307,7 +307,7 @@ def test_without_the_option_an_event_loop_does_not_sleep():
     from sglang.srt.managers.scheduler import Scheduler
 
     scheduler = SimpleNamespace(idle_sleeper=None, vtensor_elastic=SimpleNamespace(beside_others=True))
-    patches.load()._sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
+    scheduling.sleep_on_idle(Scheduler.maybe_sleep_on_idle, scheduler)
 
 
 def test_a_program_may_give_defaults_and_a_command_line_nothing_that_does_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from sglang_vtensor import patches
 from sglang_vtensor.srt.allocation import _attempt
 from sglang_vtensor.srt.runtime import RequestPages, Runtime
 from sglang_vtensor.vmm import VMMError
@@ -18,7 +19,7 @@ def rank(number: int, store: str) -> None:
     vmm = FaultyVirtualMemory()
     memory = make(vmm)
     memory.retry_seconds = 0.0
-    runtime = Runtime(memory, 4)
+    runtime = Runtime(memory, 4, patches.load().requests)
     runtime.use_group(dist.group.WORLD)
     assert runtime.several_ranks
     records = [RequestPages([], 0), RequestPages([], 0)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_vtensor import patches
 from sglang_vtensor.segments import SegmentState
 from sglang_vtensor.srt.runtime import MAX_MAPS_AHEAD, Extend, RequestPages, Runtime
 from tests.unit.test_manager import make
@@ -11,7 +12,7 @@ from tests.unit.test_manager import make
 def test_a_parked_segment_given_up_for_another_request_of_the_batch_is_not_adopted():
     """No segment is idle: the first request takes the longest parked one, which the second was to go on in."""
     memory = make(capacity_pages=200, max_running=2)
-    runtime = Runtime(memory, 3)
+    runtime = Runtime(memory, 3, patches.load().requests)
     one, two, shared = (memory.allocate(2) for _ in range(3))
     kept, spare = (memory.lease(None, pages) for pages in (shared, two))
     while memory.segments.idle:
@@ -34,7 +35,7 @@ def test_a_parked_segment_given_up_for_another_request_of_the_batch_is_not_adopt
 @pytest.mark.parametrize("new", [MAX_MAPS_AHEAD, MAX_MAPS_AHEAD + 1])
 def test_a_batch_with_many_new_pages_reads_pages_where_segments_do_not_pay(new, pays):
     memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3)
+    runtime = Runtime(memory, 3, patches.load().requests)
     runtime.extend_reads_pages = True
     asked = []
     runtime.segments_pay = lambda *batch: asked.append(batch) or pays
@@ -51,7 +52,7 @@ def test_a_batch_with_many_new_pages_reads_pages_where_segments_do_not_pay(new, 
 
 def test_a_batch_whose_prefix_is_not_mapped_reads_pages_even_where_segments_pay():
     memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3)
+    runtime = Runtime(memory, 3, patches.load().requests)
     runtime.extend_reads_pages, runtime.segments_pay = True, lambda new, contexts: True
     runtime.requests[1] = RequestPages(memory.allocate(MAX_MAPS_AHEAD + 2), 1)
     runtime.map_extend([Extend(1, 1, None, 4, 4 * MAX_MAPS_AHEAD + 8)], 1)
@@ -62,7 +63,7 @@ def test_a_segment_that_was_mapped_ahead_of_an_eviction_is_not_read_as_it_is():
     """A request's prefix was mapped while it waited, and evicted in part before it began. Its first chunk reads pages.
     Its second chunk would read a segment that is long enough, and that shows what is another request's now."""
     memory = make(capacity_pages=300, max_tokens=8 * 120)
-    runtime = Runtime(memory, 5)
+    runtime = Runtime(memory, 5, patches.load().requests)
     runtime.extend_reads_segments = runtime.extend_reads_pages = True
     by_slot, by_segment = memory.identity_views(0)[0], memory.segment_views(0)[0]
     tree, own, stranger = 1.0, 2.0, 3.0
@@ -111,7 +112,7 @@ def test_a_segment_that_was_mapped_ahead_of_an_eviction_is_not_read_as_it_is():
 def test_a_segment_that_the_worker_leased_ahead_is_the_one_that_is_read_later():
     """The batch that it was leased for reads pages; the next one finds all of it mapped, and reads it."""
     memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3)
+    runtime = Runtime(memory, 3, patches.load().requests)
     runtime.extend_reads_segments = runtime.extend_reads_pages = True
     runtime.requests[1] = record = RequestPages(memory.allocate(MAX_MAPS_AHEAD + 1), 0)
     runtime.map_extend([Extend(1, 0, None, 8, 8 * MAX_MAPS_AHEAD + 8)], 0)

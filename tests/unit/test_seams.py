@@ -19,8 +19,8 @@ PATCHES = Path(patches.__file__).parent
 
 
 def seams():
-    module = patches.load()
-    return [*module.EVERYWHERE, *module.in_schedulers(), *module.FOR_SHARED_DECODE, *module.ON_THE_HOST]
+    patch = patches.load()
+    return [*patch.everywhere(), *patch.in_schedulers(), *patch.for_shared_decode(), *patch.on_the_host()]
 
 
 def original(target):

@@ -1,0 +1,306 @@
+"""The servers that the prefix suite compares, how much of the GPU each may take, and how each is asked.
+
+SGLang's servers and ours are asked through `/generate`; vLLM's through `/v1/completions`, with prompts and answers as
+token ids. All stream their first token at once and then every `STREAM_INTERVAL`, and all have room for the same number
+of tokens. vLLM has an environment of its own: a shell file, sourced before its command.
+
+Servers that stand side by side start at the same time. Each has a fixed number of tokens, and a static fraction so high
+that the number decides: SGLang takes the lesser of it and of what is free beyond that fraction's rest. Ours keeps free
+pages as the others keep their pools, so that it does not give memory back to the driver while others are measured;
+`vtensor-elastic` gives it back after 3 s, as ours does by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+
+from benchmarks.serving import CONTESTANTS, STREAM_INTERVAL, Said, command, started, stream
+from sglang_vtensor.demo import free_port
+
+KEEP = ["--vtensor-idle-seconds", "3600"]
+GPU = {name: args for name, args in CONTESTANTS.items() if name != "vtensor"}
+GPU |= {f"{name}-nocache": [*args, "--disable-radix-cache"] for name, args in CONTESTANTS.items()}
+GPU |= {
+    "vtensor": [*CONTESTANTS["vtensor"], *KEEP],
+    "vtensor-elastic": CONTESTANTS["vtensor"],
+    # Decode reads what requests share once for each of them.
+    "vtensor-plain": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-shared-decode", "off"],
+    "vllm": [],
+}
+# A server that waits must not take one of the few cores from the one that works.
+HOST = {
+    "vtensor": ["--kv-backend", "vtensor"],
+    "torch_native": ["--attention-backend", "torch_native", "--sleep-on-idle"],
+}
+HOST_TOKENS = 8192
+
+GIB = 1 << 30
+#: Llama-3-8B's geometry in bf16: 32 layers of 8 heads of 128, keys and values.
+TOKEN_BYTES = 32 * 2 * 8 * 128 * 2
+#: For each server: 15 GiB of weights, and 7 GiB for its context, graphs, activations and workspaces.
+SERVER_BYTES = 22 * GIB
+#: Of the device, for the driver and for what fragments.
+SPARE = 0.02
+#: Page sizes divide it.
+ROUND_TOKENS = 1024
+START_SECONDS = 480
+#: After a flush, so that a round does not begin with work that the round before left.
+SETTLE_SECONDS = 1.0
+#: What our server counted in a round.
+COUNTED = (
+    "adoptions",
+    "partial_copies",
+    "tails_continued",
+    "prefix_maps_on_continue",
+    "awaited_prefixes",
+    "extends_by_pages",
+    "maps",
+    "maps_behind",
+    "unmaps",
+    "pages_created",
+    "pages_released",
+    "worker_seconds",
+    "decode_steps_shared",
+    "decode_steps_plain",
+    "shared_bytes_saved",
+)
+
+Workload = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
+
+
+def capacity(device_bytes: int, servers: int) -> int:
+    """KV tokens for each of so many servers on one device; 0 or less if they do not fit."""
+    free = int(device_bytes * (1 - SPARE)) - servers * SERVER_BYTES
+    return free // servers // TOKEN_BYTES // ROUND_TOKENS * ROUND_TOKENS
+
+
+@dataclass
+class Answer:
+    """One request: seconds since the start of the run, and tokens."""
+
+    sent: float
+    first: float
+    last: float
+    prompt: int
+    cached: int
+    new: int
+
+
+@dataclass
+class Client:
+    """Requests by token ids to SGLang, streamed; remembers what each took."""
+
+    url: str
+    vocabulary: int
+    answers: list[Answer] = field(default_factory=list)
+
+    async def said(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> Said:
+        return await stream(http, self.url, tokens, new)
+
+    async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
+        """The new tokens. Raises `aiohttp.ClientResponseError` if the server refuses, `RuntimeError` for an answer of
+        another length."""
+        said = await self.said(http, tokens, new)
+        if len(said.tokens) != new:
+            raise RuntimeError(f"{self.url} answered {len(said.tokens)} tokens where {new} were wanted")
+        self.answers.append(Answer(said.sent, said.first, said.last, len(tokens), said.meta["cached_tokens"], new))
+        return said.tokens
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"][0]
+        return state
+
+    def stats(self) -> dict[str, Any]:
+        """What our server counted since it started; nothing for others."""
+        stats: dict[str, Any] = self._state().get("vtensor", {})
+        return stats
+
+    def kv_tokens(self) -> int:
+        """The capacity that the server came up with; 0 if it does not say."""
+        return int(self._state()["memory_usage"]["token_capacity"])
+
+    def versions(self) -> dict[str, str]:
+        """Of packages that this process does not have."""
+        return {}
+
+    def flush(self) -> None:
+        requests.post(f"{self.url}/flush_cache", timeout=30).raise_for_status()
+
+    def words(self, rng: random.Random, count: int) -> list[int]:
+        return [rng.randrange(6, self.vocabulary) for _ in range(count)]
+
+    def drive(self, workload: Workload, seed: int) -> float:
+        """Do the workload. Returns seconds; `answers` are what came of it."""
+        self.answers = []
+        start = time.perf_counter()
+        asyncio.run(workload(self, random.Random(seed)))
+        return time.perf_counter() - start
+
+    def run(self, workload: Workload, seed: int) -> dict[str, Any]:
+        """One round, from an empty cache: a row of the results."""
+        self.flush()
+        time.sleep(SETTLE_SECONDS)
+        before = self.stats()
+        seconds = self.drive(workload, seed)
+        after = self.stats()
+        measured = row(self.answers, seconds) | {"mapping_share": 0.0}
+        if after:
+            waited = after["scheduling_seconds"] - before["scheduling_seconds"]
+            measured |= {"mapping_share": round(waited / seconds, 5), "backed_bytes": after["backed_bytes"]}
+            measured |= {key: after[key] - before[key] for key in COUNTED}
+        return measured
+
+
+class VllmClient(Client):
+    """The same requests to vLLM."""
+
+    async def said(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> Said:
+        body = {
+            "model": VLLM_NAME,
+            "prompt": tokens,
+            "max_tokens": new,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        sent = time.perf_counter()
+        first, lines = 0.0, []
+        async with http.post(f"{self.url}/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    first = first or time.perf_counter()
+                    lines.append(line)
+        end = time.perf_counter()
+        parts = [json.loads(line[6:]) for line in lines]  # read when all is there: the client must not be the slow one
+        if refused := next((part["error"] for part in parts if "error" in part), None):
+            raise RuntimeError(f"{self.url} says {refused}")
+        ids = [token for part in parts for choice in part["choices"] for token in choice["token_ids"]]
+        # Where nothing was found in the cache, vLLM leaves the details out.
+        details = parts[-1]["usage"].get("prompt_tokens_details") or {}
+        return Said(sent, first, end, ids, {"cached_tokens": details.get("cached_tokens") or 0})
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def kv_tokens(self) -> int:
+        metrics = requests.get(f"{self.url}/metrics", timeout=30).text
+        config = next((line for line in metrics.splitlines() if line.startswith("vllm:cache_config_info{")), "")
+        blocks, size = (re.search(rf'\b{key}="(\d+)"', config) for key in ("num_gpu_blocks", "block_size"))
+        return int(blocks[1]) * int(size[1]) if blocks and size else 0
+
+    def versions(self) -> dict[str, str]:
+        return {"vllm": requests.get(f"{self.url}/version", timeout=30).json()["version"]}
+
+    def flush(self) -> None:
+        """Blocks of the last requests may still be held for a moment. Raises `RuntimeError` if they stay so."""
+        for _ in range(50):
+            done = requests.post(f"{self.url}/reset_prefix_cache", timeout=30)
+            done.raise_for_status()
+            if done.json()["success"]:
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.url} did not reset its prefix cache")
+
+
+VLLM_NAME = "llama"
+
+
+def vllm_command(model: Path, port: int, tokens: int, context: int, boot: Path | None) -> list[str]:
+    """vLLM as it ships, with room for `tokens`. Its check of free memory at the start asks for a share of the device;
+    the size of the cache is given in bytes instead, so that share is small."""
+    python = "python3" if boot else sys.executable
+    vllm = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", VLLM_NAME]
+    vllm += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--load-format", "dummy", "--seed", "0"]
+    vllm += ["--skip-tokenizer-init", "--max-model-len", str(context), "--enable-prefix-caching"]
+    vllm += ["--kv-cache-memory-bytes", str(tokens * TOKEN_BYTES), "--gpu-memory-utilization", "0.1"]
+    vllm += ["--stream-interval", str(STREAM_INTERVAL), "--enable-prompt-tokens-details"]
+    vllm += ["--uvicorn-log-level", "warning"]
+    return ["bash", "-c", '. "$0" && exec "$@"', str(boot.resolve()), *vllm] if boot else vllm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How servers are started: all with the same model and the same room."""
+
+    model: Path
+    vocabulary: int
+    context: int
+    tokens: int
+    host: bool = False
+    vllm_boot: Path | None = None
+
+
+def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
+    """Throughput, times to the first token and between tokens (ms), and how much of the prompts was cached."""
+    first = sorted(1000 * (answer.first - answer.sent) for answer in answers)
+    between = sorted(1000 * (answer.last - answer.first) / (answer.new - 1) for answer in answers if answer.new > 1)
+    prompt, new = sum(answer.prompt for answer in answers), sum(answer.new for answer in answers)
+
+    def at(values: list[float], share: float) -> float:
+        return round(values[int(share * (len(values) - 1))], 2) if values else 0.0
+
+    return {
+        "seconds": round(seconds, 3),
+        "requests": len(answers),
+        "requests_per_second": round(len(answers) / seconds, 3),
+        "tokens_per_second": round((prompt + new) / seconds, 1),
+        "output_tokens_per_second": round(new / seconds, 1),
+        "ttft_median_ms": at(first, 0.5),
+        "ttft_p99_ms": at(first, 0.99),
+        "tpot_median_ms": at(between, 0.5),
+        "tpot_p99_ms": at(between, 0.99),
+        "cached_share": round(sum(answer.cached for answer in answers) / prompt, 4),
+    }
+
+
+@contextlib.contextmanager
+def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], dict[str, float]]]:
+    """Start contestants, all at once. Yields, when all are up, who asks each, and the seconds that each took. Raises
+    `RuntimeError` if one does not start, or comes up with another capacity than planned."""
+    with contextlib.ExitStack() as stack:
+        waits: dict[str, Callable[[], float]] = {}
+        clients: dict[str, Client] = {}
+        ports: set[int] = set()
+        for name in names:
+            while (port := free_port()) in ports:
+                pass
+            ports.add(port)
+            log = plan.model.parent / f"{name}.log"
+            environment, folder = dict(os.environ), None
+            client: type[Client]
+            if name == "vllm":
+                what = vllm_command(plan.model, port, plan.tokens, plan.context, plan.vllm_boot)
+                environment["VLLM_SERVER_DEV_MODE"] = "1"  # it must forget its prefixes between rounds
+                folder = plan.model  # not the repository's, whose folders have names that vLLM imports
+                health, client = "/health", VllmClient
+            else:
+                arguments = HOST[name] if plan.host else [*GPU[name], "--mem-fraction-static", "0.98"]
+                arguments = [*arguments, "--max-total-tokens", str(plan.tokens)]
+                what = command(plan.model, port, arguments, environment, host=plan.host)
+                health, client = "/health_generate", Client
+            url = f"http://127.0.0.1:{port}"
+            wait = started(name, what, url, log, environment, health=health, folder=folder, patience=START_SECONDS)
+            waits[name] = stack.enter_context(wait)
+            clients[name] = client(url, plan.vocabulary)
+        seconds = {name: wait() for name, wait in waits.items()}
+        for name, up in clients.items():
+            if (room := up.kv_tokens()) and abs(room - plan.tokens) > ROUND_TOKENS:
+                raise RuntimeError(f"{name} has room for {room} tokens, and not for {plan.tokens}")
+        yield clients, seconds

@@ -1,0 +1,157 @@
+"""A turn in the tree and the pools, beside the tree that SGLang 0.5.23 has by default: `UnifiedRadixCache`, in Rust.
+
+The turn is that of `benchmarks.turns`, in the life cycle of SGLang 0.5.23: match the text of a conversation, lock, take
+slots, write them to the row; and, when the turn is over, insert the text, free what the tree did not take, unlock,
+release the row. Contestants hold the same conversations, and each turn is timed on all of them, one after another, who
+goes first rotating.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.rounds import rotated
+from benchmarks.turns import OWN, PAGE, SAID, SYSTEM, Ours
+
+LONGEST = 8192
+
+
+class Side(Protocol):
+    """A tree and its pools. `tree` has the interface of SGLang 0.5.23's `BasePrefixCache`."""
+
+    tree: Any
+    rows: Any
+
+    def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
+        """The slots of all tokens; those of `[matched, end)` are the request's own until it is over."""
+
+    def behind(self) -> None:
+        """Do what another thread does meanwhile; not timed."""
+
+
+class Stock:
+    """SGLang's default tree, with the Rust core, and its paged allocator, on host memory."""
+
+    def __init__(self, capacity: int, running: int, longest: int) -> None:
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        self.rows = ReqToTokenPool(running, longest, "cpu", False)
+        pool: Any = SimpleNamespace(page_size=PAGE)
+        self.allocator = PagedTokenToKVPoolAllocator(capacity * PAGE, PAGE, torch.float16, "cpu", pool, False)
+        self.tree = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=PAGE,
+                tree_components=(ComponentType.FULL,),
+                tree_core_backend="rust",
+            )
+        )
+        core = type(self.tree.tree_core).__name__
+        if not core.startswith("Rust"):
+            raise RuntimeError(f"SGLang fell back to {core} here: the comparison is with its Rust core")
+
+    def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
+        """The tree gives out whole pages only, so that new tokens begin a page."""
+        slots = self.allocator.alloc(-(-(end - matched) // PAGE) * PAGE)
+        assert slots is not None, "the pool is large enough for all turns"
+        return torch.cat([self.tree.prefix_device_indices(req), slots[: end - matched]])
+
+    def behind(self) -> None: ...
+
+
+def turn(side: Side, tokens: array[int], number: int) -> float:
+    """One turn of a conversation whose text is `tokens`. Returns seconds."""
+    from sglang.srt.managers.schedule_batch import ReqKvInfo
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree, end = side.tree, len(tokens)
+    req: Any = SimpleNamespace(
+        rid=str(number),
+        origin_input_ids=tokens,
+        output_ids=array("q"),
+        full_untruncated_fill_ids=tokens,
+        extra_key=None,
+        cache_salt=None,
+        priority=0,
+        session=None,
+        session_id=None,
+        kv_rotation_base=None,
+        skip_radix_cache_insert=False,
+        finished=lambda: True,
+        owned_kv_len=lambda: end,
+        kv=ReqKvInfo(),
+    )
+    start = time.perf_counter()
+    found = tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, None, limit=end - 1), req=req))
+    matched = found.device_prefix_len
+    req.prefix_len, req.last_node = matched, found.last_device_node
+    req.kv.cache_protected_len = matched if found.cache_protected_len is None else found.cache_protected_len
+    req.lock = tree.lock(req.last_node)
+    side.rows.alloc([req])
+    side.rows.req_to_token[req.kv.req_pool_idx, :end] = side.take(req, matched, end)
+    req.kv.kv_allocated_len = req.kv.kv_committed_len = end
+    # The request is over: the order is that of SGLang's release_kv_cache.
+    tree.checkpoint(req, up_to=end)
+    tree.free_kv_row(req.kv, [(req.kv.cache_protected_len, end)])
+    tree.unlock(req.lock)
+    tree.on_release(req, checkpointed=True)
+    side.rows.free(req)
+    req.kv.mark_kv_released()
+    seconds = time.perf_counter() - start
+    side.behind()
+    return seconds
+
+
+def measure(
+    sides: Mapping[str, Callable[[int, int, int], Side]], conversations: int = 10_000, turns: int = 1500
+) -> dict[str, float]:
+    """Median microseconds of a turn, by side, with so many conversations cached."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the scheduling thread is one
+    rng = random.Random(0)
+    capacity = conversations * (2 + (OWN + SAID) // PAGE) + 4 * turns + SYSTEM // PAGE + 64
+    caches = {name: make(capacity, 256, LONGEST) for name, make in sides.items()}
+
+    def words(count: int) -> array[int]:
+        return array("q", (rng.randrange(100_000) for _ in range(count)))
+
+    system = words(SYSTEM)
+    texts = [system + words(OWN) for _ in range(conversations)]
+    for number, text in enumerate(texts):
+        for cache in caches.values():
+            turn(cache, text, number)
+    taken: dict[str, list[float]] = {name: [] for name in caches}
+    for number in range(turns):
+        at = rng.randrange(conversations)
+        text = texts[at] + words(SAID)
+        for name in rotated(list(caches), number):
+            taken[name].append(turn(caches[name], text, conversations + number))
+        if len(text) + SAID < LONGEST:
+            texts[at] = text
+    torch.set_num_threads(threads)
+    return {name: 1e6 * statistics.median(times) for name, times in taken.items()}
+
+
+def compare() -> dict[str, float]:
+    """For the summary of host.json: a turn with few and with many conversations on both, and theirs over ours."""
+    summary: dict[str, float] = {}
+    for conversations, name in ((100, "100"), (10_000, "10k")):
+        took = measure({"ours": Ours, "stock": Stock}, conversations)
+        summary[f"turn_us_at_{name}"], summary[f"sglang_turn_us_at_{name}"] = took["ours"], took["stock"]
+        summary[f"turn_vs_rust_{name}"] = took["stock"] / took["ours"]
+    return summary

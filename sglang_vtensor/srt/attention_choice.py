@@ -1,0 +1,126 @@
+"""Which attention reads the KV memory: segments, but for a backend that the user named, or deterministic inference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sglang_vtensor.srt.options import (
+    ATTENTION_BACKEND,
+    CUDA_ATTENTION_BACKENDS,
+    HOST_ATTENTION_BACKENDS,
+    Options,
+    Refused,
+)
+
+logger = logging.getLogger(__name__)
+
+#: SGLang's arguments that name a backend.
+NAMES = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+#: SGLang's arguments that ask for sums whose order does not depend on what else is in a batch.
+DETERMINISTIC = ("enable_deterministic_inference", "rl_on_policy_target")
+
+
+def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """What SGLang is to be told beside what the user gave (`given`, by name). Raises `Refused` for what cannot be.
+
+    On the host one backend does both halves; on a GPU segments are for extend, and decode is SGLang's own choice.
+    """
+    from sglang.srt.platforms import current_platform
+
+    if not options.ours:
+        if given.get("attention_backend") == ATTENTION_BACKEND:
+            raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
+        return {}
+    kernel = options.vtensor_prefill_kernel
+    host = current_platform.device_name == "cpu" and current_platform.is_out_of_tree()
+    if not host and not torch.cuda.is_available():
+        raise Refused(
+            "--kv-backend vtensor found no NVIDIA GPU. To run without one, on host memory, set "
+            "SGLANG_PLATFORM=vtensor_host"
+        )
+    if host and kernel != "auto":
+        raise Refused(
+            f"--vtensor-prefill-kernel {kernel} needs an NVIDIA GPU: on host memory torch's own operators read the "
+            "segments. Leave it out"
+        )
+    allowed = HOST_ATTENTION_BACKENDS if host else CUDA_ATTENTION_BACKENDS
+    for name in NAMES:
+        value = given.get(name)
+        segments_prefill = name == "prefill_attention_backend" and value == ATTENTION_BACKEND
+        if value is not None and value not in allowed and not segments_prefill:
+            raise Refused(
+                f"--{name.replace('_', '-')} {value} does not run on {'host memory' if host else 'strided K and V'}: "
+                f"use {' or '.join(allowed)}, or leave it out"
+            )
+    deterministic = [name for name in DETERMINISTIC if given.get(name)]
+    if deterministic:
+        _refuse_parking(options)
+        ours_named = given.get("prefill_attention_backend") == ATTENTION_BACKEND
+        _leave_to_sglang(f"--{deterministic[0].replace('_', '-')}", options, host=host, ours_named=ours_named)
+        return {}
+    if any(given.get(name) is not None for name in NAMES):
+        if ATTENTION_BACKEND not in [given.get(name) for name in NAMES]:
+            _refuse_parking(options)
+        if kernel != "auto" and given.get("prefill_attention_backend") != ATTENTION_BACKEND:
+            raise Refused(
+                f"--vtensor-prefill-kernel {kernel} reads segments, and an attention backend was named that does not: "
+                "leave one of the two out"
+            )
+        return {}
+    if host:
+        return {"attention_backend": ATTENTION_BACKEND}
+    if kernel == "fa3" and torch.cuda.get_device_capability() != (9, 0):
+        major, minor = torch.cuda.get_device_capability()
+        raise Refused(
+            f"--vtensor-prefill-kernel fa3 needs sm_90 (Hopper), and this GPU is sm_{major}{minor}: use triton, or auto"
+        )
+    return {"prefill_attention_backend": ATTENTION_BACKEND}
+
+
+def _refuse_parking(options: Options) -> None:
+    """Where attention reads by slot, no segment waits for the turn that continues it."""
+    if options.vtensor_max_parked is not None:
+        raise Refused(
+            f"--vtensor-max-parked {options.vtensor_max_parked} is about segments, and attention reads none here: "
+            "leave it out, or the attention backend"
+        )
+
+
+def _leave_to_sglang(option: str, options: Options, *, host: bool, ours_named: bool) -> None:
+    """Deterministic inference wants sums whose order does not depend on the batch: SGLang's own kernels can do that, by
+    slot. Ours divide the work by what is in the batch. Raises `Refused` where ours were asked for, or are all there is.
+    """
+    if host:
+        raise Refused(
+            f"--kv-backend vtensor does not support {option} on host memory: SGLang has no deterministic attention "
+            "there. Leave it out, or run on a GPU"
+        )
+    if ours_named or options.vtensor_prefill_kernel != Options.vtensor_prefill_kernel:
+        named = "--prefill-attention-backend vtensor" if ours_named else "--vtensor-prefill-kernel"
+        raise Refused(f"{named} is not deterministic, and {option} is given: leave one of the two out")
+    logger.warning(
+        "%s: attention is SGLang's own, by slot, and shared decode is off, as their sums depend on what else is in a "
+        "batch. Reuse and memory are as without it.",
+        option,
+    )
+
+
+def wants_shared_decode(settings: Any, options: Options) -> bool:
+    """Whether decode steps may read what their requests share once; a warning where only a backend by name is in the
+    way. `settings` are SGLang's, resolved."""
+    # On the host, which is not for speed, nothing is lost.
+    if options.vtensor_shared_decode == "off" or settings.device == "cpu":
+        return False
+    if settings.enable_deterministic_inference:
+        return False  # `_leave_to_sglang` said so
+    if settings.prefill_attention_backend != ATTENTION_BACKEND:
+        logger.warning(
+            "Shared decode is off, as an attention backend was named: each request reads its whole context. Leave the "
+            "attention backend out, or give --vtensor-shared-decode off."
+        )
+        return False
+    return True

@@ -1,0 +1,241 @@
+"""SGLang's scheduler with this KV memory: what it does before, around and behind its own steps.
+
+The device may give less than the pool's size promised: admission goes down, batches wait, requests are retracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang_vtensor.srt.allocation import PutOff
+from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, Elastic
+from sglang_vtensor.srt.metrics import Metrics
+from sglang_vtensor.srt.options import Options
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_vtensor.srt.runtime import Runtime
+
+#: How many shared prefixes `sglang-vtensor top` is told of.
+_SHOWN_PREFIXES = 5
+
+
+def runtime_of(scheduler: Any) -> Runtime:
+    runtime: Runtime = scheduler.token_to_kv_pool_allocator.runtime
+    return runtime
+
+
+def equip(scheduler: Any, options: Options, metrics_of: str | None) -> None:
+    """A scheduler was made. `metrics_of` is the model's name, where the server is asked for metrics."""
+    runtime = runtime_of(scheduler)
+    scheduler.vtensor_elastic = Elastic(
+        runtime,
+        scheduler.tree_cache,
+        cache_idle_seconds=options.vtensor_cache_idle_seconds,
+        minimum_bytes=options.minimum_bytes(runtime.memory.pages.limit * runtime.memory.layout.page_bytes),
+    )
+    if metrics_of is not None:
+        tp_rank, dp_rank = runtime.sglang.ranks(scheduler)
+        labels = {"model_name": metrics_of, "tp_rank": str(tp_rank), "dp_rank": str(dp_rank)}
+        runtime.metrics = Metrics(labels, runtime.stats)
+
+
+# Admission.
+
+
+def passes_over(adder: Any, req: Req) -> bool:
+    """Whether a request is passed over, as its prefix is being computed for another one: the next batch finds it in the
+    tree."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    # If others were preempted for it, it is to run now.
+    may_wait = not adder.preempt_list and adder.budget_state() is AddReqResult.CONTINUE
+    return may_wait and bool(adder.tree_cache.awaits(req, adder.can_run_list))
+
+
+def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
+    running_batch, elastic = kwargs["running_batch"], scheduler.vtensor_elastic
+    elastic.tick(scheduler.waiting_queue)
+    send = scheduler.ipc_channels.send_to_tokenizer.send_output
+    elastic.refuse_too_long(scheduler.waiting_queue, send)
+    if elastic.sleeping:
+        # Not by a token, as an idle server that is awake answers them, but as a busy one does.
+        scheduler.return_health_check_ipcs.extend(elastic.take_health_checks(scheduler.waiting_queue))
+        # Grammars are compiled meanwhile: SGLang takes those that are done, or failed, as it makes an extend batch.
+        if scheduler.grammar_manager.has_waiting_grammars():
+            for req in scheduler.grammar_manager.get_ready_grammar_requests():
+                scheduler._add_request_to_queue(req)
+        elastic.answer_failed(scheduler.waiting_queue, send)
+    chunked, last = scheduler.chunked_req, scheduler.last_batch
+    busy = chunked is not None or not running_batch.is_empty()
+    offered, beyond = elastic.offers(scheduler.waiting_queue, busy=busy)
+    if elastic.sleeping and not offered and chunked is None:
+        return None, running_batch
+    if running_batch.is_empty():
+        running_batch.batch_is_full = False  # no request will end that would set it back
+    # For `awaits`. The last batch is in flight, unless its results are in the tree already: then none awaits them.
+    tree = scheduler.tree_cache
+    tree.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
+    if chunked is not None:
+        tree.computing.append(chunked)
+
+    def admit(offered: list[Any], beyond: bool) -> Any:
+        waiting, scheduler.waiting_queue = scheduler.waiting_queue, offered
+        grammars = scheduler.grammar_manager.grammar_queue
+        if offered is not waiting:
+            scheduler.grammar_manager.grammar_queue = []  # none is ready yet: it would begin with what is offered
+        try:
+            with elastic.beyond_the_limit(beyond):
+                return original(scheduler, *args, **kwargs)
+        except PutOff as put_off:
+            _put_off(scheduler, put_off.reqs, chunked, alone=running_batch.is_empty())
+            return None
+        finally:
+            if offered is not waiting:
+                scheduler.grammar_manager.grammar_queue = grammars
+                others = set(offered)
+                scheduler.waiting_queue = scheduler.waiting_queue + [req for req in waiting if req not in others]
+
+    result = admit(offered, beyond)
+    if result is not None and result[0] is None and elastic.bars(scheduler.waiting_queue, busy=busy):
+        running_batch.batch_is_full = False
+        result = admit(scheduler.waiting_queue[:1], True)
+    if runtime_of(scheduler).extend_reads_segments:
+        tree.prepare(scheduler.waiting_queue)  # the batch was made: what waits has time until the next
+    return result or (None, running_batch)
+
+
+def _put_off(scheduler: Any, reqs: list[Any], chunked: Any, alone: bool) -> None:
+    """Undo the admission of `reqs`; `chunked` is the one among them that has its first chunks already, if any.
+
+    That one keeps its pages, unless it is `alone`, with nothing running whose end would make room: then it gives them
+    up and queues again, for what others can use and the tree keeps of it.
+    """
+    sglang = runtime_of(scheduler).sglang
+    if scheduler.chunked_req is not None:
+        scheduler.chunked_req.inflight_middle_chunks -= 1
+    scheduler.chunked_req = chunked
+    waiting = [req for req in reqs if req is not chunked]
+    for req in waiting:
+        sglang.release_match(scheduler.tree_cache, req)
+    scheduler.waiting_queue = waiting + scheduler.waiting_queue
+    if chunked is None:
+        return
+    sglang.nothing_new(chunked)
+    if alone and not chunked.inflight_middle_chunks:
+        scheduler.chunked_req = None
+        sglang.retract(scheduler, [chunked])
+        scheduler._add_request_to_queue(chunked, is_retracted=True)
+
+
+def spare(runtime: Runtime, retracted: list[Any], aborted: list[Any], may_wait: Callable[[Any], bool]) -> None:
+    """The last request of a decode batch, if it finds no page, is retracted too, and waits; it stays among the aborted
+    only where the pool, with nothing else in it, is too small for it, or if it cannot wait."""
+    memory = runtime.memory
+    for req in list(aborted):
+        if may_wait(req) and memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= (
+            memory.pages.limit
+        ):
+            req.to_finish = None
+            aborted.remove(req)
+            retracted.append(req)
+
+
+# Batches.
+
+
+def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    runtime = runtime_of(scheduler)
+    host = scheduler.device == "cpu"
+    if runtime.copies:
+        if host:
+            runtime.copy_partials()
+        else:
+            with scheduler.device_module.stream(_forward_stream(scheduler)):
+                runtime.copy_partials()
+    if runtime.sharing is not None and batch.forward_mode.is_decode():
+        runtime.sharing.begin([runtime.sglang.slot(req) for req in batch.reqs], int(batch.seq_lens_cpu.sum()))
+    result = original(scheduler, batch, *args, **kwargs)
+    if host:
+        runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
+    else:
+        runtime.launched(_forward_stream(scheduler))
+    _tell_metrics(runtime)
+    return result
+
+
+def _forward_stream(scheduler: Any) -> Any:
+    """The stream that batches run on, one after another."""
+    return scheduler.forward_stream if scheduler.enable_overlap else scheduler.device_module.current_stream()
+
+
+def on_idle(original: Callable[..., None], scheduler: Any) -> None:
+    runtime = runtime_of(scheduler)
+    scheduler.vtensor_elastic.tick(scheduler.waiting_queue)
+    runtime.idle()
+    _tell_metrics(runtime)
+    original(scheduler)
+    if scheduler.waiting_queue and scheduler.vtensor_elastic.asleep(scheduler.waiting_queue):
+        scheduler.maybe_sleep_on_idle()  # SGLang takes a server for busy while requests wait
+
+
+def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:
+    """With --sleep-on-idle the event loop sleeps until a message comes, a second at most; beside neighbours it looks
+    for what they want as often as without."""
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+
+    if isinstance(scheduler.idle_sleeper, IdleSleeper) and scheduler.vtensor_elastic.beside_others:
+        scheduler.idle_sleeper.poller.poll(1000 * LOOK_EVERY_SECONDS)
+    else:
+        original(scheduler)
+
+
+# What it is asked.
+
+
+def _tell_metrics(runtime: Runtime) -> None:
+    if runtime.metrics is not None:
+        runtime.metrics.update()
+
+
+def add_internal_state(result: Any, scheduler: Any) -> Any:
+    runtime = runtime_of(scheduler)
+    free, total = runtime.memory.vmm.memory()
+    result.internal_state["vtensor"] = runtime.stats() | {
+        "dp_rank": runtime.sglang.ranks(scheduler)[1],
+        "device_bytes": total,
+        "device_free_bytes": free,
+        "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
+        "shared_prefixes": scheduler.tree_cache.shared_prefixes(_SHOWN_PREFIXES),
+        "live_tokens": live_tokens(scheduler),
+        "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.layout.page_bytes,
+        "token_bytes": runtime.memory.layout.stride_bytes,
+    }
+    return result
+
+
+def live_tokens(scheduler: Any) -> int:
+    """Tokens that requests hold and no node does."""
+    sglang, reqs = runtime_of(scheduler).sglang, {}
+    for batch in (scheduler.running_batch, scheduler.last_batch):
+        reqs.update({req.rid: req for req in _requests(batch)})
+    if scheduler.chunked_req is not None:
+        reqs[scheduler.chunked_req.rid] = scheduler.chunked_req
+    return sum(sglang.own(req) for req in reqs.values() if sglang.begun(req))
+
+
+def _requests(batch: Any) -> Sequence[Req]:
+    return batch.reqs if batch is not None else ()
+
+
+def set_internal_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    asked = recv_req.server_args
+    ours = {key: value for key, value in asked.items() if key.startswith("vtensor_")}
+    if not ours:
+        return original(scheduler, recv_req)
+    return SetInternalStateReqOutput(updated=len(ours) == len(asked) and scheduler.vtensor_elastic.control(ours))
