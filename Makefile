@@ -15,33 +15,56 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 SETUP := $(VENV)/.setup-done
 
-# Two halves of about equal length: these run beside the rest of tests/e2e, behind the core.
-BEHIND_CORE := $(addprefix tests/e2e/test_,server.py benchmarks.py neighbours.py shortage.py elastic.py leaks.py admission.py ranks.py)
+# What runs with SGLang is in four parts of about equal length; two of them run at once. A new file is in the last one.
+e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))
+QUICK := $(call e2e,same_tokens history shared_decode inert)
+BEHIND_CORE := $(call e2e,server refusals admission)
+LONG := $(call e2e,elastic rank_histories begun)
+LONGER := $(filter-out $(QUICK) $(BEHIND_CORE) $(LONG),$(wildcard tests/e2e/test_*.py))
+# The other version of SGLang: the same answers, a server, what is refused, its table of seams, its tree.
+OTHER := 0.5.17
+OTHERS := $(call e2e,server refusals inert) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
 
-.PHONY: demo test test-e2e test-core test-behind-core test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
+.PHONY: demo test test-long test-e2e test-core test-behind-core test-long-1 test-long-2 test-other-1 test-other-2 test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
 
 # Many small tensors in several processes: threads within an operation would only wait for each other.
-test: export OMP_NUM_THREADS := 1
-test: lint  ## everything that runs without a GPU
+test test-long: export OMP_NUM_THREADS := 1
+test: lint  ## what runs without a GPU, in ten minutes
 	$(MAKE) -j2 --output-sync=target test-e2e test-behind-core
 
-test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend, token for token
-	$(BIN)/python -m pytest tests/e2e -q $(addprefix --ignore=,$(BEHIND_CORE)) $(ARGS)
+test-long: $(SETUP)  ## the rest of it, long histories, and the other version of SGLang
+	$(MAKE) -j2 --output-sync=target test-long-1 test-long-2
+	$(MAKE) -j2 --output-sync=target SGLANG=$(OTHER) test-other-1 test-other-2
 
-test-behind-core: test-core  ## whole servers, and memory that comes and goes
+test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend, token for token
+	$(BIN)/python -m pytest $(QUICK) -q $(ARGS)
+
+test-behind-core: test-core  ## whole servers
 	$(BIN)/python -m pytest $(BEHIND_CORE) -q $(ARGS)
 
 test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on
 	$(BIN)/python -m pytest tests/kernels -q $(ARGS)
 	$(BIN)/python -m pytest tests/unit tests/property -q $(ARGS)
 
+test-long-1: $(SETUP)
+	$(BIN)/python -m pytest $(LONG) -q $(ARGS)
+
+test-long-2: $(SETUP)
+	$(BIN)/python -m pytest $(LONGER) -q $(ARGS)
+
+test-other-1: $(SETUP)
+	$(BIN)/python -m pytest $(call e2e,same_tokens) -q $(ARGS)
+
+test-other-2: $(SETUP)
+	$(BIN)/python -m pytest $(OTHERS) -q $(ARGS)
+
 # Kernels are compiled on many cores beside servers that leave most of the GPU's memory. What is left, tests of memory
 # that is shared and short, has the GPU to itself.
 GPU_KERNELS := tests/gpu/test_kernels.py tests/gpu/test_vmm_cuda.py
-GPU_TOKENS := tests/gpu/test_same_tokens.py tests/gpu/test_flashinfer.py
+GPU_TOKENS := tests/gpu/test_same_tokens.py tests/gpu/test_flashinfer.py tests/gpu/test_features.py
 GPU_SCALE := tests/gpu/test_scale.py tests/gpu/test_shared_decode.py tests/gpu/test_deterministic.py
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in the environment at hand

@@ -58,6 +58,12 @@ class Request:
     priority: int | None = None
     #: Whether SGLang is told that it has exactly so many: it admits fewer of them at once then, and retracts none.
     fixed: bool = False
+    #: An adapter, by its name.
+    lora: str | None = None
+    #: The prompt's own log-probabilities are told from this token on.
+    logprobs_from: int = -1
+    #: Its embeddings, `(tokens, hidden)`, in place of the prompt's own.
+    embeds: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Do:
 @dataclass
 class Answer:
     """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i, and
-    `logprobs[i]` the best one's log-probability."""
+    `logprobs[i]` the best one's log-probability; `prompt_logprobs` are those of the prompt's tokens, if asked for."""
 
     tokens: list[int]
     cached: int
@@ -84,6 +90,7 @@ class Answer:
     finish: str
     gaps: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 #: Before turn i of the event loop, what arrives.
@@ -323,7 +330,7 @@ def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
             for item in turn:
                 if isinstance(item, Do):
                     item.function(scheduler, *item.args)
-            return [_message(item) for item in turn if not isinstance(item, Do)]
+            return [_message(scheduler, item) for item in turn if not isinstance(item, Do)]
         if scheduler.is_fully_idle():
             scheduler.gracefully_exit = True
         return []
@@ -334,10 +341,16 @@ def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
     return {rid: _answer(req) for rid, req in scheduler.finished_requests.items()}
 
 
-def _message(item: Request | Abort) -> Any:
+def _message(scheduler: Any, item: Request | Abort) -> Any:
     from sglang.srt.managers.io_struct import AbortReq
 
-    return AbortReq(rid=item.rid) if isinstance(item, Abort) else _tokenized(item)
+    if isinstance(item, Abort):
+        return AbortReq(rid=item.rid)
+    message = _tokenized(item)
+    if item.lora is not None:
+        refs = scheduler.tp_worker.model_runner.lora_manager.lora_refs.values()
+        (message.lora_id,) = (ref.lora_id for ref in refs if ref.lora_name == item.lora)
+    return message
 
 
 def _tokenized(request: Request) -> Any:
@@ -350,12 +363,12 @@ def _tokenized(request: Request) -> Any:
         rid=request.rid,
         input_text=None,
         input_ids=array("q", request.tokens),
-        input_embeds=None,
+        input_embeds=request.embeds,
         mm_inputs=None,
         token_type_ids=None,
         sampling_params=params,
         return_logprob=True,
-        logprob_start_len=-1,
+        logprob_start_len=request.logprobs_from,
         top_logprobs_num=2,
         token_ids_logprob=None,
         stream=False,
@@ -373,6 +386,7 @@ def _answer(req: Any) -> Answer:
         finish=type(req.finished_reason).__name__,
         gaps=[float(values[0] - values[1]) for values in best],
         logprobs=[float(values[0]) for values in best],
+        prompt_logprobs=[value for value in req.logprob.input_token_logprobs_val or [] if value is not None],
     )
 
 

@@ -251,9 +251,12 @@ def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
 
 def test_a_batch_is_decided_once(server):
     """SGLang may ask which graph it is before its metadata is made, and again; sizes of graphs are padded."""
+    stem = server.runtime.memory.allocate(2)
+    for slot in (1, 2, 3):
+        server.admit(slot, stem, 1, 2 * PAGE + 5)
     fill(server)
     for pays in (True, False):
-        server.runtime.sharing.begin([1, 2, 3], 3 * (4 * PAGE + 2))
+        server.runtime.sharing.begin([1, 2, 3], 3 * (2 * PAGE + 5))
         server.runtime.sharing.pays = pays
         before = server.runtime.sharing.stats()
         batch = decode_batch(3)
