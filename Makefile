@@ -18,12 +18,12 @@ SETUP := $(VENV)/.setup-done
 # What runs with SGLang is in four parts of about equal length; two of them run at once. A new file is in the last one.
 e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))
 QUICK := $(call e2e,same_tokens history shared_decode inert)
-BEHIND_CORE := $(call e2e,server refusals admission)
+BEHIND_CORE := $(call e2e,server refusals settings admission)
 LONG := $(call e2e,elastic rank_histories begun)
 LONGER := $(filter-out $(QUICK) $(BEHIND_CORE) $(LONG),$(wildcard tests/e2e/test_*.py))
 # The other version of SGLang: the same answers, a server, what is refused, its table of seams, its tree.
 OTHER := 0.5.17
-OTHERS := $(call e2e,server refusals inert) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
+OTHERS := $(call e2e,server refusals settings inert) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
 
 .PHONY: demo test test-long test-e2e test-core test-behind-core test-long-1 test-long-2 test-other-1 test-other-2 test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
 

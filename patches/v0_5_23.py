@@ -153,8 +153,10 @@ def _allocator_class() -> type:
             return budget
 
         def check_decode_capacity(
-            self, *, num_tokens: int, tree_cache: Any, requests: list[Req], spec_algorithm: Any = None
+            self, *, num_tokens: int, tree_cache: Any, requests: list[Req] | None = None, spec_algorithm: Any = None
         ) -> bool:
+            if requests is None:  # a question, not a batch
+                return super().check_decode_capacity(num_tokens=num_tokens, tree_cache=tree_cache)
             return secure_decode(self.runtime, tree_cache, requests)
 
     return Allocator

@@ -6,7 +6,7 @@ allocator and tree with `torch_native` attention, at page size 1; with `--kv-bac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -78,5 +78,5 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
 
         return TokenAllocator
 
-    def get_device(self, device_id: int | None = 0) -> str:
+    def get_device(self, *_: Any, **__: Any) -> str:
         return "cpu"  # SGLang splits it as text, as it does "cuda:0"

@@ -50,6 +50,39 @@ def test_each_body_takes_what_its_target_takes(seam):
         inspect.signature(seam.body).bind(*before, *positional, **dict.fromkeys(named))
 
 
+def classes():
+    """Ours, which stand where SGLang has its own."""
+    from sglang_vtensor.srt.attention_cuda import FlashAttention3, TritonPrefill
+    from sglang_vtensor.srt.attention_host import HostAttentionBackend
+    from sglang_vtensor.srt.kv_pool import VTensorKVPool
+    from sglang_vtensor.srt.platform import HostPlatform
+    from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+
+    patch = patches.load()
+    ours = [patch.tree_class(), patch.allocator_class(), VTensorKVPool, HostPlatform]
+    ours += [FlashAttention3, TritonPrefill, HostAttentionBackend, SharedDecodeBackend]
+    return ours + [seam.body(None) for seam in seams() if seam.target.endswith("get_prefill_adder_class")]
+
+
+@pytest.mark.parametrize("ours", classes(), ids=lambda ours: ours.__name__)
+def test_each_method_takes_what_sglangs_method_takes(ours):
+    """A method of ours that has the name of one of SGLang's is called as that, also where we meant something else."""
+    mine = [owner for owner in ours.__mro__ if owner.__module__.startswith("sglang_vtensor")]
+    theirs = [owner for owner in ours.__mro__ if owner.__module__.startswith("sglang.")]
+    taken = 0
+    for name in {name for owner in mine for name in vars(owner)} - {"__init__"}:
+        owner = next((owner for owner in theirs if name in vars(owner)), None)
+        if owner is None or not inspect.isfunction(vars(owner)[name]):
+            continue
+        method = inspect.getattr_static(ours, name)
+        if isinstance(method, property):
+            continue
+        taken += 1
+        for positional, named in calls(vars(owner)[name]):
+            inspect.signature(method).bind(*positional, **dict.fromkeys(named))
+    assert taken, "nothing of SGLang's is in it"
+
+
 def test_each_target_has_one_body():
     targets = [seam.target for seam in seams()]
     assert len(targets) == len(set(targets))
