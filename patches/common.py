@@ -110,12 +110,6 @@ class Patch(abc.ABC):
     def allocator_class(self) -> type:
         """Of `VTensorAllocator`."""
 
-    def decode_class(self) -> Any:
-        """Of `SharedDecodeBackend`."""
-        from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
-
-        return SharedDecodeBackend
-
     def register(self) -> None:
         """Add the options. A server that does not use them runs SGLang's own code, unpatched."""
         hook(self.everywhere())
@@ -303,13 +297,15 @@ class Patch(abc.ABC):
         with runner.token_to_kv_pool.runtime.memory.paused():
             original(runner, *args, **kwargs)
 
+    @staticmethod
     def init_hybrid(
-        self, original: Callable[..., None], hybrid: Any, model_runner: Any, prefill_backend: Any, decode_backend: Any
+        original: Callable[..., None], hybrid: Any, model_runner: Any, prefill_backend: Any, decode_backend: Any
     ) -> None:
         from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+        from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
 
         if isinstance(prefill_backend, SegmentPrefillBackend):
-            decode_backend = self.decode_class().around(model_runner, decode_backend)
+            decode_backend = SharedDecodeBackend.around(model_runner, decode_backend)
         original(hybrid, model_runner, prefill_backend, decode_backend)
 
     # The scheduler.

@@ -277,6 +277,11 @@ class Patch0523(Patch):
         swa_replay = args.enable_encoder_swa_bounded_replay or args.enable_decoder_swa_bounded_replay
         backup = args.disaggregation_decode_retraction_backup
         return [
+            (
+                "--attn-dp-size above 1",
+                args.attn_dp_size > 1,
+                "beside a rank that prefills, SGLang runs decode batches as prefill, and of those nothing is mapped",
+            ),
             ("--enable-kv-cache-sharding", args.enable_kv_cache_sharding, "a context would be spread over ranks"),
             (
                 "--enable-unified-cache-external-linker",

@@ -114,17 +114,18 @@ def stash(tree: Any, req: SimpleNamespace) -> None:
         tree.checkpoint(req, up_to=req.written)
 
 
-def end(tree: Any, req: SimpleNamespace, *, insert: bool) -> int:
-    """It is over, or given up. Returns its row, which is free now."""
+def end(tree: Any, req: SimpleNamespace, *, insert: bool, owned: int) -> int:
+    """It is over, or given up; of its tokens `owned` are worth keeping. Returns its row, which is free now."""
     if HERE == "v0_5_17":
         req.kv = SimpleNamespace(kv_allocated_len=req.written)
-        tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.written)
+        tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=owned)
         return req.req_pool_idx
     req.kv.kv_allocated_len = req.kv.kv_committed_len = req.written
-    req.finished = lambda: True
+    req.finished, req.owned_kv_len = lambda: True, lambda: owned
     if insert:
-        stash(tree, req)
-    tree.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.written)])
+        req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
+        tree.checkpoint(req, up_to=owned)
+    tree.free_kv_row(req.kv, [(req.kv.cache_protected_len, owned)])
     tree.unlock(req.lock)
     tree.on_release(req, checkpointed=insert)
     return req.kv.req_pool_idx

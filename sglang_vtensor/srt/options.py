@@ -260,6 +260,7 @@ def refuse_unsupported(
     `args` are SGLang's settings as resolved so far, `model` is its `ModelConfig`, and `more` is what its version has.
     """
     from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import Backend
 
     def refuse(option: str, why: str, instead: str) -> None:
         raise Refused(f"--kv-backend vtensor does not support {option}: {why}. {instead}")
@@ -269,6 +270,22 @@ def refuse_unsupported(
         ("--speculative-algorithm", args.speculative_algorithm is not None, "draft tokens are not yet mapped"),
         ("--disaggregation-mode", args.disaggregation_mode != "null", "pages are not registered for transfer"),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache, "pages have no copy on the host"),
+        ("--hicache-storage-backend", args.hicache_storage_backend is not None, "pages have no copy on the host"),
+        (
+            "--cuda-graph-backend-prefill full",
+            args.cuda_graph_config is not None and args.cuda_graph_config.prefill.backend == Backend.FULL,
+            "what a prefill reads is told to its kernels outside of graphs",
+        ),
+        (
+            "--grpc-mode",
+            args.grpc_mode or args.smg_grpc_mode,
+            "the routes under /vtensor, which limit memory and put the server to sleep, would be missing",
+        ),
+        (
+            "SGLANG_RADIX_FORCE_MISS",
+            envs.SGLANG_RADIX_FORCE_MISS.get(),
+            "it forgets what a match found and leaves the request what it found inside of a page",
+        ),
         ("--enable-lmcache", args.enable_lmcache, "it brings a tree of its own"),
         ("--enable-flexkv", args.enable_flexkv, "it brings a tree of its own"),
         ("--radix-cache-backend", args.radix_cache_backend is not None, "the tree is where pages are shared"),

@@ -323,6 +323,8 @@ class PagedRadixCache(RadixCache):
         record = runtime.requests[slot]
         key = runtime.sglang.key(req, tokens).page_aligned(self.page_size)
         full = len(key) // self.page_size
+        if full < record.protected:
+            return  # less is to be kept of it than the tree has: --strip-thinking-cache, behind a retraction
         pages = record.pages[:full]
         result = self.insert(self.insertion(req, key, self._slots(pages), pages))
         leaf, had = result.last_device_node, result.prefix_len // self.page_size

@@ -76,6 +76,10 @@ def test_options(models, server_args, message):
         ("--grammar-backend xgrammar", "--grammar-backend xgrammar needs a GPU's pinned memory: "),
         ("--enable-torch-compile", "--enable-torch-compile is for GPUs: on host memory nothing is compiled. Leave it"),
         ("--enable-mixed-chunk", "--kv-backend vtensor does not support --enable-mixed-chunk: "),
+        (
+            "--hicache-storage-backend file",
+            "--kv-backend vtensor does not support --hicache-storage-backend: pages have",
+        ),
         *((f"{option}", f"--kv-backend vtensor does not support {option}: ") for option in versions.REFUSED_OPTIONS),
         ("--kv-backend default --vtensor-min 0", "--vtensor-min 0 needs --kv-backend vtensor: give that too, or leave"),
         ("--kv-backend default --vtensor-reserve 0.02", "--vtensor-reserve 0.02 needs --kv-backend vtensor: give that"),

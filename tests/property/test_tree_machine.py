@@ -344,16 +344,18 @@ class TreeMachine(RuleBasedStateMachine):
             return
         self.read(req, new, by_pages=by_pages)
 
-    @rule(which=WHICH, insert=st.booleans())
+    @rule(which=WHICH, insert=st.booleans(), owned=st.just(CONTEXT) | st.integers(0, CONTEXT))
     @precondition(lambda self: self.requests)
-    def finish(self, which: int, insert: bool) -> None:
+    def finish(self, which: int, insert: bool, owned: int) -> None:
+        """Of what a model thought, for instance, nothing is kept."""
         req = one_of(self.requests, which)
         self.requests.remove(req)
         self.spoken = [*self.spoken[-11:], list(req.get_fill_ids())]
-        self.end(req, insert=insert)
+        self.end(req, insert=insert, owned=owned)
 
-    def end(self, req: SimpleNamespace, *, insert: bool) -> None:
-        self.rows.free_slots.append(versions.end(self.tree, req, insert=insert))
+    def end(self, req: SimpleNamespace, *, insert: bool, owned: int = CONTEXT) -> None:
+        owned = min(owned, req.written)
+        self.rows.free_slots.append(versions.end(self.tree, req, insert=insert, owned=owned))
 
     @rule(tokens=st.integers(1, 16) | st.integers(1, CAPACITY_TOKENS))
     @precondition(lambda self: self.tree.root_node.children)
@@ -478,7 +480,10 @@ def busy_history(rng: random.Random) -> None:
         ),
         lambda: machine.go_on(which(), said(), by_pages()): (9, lambda: machine.requests),
         lambda: machine.stash(which()): (3, lambda: machine.requests),
-        lambda: machine.finish(which(), rng.random() < 0.8): (3, lambda: machine.requests),
+        lambda: machine.finish(which(), rng.random() < 0.8, rng.choice([CONTEXT, rng.randint(0, CONTEXT)])): (
+            3,
+            lambda: machine.requests,
+        ),
         lambda: machine.housekeep(rng.choice([1, 2, 4, 48])): (4, lambda: True),
         lambda: machine.land(): (4, lambda: machine.flying),
         lambda: machine.evict(rng.randint(1, 24)): (1, lambda: machine.tree.root_node.children),
