@@ -272,7 +272,7 @@ TABLES = {
     "serving": serving,
     "serving_triton": serving,  # Triton attention too, in another run: ratios are its own
     "prefix": prefix,
-    "prefix_h100": prefix,  # of a later commit, beside tests
+    "prefix_0517": prefix,
     "prefill": prefill,
     "decode": decode,
     "shared_decode": shared_decode,

@@ -37,7 +37,7 @@ def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, a
     that measured those of the rows that were there before."""
     here = head()
     here["command"] = f"{after} && {here['command']}" if after else here["command"]
-    return _save(name, here, summary, {"rows": rows})
+    return save(name, here, summary, {"rows": rows})
 
 
 def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
@@ -58,12 +58,13 @@ def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
             dropped = str(error)
     rows = [{key: value for key, value in row.items() if key not in rounds.HEAD} for row in added]
     comparisons = rounds.compare(rows)
-    return _save(
+    return save(
         name, rounds.head_of(added), rounds.summarize(rows), {"comparisons": comparisons, "rows": rows}
     ), dropped
 
 
-def _save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[str, Any]) -> Path:
+def save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[str, Any]) -> Path:
+    """Write what was measured where `head` says."""
     record = {"name": name} | head | {"summary": {key: round(value, 4) for key, value in summary.items()}} | more
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 
@@ -29,12 +30,20 @@ def pytest_sessionstart(session):
         pytest.exit("tests/gpu needs an NVIDIA GPU: run `make test` for what runs without one", returncode=2)
 
 
+@functools.cache
+def here():
+    """Where and with what these tests run."""
+    head = results.head()
+    del head["command"]
+    return head
+
+
 def pytest_runtest_logreport(report):
     """Append what came of each test to the file that `VTENSOR_GPU_RESULTS` names, for `benchmarks.gpu_tests`."""
     path = os.environ.get("VTENSOR_GPU_RESULTS")
     if path and (report.when == "call" or report.outcome != "passed"):
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
-        line |= {"commit": results.commit(), "device": torch.cuda.get_device_name(0)}
+        line |= here()
         with open(path, "a") as file:
             file.write(json.dumps(line | dict(report.user_properties)) + "\n")
 
