@@ -5,6 +5,7 @@ Requests come and go all the time: in each step some end, and as many join that 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from itertools import count
@@ -26,7 +27,8 @@ STEPS, TIMES = 200, 7
 
 def step_us(requests: int = 256, joining: int = 2) -> float:
     """Microseconds a step of `requests` requests, of which `joining` are new and as many have ended since the last."""
-    runtime: Any = SimpleNamespace(segment_of=np.zeros(requests + 1), page_tokens=PAGE, requests={})
+    memory = SimpleNamespace(clock=contextlib.nullcontext())
+    runtime: Any = SimpleNamespace(segment_of=np.zeros(requests + 1), page_tokens=PAGE, requests={}, memory=memory)
     sharing = BatchSharing(runtime, requests=requests, group=4, token_bytes=4096)
     page = count(10_000_000)
     stems = [[*range(OF_ALL), *range((n + 1) * 100_000, (n + 1) * 100_000 + OF_GROUP)] for n in range(GROUPS)]

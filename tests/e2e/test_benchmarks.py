@@ -32,3 +32,12 @@ def test_the_prefix_suite_runs_on_the_host(tmp_path):
     assert rows["chat"]["adoptions"] == 4 * 2
     assert all(row["prefix_maps_on_continue"] == 0 for row in rows.values())
     assert all(row["requests_per_second"] > 0 and row["ttft_median_ms"] > 0 for row in rows.values())
+
+
+def test_what_the_host_benchmark_times_runs():
+    from benchmarks import grouping, turns, unified
+
+    assert grouping.step_us(8, 2) > 0
+    took = unified.measure({"ours": turns.Ours, "stock": unified.Stock}, conversations=20, turns=10)
+    assert set(took) == {"ours", "stock"}
+    assert all(microseconds > 0 for microseconds in took.values())
