@@ -42,7 +42,11 @@ def host(record: Record) -> str:
     lines += ["", "| on the scheduling thread, microseconds | SGLang, in Rust | vtensor, in Python |", "|---|---|---|"]
     for name, count in (("100", "100"), ("10k", "10,000")):
         times = [record["summary"][f"{prefix}turn_us_at_{name}"] for prefix in ("sglang_", "")]
-        lines.append(f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f} |")
+        ours = record["summary"][f"turn_memory_us_at_{name}"]
+        lines.append(
+            f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f}, of these "
+            f"{ours:.0f} for pages and segments |"
+        )
     if "grouping_us_256" in record["summary"]:
         took = record["summary"]["grouping_us_256"]
         lines.append(f"| who shares what, a decode step of 256 requests, two of them new | | {took:.0f} |")

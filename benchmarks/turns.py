@@ -95,6 +95,9 @@ class Ours:
         first = torch.tensor(record.pages, dtype=torch.int64) * PAGE
         return (first[:, None] + torch.arange(PAGE)).view(-1)[:end]
 
+    def memory_seconds(self) -> float:
+        return float(self.memory.stats().scheduling_seconds)
+
     def behind(self) -> None:
         """What the worker does meanwhile."""
         self.memory.complete(self.memory.launch())

@@ -36,6 +36,9 @@ class Side(Protocol):
     def behind(self) -> None:
         """Do what another thread does meanwhile; not timed."""
 
+    def memory_seconds(self) -> float:
+        """What pages and segments took of all turns so far, the tree's part left out."""
+
 
 class Stock:
     """SGLang's default tree, with the Rust core, and its paged allocator, on host memory."""
@@ -71,6 +74,9 @@ class Stock:
         return torch.cat([self.tree.prefix_device_indices(req), slots[: end - matched]])
 
     def behind(self) -> None: ...
+
+    def memory_seconds(self) -> float:
+        return 0.0
 
 
 def turn(side: Side, tokens: array[int], number: int) -> float:
@@ -120,7 +126,8 @@ def turn(side: Side, tokens: array[int], number: int) -> float:
 def measure(
     sides: Mapping[str, Callable[[int, int, int], Side]], conversations: int = 10_000, turns: int = 1500
 ) -> dict[str, float]:
-    """Median microseconds of a turn, by side, with so many conversations cached."""
+    """Median microseconds of a turn, by side, with so many conversations cached; and, under "... memory", how many of
+    them pages and segments took in the mean."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the scheduling thread is one
     rng = random.Random(0)
@@ -136,6 +143,7 @@ def measure(
         for cache in caches.values():
             turn(cache, text, number)
     taken: dict[str, list[float]] = {name: [] for name in caches}
+    before = {name: cache.memory_seconds() for name, cache in caches.items()}
     for number in range(turns):
         at = rng.randrange(conversations)
         text = texts[at] + words(SAID)
@@ -144,7 +152,10 @@ def measure(
         if len(text) + SAID < LONGEST:
             texts[at] = text
     torch.set_num_threads(threads)
-    return {name: 1e6 * statistics.median(times) for name, times in taken.items()}
+    took = {name: 1e6 * statistics.median(times) for name, times in taken.items()}
+    for name, cache in caches.items():
+        took[f"{name} memory"] = 1e6 * (cache.memory_seconds() - before[name]) / turns
+    return took
 
 
 def compare() -> dict[str, float]:
@@ -153,5 +164,6 @@ def compare() -> dict[str, float]:
     for conversations, name in ((100, "100"), (10_000, "10k")):
         took = measure({"ours": Ours, "stock": Stock}, conversations)
         summary[f"turn_us_at_{name}"], summary[f"sglang_turn_us_at_{name}"] = took["ours"], took["stock"]
+        summary[f"turn_memory_us_at_{name}"] = took["ours memory"]
         summary[f"turn_vs_rust_{name}"] = took["stock"] / took["ours"]
     return summary

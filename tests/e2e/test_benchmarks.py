@@ -39,5 +39,5 @@ def test_what_the_host_benchmark_times_runs():
 
     assert grouping.step_us(8, 2) > 0
     took = unified.measure({"ours": turns.Ours, "stock": unified.Stock}, conversations=20, turns=10)
-    assert set(took) == {"ours", "stock"}
-    assert all(microseconds > 0 for microseconds in took.values())
+    assert took["ours"] > took["ours memory"] > 0
+    assert took["stock"] > took["stock memory"] == 0
