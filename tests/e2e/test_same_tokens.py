@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having
@@ -145,6 +147,7 @@ def test_extends_that_would_wait_for_their_segments_read_pages(pair):
     both(reference, ours, [Request("stem", stem, 4)], tie=tie)
     chats = [stem + prompt(pair.page_size + 30 + 40 * n) for n in range(5)]
     for turn, ahead in enumerate((0, 0, -1 << 20, -1 << 20)):
+        ours.call(worker_is_done)
         before = ours.stats()
         with having(ours, MAX_MAPS_AHEAD=ahead):
             answers = both(reference, ours, [Request(f"t{turn}c{n}", c, 20) for n, c in enumerate(chats)], tie=tie)
@@ -168,6 +171,14 @@ def test_waiting_requests_find_their_prefix_mapped(pair):
     if pair.segments:
         assert gained["prepared_segments"] >= 2, "those that waited for others to end"
         assert gained["maps_behind"] >= gained["prepared_segments"]
+
+
+def worker_is_done(scheduler):
+    """Wait until it maps nothing any more: on a busy machine it may be far behind."""
+    memory, seen = scheduler.token_to_kv_pool_allocator.runtime.memory, None
+    while (now := memory.stats().maps_behind) != seen:
+        seen = now
+        time.sleep(0.1)
 
 
 def test_parallel_sampling(pair):
