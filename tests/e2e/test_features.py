@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import requests
 import torch
@@ -65,8 +67,10 @@ def test_preempted_requests_come_to_their_end(pair):
     ours.check()
 
 
-def test_two_data_parallel_ranks_behind_several_tokenizers(models, tmp_path):
+def test_two_data_parallel_ranks_behind_several_tokenizers(models, tmp_path, monkeypatch):
     """Each rank has a memory of its own, and says so."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # one node has both ranks
     arguments = ["--dp-size", "2", "--tokenizer-worker-num", "2", "--max-total-tokens", "2048", "--dtype", "float32"]
     arguments += ["--load-balance-method", "round_robin"]
     log = tmp_path / "log"
