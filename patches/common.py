@@ -9,10 +9,9 @@ from __future__ import annotations
 import abc
 import argparse
 import contextlib
-import contextvars
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: SGLang leaves room for so many tokens more than a context's.
 _EXTRA_TOKENS = 4
-#: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
-_parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options", default=None)
+SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,45 @@ class Patch(abc.ABC):
     #: How requests are kept.
     requests: Requests
 
-    # Where SGLang is hooked.
+    # Where SGLang is hooked: what is so in all versions; each adds what is so in it alone.
 
-    @abc.abstractmethod
     def everywhere(self) -> list[Seam]:
         """In every process that loads plugins."""
+        scheduler = "sglang.srt.managers.scheduler.configure_scheduler_process"
+        return [
+            Seam(f"{SERVER_ARGS}.add_cli_args", self.add_cli_args),
+            Seam(f"{SERVER_ARGS}.from_cli_args", self.from_cli_args),
+            Seam(f"{SERVER_ARGS}.check_server_args", self.add_routes, HookType.AFTER),
+            Seam(scheduler, self.configure_scheduler, HookType.BEFORE),
+        ]
 
-    @abc.abstractmethod
     def in_schedulers(self) -> list[Seam]:
         """In a scheduler with `--kv-backend vtensor`. Other processes import nothing of what is called there."""
+        from sglang_vtensor.srt import allocation, scheduling
 
-    @abc.abstractmethod
+        return [
+            Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
+            Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", self.limit_requests),
+            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
+            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
+            Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
+            Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", self.init_graphs),
+            Seam(f"{SCHEDULER}.__init__", self.init_scheduler, HookType.AFTER),
+            Seam(f"{SCHEDULER}._get_new_batch_prefill_raw", scheduling.get_new_batch_prefill),
+            Seam(f"{SCHEDULER}.run_batch", scheduling.run_batch),
+            Seam(f"{SCHEDULER}.on_idle", scheduling.on_idle),
+            Seam(f"{SCHEDULER}.maybe_sleep_on_idle", scheduling.sleep_on_idle),
+            Seam(f"{SCHEDULER}.get_internal_state", scheduling.add_internal_state, HookType.AFTER),
+            Seam(f"{SCHEDULER}.set_internal_state", scheduling.set_internal_state),
+        ]
+
     def for_shared_decode(self) -> list[Seam]:
         """And where decode may read what requests share once."""
+        return [Seam("sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__", self.init_hybrid)]
 
-    @abc.abstractmethod
     def on_the_host(self) -> list[Seam]:
         """And without a GPU."""
+        return []
 
     # How its settings are read.
 
@@ -142,34 +164,29 @@ class Patch(abc.ABC):
         original(parser)
         options.add_arguments(parser)
 
-    @contextlib.contextmanager
-    def command_line(self, args: argparse.Namespace) -> Iterator[Options]:
-        """Our options of a command line, while SGLang makes its `ServerArgs` of the rest. What is refused meanwhile
-        ends the command with one line, where Python gets the exception."""
-        from sglang_vtensor.srt.options import Options, Refused
-        from sglang_vtensor.vmm import Unsupported
-
-        token = _parsed.set(None)
-        try:
-            options = Options.parsed(args)
-            _parsed.set(options)
-            yield options
-        except (Refused, Unsupported) as error:
-            raise SystemExit(f"error: {error}") from None
-        finally:
-            _parsed.reset(token)
+    @abc.abstractmethod
+    def from_cli_args(self, original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
+        """A `ServerArgs` by a command line, our options among it."""
 
     @staticmethod
-    def take_options(kwargs: dict[str, Any]) -> Options:
-        """Take our options from arguments that are meant for `ServerArgs`; those of the command line where there are
-        none. The attention backend that they ask for is among the arguments then."""
-        from sglang_vtensor.srt.attention_choice import choose_attention
+    @contextlib.contextmanager
+    def one_line() -> Iterator[None]:
+        """For a command: what is refused meanwhile ends it with one line, where Python gets the exception."""
+        from sglang_vtensor.srt.options import Refused
+        from sglang_vtensor.vmm import Unsupported
+
+        try:
+            yield
+        except (Refused, Unsupported) as error:
+            raise SystemExit(f"error: {error}") from None
+
+    @staticmethod
+    def take_options(kwargs: dict[str, Any]) -> Options | None:
+        """Take our options from arguments that are meant for `ServerArgs`; None where there are none."""
         from sglang_vtensor.srt.options import Options
 
         given = {name: kwargs.pop(name) for name in Options.names() if name in kwargs}
-        options: Options = Options.given(given) if given else _parsed.get() or Options()
-        kwargs.update(choose_attention(kwargs, options))
-        return options
+        return Options.given(given) if given else None
 
     def page_size(self, server_args: ServerArgs) -> int | None:
         """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size. None
@@ -318,12 +335,6 @@ class Patch(abc.ABC):
         name = str(settings.served_model_name) if settings.enable_metrics else None
         equip(scheduler, Options.of(scheduler.server_args), name)
 
-    @staticmethod
-    def internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
-        from sglang_vtensor.srt.scheduling import add_internal_state
-
-        return add_internal_state(result, scheduler)
-
 
 def shared_decode(runner: Any) -> Any:
     """The decode backend of a graph runner, if it is ours."""
@@ -334,11 +345,6 @@ def shared_decode(runner: Any) -> Any:
     hybrid = runner.attn_backend
     backend = hybrid.decode_backend if isinstance(hybrid, HybridAttnBackend) else None
     return backend if isinstance(backend, SharedDecodeBackend) else None
-
-
-def named(server_args: ServerArgs, names: Iterable[str]) -> Mapping[str, Any]:
-    """Some of what a `ServerArgs` was given, by name."""
-    return {name: getattr(server_args, name) for name in names}
 
 
 class _ServerState:

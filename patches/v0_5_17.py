@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextvars
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_vtensor.patches.common import Patch, Seam, shared_decode
+from sglang_vtensor.patches.common import SERVER_ARGS, Patch, Seam, shared_decode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
 
     from sglang_vtensor.srt.options import Refusal
 
-_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_ALLOCATION = "sglang.srt.mem_cache.allocation"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 #: What graph keys of shared decode are told apart by.
 VARIANT = "vtensor_shared"
+#: Options parsed by argparse, on their way to the `ServerArgs` that is made of them.
+_parsed: contextvars.ContextVar[Any] = contextvars.ContextVar("vtensor_options", default=None)
 
 
 class Requests:
@@ -272,14 +271,26 @@ class Patch0517(Patch):
 
         return ServerArgs(**given)
 
-    def _from_cli_args(self, original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
-        with self.command_line(args):
-            return original(cls, args)
+    def from_cli_args(self, original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
+        from sglang_vtensor.srt.options import Options
+
+        token = _parsed.set(None)
+        try:
+            with self.one_line():
+                _parsed.set(Options.parsed(args))
+                return original(cls, args)
+        finally:
+            _parsed.reset(token)
 
     def _init_server_args(
         self, original: Callable[..., None], server_args: ServerArgs, *args: Any, **kwargs: Any
     ) -> None:
-        self.take_options(kwargs).attach(server_args)
+        from sglang_vtensor.srt.attention_choice import choose_attention
+        from sglang_vtensor.srt.options import Options
+
+        options = self.take_options(kwargs) or _parsed.get() or Options()
+        kwargs.update(choose_attention(kwargs, options))
+        options.attach(server_args)
         original(server_args, *args, **kwargs)
 
     def _choose_page_size(self, server_args: ServerArgs) -> None:
@@ -289,45 +300,28 @@ class Patch0517(Patch):
 
     def everywhere(self) -> list[Seam]:
         return [
-            Seam(f"{_SERVER_ARGS}.add_cli_args", self.add_cli_args),
-            Seam(f"{_SERVER_ARGS}.from_cli_args", self._from_cli_args),
-            Seam(f"{_SERVER_ARGS}.__init__", self._init_server_args),
-            Seam(f"{_SERVER_ARGS}._handle_model_specific_adjustments", self._choose_page_size, HookType.BEFORE),
-            Seam(f"{_SERVER_ARGS}.check_server_args", self.add_routes, HookType.AFTER),
-            Seam(
-                "sglang.srt.managers.scheduler.configure_scheduler_process", self.configure_scheduler, HookType.BEFORE
-            ),
+            *super().everywhere(),
+            Seam(f"{SERVER_ARGS}.__init__", self._init_server_args),
+            Seam(f"{SERVER_ARGS}._handle_model_specific_adjustments", self._choose_page_size, HookType.BEFORE),
         ]
 
     def in_schedulers(self) -> list[Seam]:
-        from sglang_vtensor.srt import allocation, scheduling
+        from sglang_vtensor.srt.allocation import alloc_for_decode
 
         return [
-            Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
-            Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", self.limit_requests),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
+            *super().in_schedulers(),
             Seam("sglang.srt.mem_cache.registry.default_radix_cache_factory", self.build_tree, HookType.REPLACE),
-            Seam(f"{_ALLOCATION}.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
-            Seam(f"{_ALLOCATION}.alloc_for_decode", allocation.alloc_for_decode, HookType.REPLACE),
+            Seam("sglang.srt.mem_cache.allocation.alloc_for_decode", alloc_for_decode, HookType.REPLACE),
             Seam(f"{_BATCH}.check_decode_mem", _check_decode_mem, HookType.REPLACE),
             Seam(f"{_BATCH}.retract_decode", _retract_decode),
             Seam(f"{_ADDER}.__init__", _init_adder),
             Seam(f"{_ADDER}.add_one_req", _add_one_req),
             Seam(f"{_ADDER}._update_prefill_budget", _update_prefill_budget),
-            Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", self.init_graphs),
-            Seam(f"{_SCHEDULER}.__init__", self.init_scheduler, HookType.AFTER),
-            Seam(f"{_SCHEDULER}._get_new_batch_prefill_raw", scheduling.get_new_batch_prefill),
-            Seam(f"{_SCHEDULER}.run_batch", scheduling.run_batch),
-            Seam(f"{_SCHEDULER}.on_idle", scheduling.on_idle),
-            Seam(f"{_SCHEDULER}.maybe_sleep_on_idle", scheduling.sleep_on_idle),
-            Seam(f"{_SCHEDULER}.get_internal_state", self.internal_state, HookType.AFTER),
-            Seam(f"{_SCHEDULER}.set_internal_state", scheduling.set_internal_state),
         ]
 
     def for_shared_decode(self) -> list[Seam]:
         return [
-            Seam("sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__", self.init_hybrid),
+            *super().for_shared_decode(),
             Seam(f"{_GRAPHS}._capture_one_stream", _capture_both),
             Seam(f"{_GRAPHS}._make_graph_key", _label_graph_key),
         ]

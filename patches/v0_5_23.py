@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_vtensor.patches.common import Patch, Seam, named, shared_decode
+from sglang_vtensor.patches.common import SCHEDULER, SERVER_ARGS, Patch, Seam, shared_decode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from sglang_vtensor.srt.options import Options, Refusal
 
-_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 #: Who declares a setting, for SGLang's account of where each comes from.
 _SOURCE = "sglang-vtensor"
@@ -28,6 +26,8 @@ _SOURCE = "sglang-vtensor"
 PLAIN, SHARED = "vtensor_plain", "vtensor_shared"
 #: Our tree among SGLang's.
 TREE = "vtensor"
+#: Marks settings that a command line made.
+_COMMAND_LINE = "vtensor_command_line"
 
 
 class Requests:
@@ -273,6 +273,8 @@ class Patch0523(Patch):
     def refused(self, server_args: ServerArgs) -> list[Refusal]:
         from sglang.srt.environ import envs
 
+        from sglang_vtensor.srt.options import NO_ROUTES
+
         args = self.settings(server_args)
         swa_replay = args.enable_encoder_swa_bounded_replay or args.enable_decoder_swa_bounded_replay
         backup = args.disaggregation_decode_retraction_backup
@@ -301,7 +303,7 @@ class Patch0523(Patch):
             (
                 "SGLANG_RUST_SERVER",
                 envs.SGLANG_RUST_SERVER.get(),
-                "the routes under /vtensor, which limit memory and put the server to sleep, would be missing",
+                NO_ROUTES,
             ),
         ]
 
@@ -337,33 +339,34 @@ class Patch0523(Patch):
         """A `ServerArgs` by what a program gave, our options among it."""
         from sglang.srt.server_args import ServerArgs
 
-        options = self.take_options(given)
-        server_args = ServerArgs(**given)
-        options.attach(server_args)
-        return server_args
+        from sglang_vtensor.srt.options import Options
 
-    def _from_cli_args(self, original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
-        with self.command_line(args) as options:
-            server_args = original(cls, args)
-            self._choose_attention(server_args, options)
-            options.attach(server_args)
-            vars(server_args)["vtensor_command_line"] = args
+        options = self.take_options(given) or Options()
+        return self._with(ServerArgs(**given), options)
+
+    def from_cli_args(self, original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
+        from sglang_vtensor.srt.options import Options
+
+        with self.one_line():
+            server_args = self._with(original(cls, args), Options.parsed(args))
+        vars(server_args)[_COMMAND_LINE] = True
         return server_args
 
     @staticmethod
-    def _choose_attention(server_args: ServerArgs, options: Options) -> None:
-        from sglang_vtensor.srt import attention_choice
+    def _with(server_args: ServerArgs, options: Options) -> ServerArgs:
+        """The options, and the attention that they ask for, are in the settings from now on."""
+        from sglang_vtensor.srt.attention_choice import DETERMINISTIC, NAMES, choose_attention
 
-        given = named(server_args, (*attention_choice.NAMES, *attention_choice.DETERMINISTIC))
-        for name, value in attention_choice.choose_attention(given, options).items():
+        given = {name: getattr(server_args, name) for name in (*NAMES, *DETERMINISTIC)}
+        for name, value in choose_attention(given, options).items():
             setattr(server_args, name, value)
+        options.attach(server_args)
+        return server_args
 
     def _resolve_once(self, original: Callable[..., None], server_args: ServerArgs) -> None:
         """What a command line asked for is refused here, too."""
-        if "vtensor_command_line" not in vars(server_args):
-            return original(server_args)
-        with self.command_line(vars(server_args)["vtensor_command_line"]):
-            return original(server_args)
+        with self.one_line() if _COMMAND_LINE in vars(server_args) else contextlib.nullcontext():
+            original(server_args)
 
     def _settle(self, server_args: ServerArgs, previous: Callable[..., None]) -> None:
         """Before SGLang adjusts anything to the model."""
@@ -375,49 +378,23 @@ class Patch0523(Patch):
         previous(server_args)
 
     def everywhere(self) -> list[Seam]:
-        return [
-            Seam(f"{_SERVER_ARGS}.add_cli_args", self.add_cli_args),
-            Seam(f"{_SERVER_ARGS}.from_cli_args", self._from_cli_args),
-            Seam(f"{_SERVER_ARGS}.resolve_once", self._resolve_once),
-            Seam(f"{_SERVER_ARGS}.check_server_args", self.add_routes, HookType.AFTER),
-            Seam(
-                "sglang.srt.managers.scheduler.configure_scheduler_process", self.configure_scheduler, HookType.BEFORE
-            ),
-        ]
+        return [*super().everywhere(), Seam(f"{SERVER_ARGS}.resolve_once", self._resolve_once)]
 
     def in_schedulers(self) -> list[Seam]:
-        from sglang_vtensor.srt import allocation, scheduling
-
+        beams = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
         return [
-            Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
-            Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", self.limit_requests),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
-            Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
+            *super().in_schedulers(),
             Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", _retract_decode),
-            Seam(
-                "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init", _refuse_beams, HookType.REPLACE
-            ),
-            Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", self.init_graphs),
-            Seam(f"{_SCHEDULER}.__init__", self.init_scheduler, HookType.AFTER),
-            Seam(f"{_SCHEDULER}.get_prefill_adder_class", _prefill_adder_class, HookType.REPLACE),
-            Seam(f"{_SCHEDULER}._get_new_batch_prefill_raw", scheduling.get_new_batch_prefill),
-            Seam(f"{_SCHEDULER}.run_batch", scheduling.run_batch),
-            Seam(f"{_SCHEDULER}.on_idle", scheduling.on_idle),
-            Seam(f"{_SCHEDULER}.maybe_sleep_on_idle", scheduling.sleep_on_idle),
-            Seam(f"{_SCHEDULER}.get_internal_state", self.internal_state, HookType.AFTER),
-            Seam(f"{_SCHEDULER}.set_internal_state", scheduling.set_internal_state),
+            Seam(beams, _refuse_beams, HookType.REPLACE),
+            Seam(f"{SCHEDULER}.get_prefill_adder_class", _prefill_adder_class, HookType.REPLACE),
         ]
 
     def for_shared_decode(self) -> list[Seam]:
         return [
-            Seam("sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__", self.init_hybrid),
+            *super().for_shared_decode(),
             Seam(f"{_GRAPHS}._capture_one_stream", _have_variants, HookType.BEFORE),
             Seam(f"{_GRAPHS}.capture_one_shape", _capture_one_shape),
         ]
-
-    def on_the_host(self) -> list[Seam]:
-        return []
 
 
 PATCH = Patch0523()

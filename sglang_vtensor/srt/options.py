@@ -24,6 +24,8 @@ KV_BACKENDS = ("default", "vtensor")
 ATTENTION_BACKEND = "vtensor"
 #: Why a quantized KV cache is refused.
 NO_FP8 = "pages hold keys and values of the model's own type only"
+#: Why another HTTP server is refused.
+NO_ROUTES = "the routes under /vtensor, which limit memory and put the server to sleep, would be missing"
 #: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
 HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
@@ -279,7 +281,7 @@ def refuse_unsupported(
         (
             "--grpc-mode",
             args.grpc_mode or args.smg_grpc_mode,
-            "the routes under /vtensor, which limit memory and put the server to sleep, would be missing",
+            NO_ROUTES,
         ),
         (
             "SGLANG_RADIX_FORCE_MISS",

@@ -201,7 +201,7 @@ def _tell_metrics(runtime: Runtime) -> None:
         runtime.metrics.update()
 
 
-def add_internal_state(result: Any, scheduler: Any) -> Any:
+def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     runtime = runtime_of(scheduler)
     free, total = runtime.memory.vmm.memory()
     result.internal_state["vtensor"] = runtime.stats() | {

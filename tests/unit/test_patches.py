@@ -36,14 +36,19 @@ def test_an_unknown_version_is_refused_with_those_there_are():
 def test_an_unknown_version_stops_only_who_asks_for_us(flag):
     code = (
         "import sglang_vtensor.patches as p; p.MODULES = {'0.0.1': 'none'}\n"
-        "from sglang_vtensor.plugin import register; register(); print('started')"
+        "from sglang_vtensor.plugin import register; register()\n"
+        "from sglang.srt.entrypoints.engine import Engine\n"
+        "try: Engine.server_args_class(model_path='dummy', kv_backend='vtensor')\n"
+        "except ValueError as error: assert 'works with 0.0.1' in str(error)\n"
+        "else: raise AssertionError('accepted')\n"
+        "print('started', Engine.server_args_class(model_path='dummy', kv_backend='default').model_path)"
     )
     done = subprocess.run([sys.executable, "-c", code, *flag], capture_output=True, text=True, check=False)
     if flag:
         assert done.returncode == 1
         assert f"no patch for SGLang {version('sglang')}; --kv-backend vtensor works with 0.0.1" in done.stderr
     else:
-        assert done.stdout.strip() == "started", done.stderr
+        assert done.stdout.strip() == "started dummy", done.stderr
 
 
 @pytest.mark.parametrize(
