@@ -15,10 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import results
-
-#: What must be equal, and is said once for all tests.
-HEAD = ("commit", "device", "driver", "versions")
+from benchmarks import results, rounds
 
 
 def main(files: Annotated[list[Path], typer.Argument(exists=True)]) -> None:
@@ -26,17 +23,17 @@ def main(files: Annotated[list[Path], typer.Argument(exists=True)]) -> None:
     for file in files:
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            rows[row["test"]] = row
-    heads = [{key: row.pop(key) for key in HEAD} for row in rows.values()]
-    for key in HEAD:
-        there = {json.dumps(head[key], sort_keys=True) for head in heads}
-        if len(there) > 1:
-            raise typer.BadParameter(f"{key} differs: {', '.join(sorted(there))}. Rerun those of one of them")
-    date = max(row.pop("date") for row in rows.values())
+            rows[row["test"]] = {"command": "make test-gpu"} | row
+    measured = list(rows.values())
+    try:
+        rounds.check_same(measured, ("commit", "device", "driver"))
+    except rounds.Differ as error:
+        raise typer.BadParameter(f"these runs do not belong together: {error}") from None
+    head = rounds.head_of(measured)
     outcomes = [row["outcome"] for row in rows.values()]
     summary = {outcome: float(outcomes.count(outcome)) for outcome in ("passed", "failed", "skipped")}
-    head = {"command": "make test-gpu", "date": date} | heads[0]
-    print(results.save("gpu_tests", head, summary, {"rows": [rows[name] for name in sorted(rows)]}), summary)
+    told = [{key: value for key, value in rows[name].items() if key not in rounds.HEAD} for name in sorted(rows)]
+    print(results.save("gpu_tests", head, summary, {"rows": told}), summary)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ class Differ(ValueError):
     """Rows that must not stand in one file. The message says what differs."""
 
 
-def check_same(heads: Sequence[Row]) -> None:
-    """Raises `Differ` if runs are of several commits, devices, or versions of one package."""
-    for key in ("commit", "device"):
+def check_same(heads: Sequence[Row], keys: Sequence[str] = ("commit", "device")) -> None:
+    """Raises `Differ` if runs are of several commits and devices (`keys`), or versions of one package."""
+    for key in keys:
         if len(found := dict.fromkeys(head[key] for head in heads)) > 1:
             raise Differ(f"{key}: {' and '.join(found)}")
     for package in dict.fromkeys(package for head in heads for package in head["versions"]):

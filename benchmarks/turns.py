@@ -80,7 +80,7 @@ class Ours:
 
     def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
         """Pages and a segment; the slots of all tokens."""
-        from sglang_vtensor.srt.runtime import RequestPages
+        from sglang_vtensor.srt.runtime import RequestPages, slots_of
 
         slot, whole = self.runtime.sglang.slot(req), matched // PAGE
         record = self.runtime.requests[slot] = RequestPages(self.tree.path_pages(req.last_node), whole)
@@ -92,8 +92,7 @@ class Ours:
         new = self.memory.allocate(self.memory.layout.pages_for(end) - len(record.pages))
         record.pages.extend(new or [])
         self.runtime.map_request(slot, shared=whole, adopt=self.tree.segment_for(req))
-        first = torch.tensor(record.pages, dtype=torch.int64) * PAGE
-        return (first[:, None] + torch.arange(PAGE)).view(-1)[:end]
+        return slots_of(record.pages, PAGE)[:end]
 
     def memory_seconds(self) -> float:
         return float(self.memory.stats().scheduling_seconds)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 
+from sglang_vtensor.srt.runtime import slots_of
+
 if TYPE_CHECKING:
     from sglang_vtensor.srt.kv_pool import VTensorKVPool
 
@@ -41,9 +43,7 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
         pages = self.runtime.memory.allocate(-(-need_size // self.page_size))
         if pages is None:
             return None
-        first = torch.tensor(pages, dtype=torch.int64) * self.page_size
-        slots = (first[:, None] + torch.arange(self.page_size)).reshape(-1)[:need_size]
-        return slots.to(self.device)
+        return slots_of(pages, self.page_size)[:need_size].to(self.device)
 
     def free(self, free_index: torch.Tensor) -> None:
         """Free the pages of these slots. Reads the slots back from the device; requests and nodes, which know their

@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_vtensor.segments import Segment
-from sglang_vtensor.srt.runtime import Partial, RequestPages, Runtime
+from sglang_vtensor.srt.runtime import Partial, RequestPages, Runtime, slots_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -326,7 +326,7 @@ class PagedRadixCache(RadixCache):
         if full < record.protected:
             return  # less is to be kept of it than the tree has: --strip-thinking-cache, behind a retraction
         pages = record.pages[:full]
-        result = self.insert(self.insertion(req, key, self._slots(pages), pages))
+        result = self.insert(self.insertion(req, key, slots_of(pages, self.page_size), pages))
         leaf, had = result.last_device_node, result.prefix_len // self.page_size
         if had > record.protected:
             with runtime.memory.clock:
@@ -336,7 +336,8 @@ class PagedRadixCache(RadixCache):
             if not over:
                 where = slice(record.protected * self.page_size, had * self.page_size)
                 table = self.req_to_token_pool
-                table.write((slot, where), self._slots(theirs).to(table.req_to_token.device, non_blocking=True))
+                slots = slots_of(theirs, self.page_size)
+                table.write((slot, where), slots.to(table.req_to_token.device, non_blocking=True))
         record.protected = full
         if runtime.sharing is not None and not over:
             runtime.sharing.changed(slot)
@@ -361,11 +362,6 @@ class PagedRadixCache(RadixCache):
                 tokens = (req.origin_input_ids + req.output_ids)[full * self.page_size : written]
                 self._keep_tail(req.last_node, runtime.sglang.key(req, tokens), record.pages[full])
             self._park(record.segment, req.last_node)
-
-    def _slots(self, pages: list[int]) -> torch.Tensor:
-        """The slots of these pages (int64, on the host)."""
-        first = torch.tensor(pages, dtype=torch.int64) * self.page_size
-        return (first[:, None] + torch.arange(self.page_size)).reshape(-1)
 
     def _keep_tail(self, node: TreeNode, key: RadixKey, page: int) -> None:
         """A request ended at `node` with the tokens of `key` in a page that they do not fill."""

@@ -73,6 +73,12 @@ class Partial:
     tail: Tail | None = None
 
 
+def slots_of(pages: Sequence[int], tokens: int) -> torch.Tensor:
+    """The slots of these pages of so many tokens (int64, on the host)."""
+    first = torch.tensor(pages, dtype=torch.int64) * tokens
+    return (first[:, None] + torch.arange(tokens)).reshape(-1)
+
+
 class Runtime:
     """Ties a `KVMemory` to SGLang's request slots.
 
