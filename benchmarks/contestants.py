@@ -37,6 +37,8 @@ GPU |= {f"{name}-nocache": [*args, "--disable-radix-cache"] for name, args in CO
 GPU |= {
     "vtensor": [*CONTESTANTS["vtensor"], *KEEP],
     "vtensor-elastic": CONTESTANTS["vtensor"],
+    # Free pages are moved to where contexts grow.
+    "vtensor-moves": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-moves", "on"],
     # Decode reads what requests share once for each of them.
     "vtensor-plain": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-shared-decode", "off"],
     "vllm": [],
@@ -62,18 +64,24 @@ START_SECONDS = 480
 SETTLE_SECONDS = 1.0
 #: What our server counted in a round.
 COUNTED = (
-    "adoptions",
+    "pages_allocated",
+    "pages_with_memory",
+    "pages_moved",
+    "pages_created_at_once",
+    "pages_moved_ahead",
+    "pages_in_place",
+    "contexts",
+    "context_runs",
+    "broken_runs",
     "partial_copies",
     "tails_continued",
-    "prefix_maps_on_continue",
     "awaited_prefixes",
-    "extends_by_pages",
     "maps",
-    "maps_behind",
     "unmaps",
     "pages_created",
     "pages_released",
     "worker_seconds",
+    "worker_driver_seconds",
     "decode_steps_shared",
     "decode_steps_plain",
     "shared_bytes_saved",

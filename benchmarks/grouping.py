@@ -12,10 +12,8 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from sglang_vtensor.srt.batch_sharing import BatchSharing
-from sglang_vtensor.srt.runtime import RequestPages
+from sglang_vtensor.srt.runtime import RequestFrames
 
 PAGE = 16
 #: Pages that all share, groups and the pages of each, and pages of each request: a system prompt of 2,048 tokens, eight
@@ -28,14 +26,14 @@ STEPS, TIMES = 200, 7
 def step_us(requests: int = 256, joining: int = 2) -> float:
     """Microseconds a step of `requests` requests, of which `joining` are new and as many have ended since the last."""
     memory = SimpleNamespace(clock=contextlib.nullcontext())
-    runtime: Any = SimpleNamespace(segment_of=np.zeros(requests + 1), page_tokens=PAGE, requests={}, memory=memory)
+    runtime: Any = SimpleNamespace(request_slots=requests + 1, page_tokens=PAGE, requests={}, memory=memory)
     sharing = BatchSharing(runtime, requests=requests, group=4, token_bytes=4096)
     page = count(10_000_000)
     stems = [[*range(OF_ALL), *range((n + 1) * 100_000, (n + 1) * 100_000 + OF_GROUP)] for n in range(GROUPS)]
 
     def admit(slot: int, number: int) -> None:
-        pages = stems[number % GROUPS] + [next(page) for _ in range(OWN)]
-        runtime.requests[slot] = RequestPages(pages, len(pages))
+        frames = stems[number % GROUPS] + [next(page) for _ in range(OWN)]
+        runtime.requests[slot] = RequestFrames(frames, len(frames), len(frames))
 
     slots = list(range(1, requests + 1))
     for number, slot in enumerate(slots):

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.kernels prefill|decode`: attention kernels beside each other, on a Hopper GPU.
+"""`python -m benchmarks.kernels prefill|shared-decode`: attention kernels beside each other, on a Hopper GPU.
 
 Every contestant has its own layout of the same sizes: ours is token-major over all layers, as in the server, and each
-context one run; the others have a pool a layer, as SGLang allocates it, and pages in random order. A CUDA graph calls a
+context one run, or two; the others have a pool a layer, as SGLang allocates it, and pages in random order. A CUDA graph
+calls a
 contestant once on each of several layers, together more than the L2 cache; graphs are replayed in turns, and the time
 of a call is the median of the replays. The floor is the larger of operations over the matmul rate and bytes over the
 copy bandwidth, both measured in the same run.
@@ -9,6 +10,7 @@ copy bandwidth, both measured in the same run.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ console = Console(width=200)
 FLASHINFER = find_spec("flashinfer") is not None
 app = typer.Typer(add_completion=False)
 
+PAGE = 128
 #: Query heads, KV heads, head dimension, layers.
 GEOMETRIES = {
     "Llama-3-8B": (32, 8, 128, 32),
@@ -147,34 +150,26 @@ Call = Callable[[int], torch.Tensor]
 Row = dict[str, Any]
 
 
-def ours(case: Case, decode: bool, **options: Any) -> Call:
-    """Our kernel, `layer -> out`."""
-    if decode:
-        from sglang_vtensor.kernels.decode import Decoder
-
-        decoder = Decoder(
-            max_requests=256,
-            q_heads=case.q_heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.dim,
-            device="cuda",
-            **options,
-        )
-        decoder.plan(case.context_lens)
-        return lambda layer: decoder(case.q, *case.ours(layer), case.first, scale=case.scale)
+def ours(case: Case, *, runs: int = 1, **options: Any) -> Call:
+    """Our kernel, `layer -> out`. Each context is so many runs, of about equal length; they lie one behind the other,
+    which the kernel does not know."""
     from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 
+    divided = []
+    for first, context in zip(case.first.tolist(), case.contexts, strict=True):
+        cuts = sorted({*(context * n // runs // PAGE * PAGE for n in range(runs)), context})
+        divided.append([(first + low, high - low) for low, high in itertools.pairwise(cuts)])
     plan = plan_prefill(
         case.new,
-        case.contexts,
+        divided,
         q_heads=case.q_heads,
         kv_heads=case.kv_heads,
         head_dim=case.dim,
         device=case.q.device,
-        readable=128,
+        page_tokens=PAGE,
         **options,
     )
-    return lambda layer: prefix_prefill(case.q, *case.ours(layer), case.first, plan, scale=case.scale)
+    return lambda layer: prefix_prefill(case.q, *case.ours(layer), plan, scale=case.scale)
 
 
 def fa3(case: Case | Paged, page: int) -> Call:
@@ -195,34 +190,6 @@ def fa3_on(case: Case | Paged, k: torch.Tensor, v: torch.Tensor, table: torch.Te
         cache_seqlens=case.context_lens,
         cu_seqlens_q=case.starts,
         max_seqlen_q=longest,
-        softmax_scale=case.scale,
-        causal=True,
-    )
-
-
-def fa3_segments(case: Case) -> Call:
-    """FlashAttention-3 on contiguous contexts of our pool, as our server calls it. Its rows are equally long, so the
-    contexts are copied to a pool of segments."""
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-    longest = -(-max(case.contexts) // 128) * 128
-    count = len(case.contexts)
-    rotation = case.rotation
-    token = 2 * case.kv_heads * case.dim * 2
-    layers = max(rotation, min(case.layers, (2 * POOL_BYTES) // (count * longest * token)))
-    pool = torch.zeros(count, longest, layers, 2, case.kv_heads, case.dim, device="cuda", dtype=torch.bfloat16)
-    for i, (first, context) in enumerate(zip(case.first.tolist(), case.contexts, strict=True)):
-        pool[i, :context, :rotation] = case.pool[first : first + context, :rotation]
-    rows = torch.arange(count, dtype=torch.int32, device="cuda")
-    most = max(case.new)
-    return lambda layer: flash_attn_with_kvcache(
-        q=case.q,
-        k_cache=pool[:, :, layer, 0],
-        v_cache=pool[:, :, layer, 1],
-        cache_batch_idx=rows,
-        cache_seqlens=case.context_lens,
-        cu_seqlens_q=case.starts,
-        max_seqlen_q=most,
         softmax_scale=case.scale,
         causal=True,
     )
@@ -383,7 +350,7 @@ def agree(what: str, calls: dict[str, Call]) -> None:
         assert error < 2e-2, f"{what}: {name} differs by {error:.3g}"
 
 
-def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, rate: tuple[float, float]) -> list[Row]:
+def measure(geometry: str, shapes: list[list[tuple[int, int]]], rate: tuple[float, float]) -> list[Row]:
     """Every contestant on every shape of a geometry: a row each. `rate` is of `rates`."""
     matmul, copy = rate
     rows = []
@@ -393,27 +360,24 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], decode: bool, ra
         case = Case(geometry, shape)
         floor = max(case.operations() / matmul, case.bytes() / copy) * 1e6
         row: Row = {"geometry": geometry, "shape": case.label(), "floor_us": round(floor, 1)}
-        first: dict[str, Call] = {"ours": ours(case, decode), "fa3_segments": fa3_segments(case)}
+        first: dict[str, Call] = {"ours": ours(case), "ours_two_runs": ours(case, runs=2)}
         what = f"{geometry} {case.label()}"
         agree(what, first)
         graphs = {name: graph(call, case.rotation) for name, call in first.items()}
         for page in (1, 64, 128):
             paged = {f"fa3_page{page}": fa3(case, page)}
             if page in (1, 64):
-                paged[f"triton_page{page}"] = sglang_triton(case, decode, page)
+                paged[f"triton_page{page}"] = sglang_triton(case, False, page)
             if page == 1 and FLASHINFER:
-                paged["flashinfer_paged"] = flashinfer(case, decode)
-                if not decode:
-                    paged["flashinfer_ragged"] = flashinfer(case, decode, ragged=True)
+                paged["flashinfer_paged"] = flashinfer(case, False)
+                paged["flashinfer_ragged"] = flashinfer(case, False, ragged=True)
             agree(what, {"ours": first["ours"]} | paged)
             graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
         measured = times(graphs, case.rotation)
         row |= {name: round(value, 2) for name, value in measured.items()}
         row["triton"] = min(row["triton_page1"], row["triton_page64"])
-        row["best"] = min(row["ours"], row["fa3_segments"])
-        if not decode:
-            ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.kv_heads, case.dim, "cuda")
-            row["auto"] = row["ours"] if ours_first else row["fa3_segments"]
+        ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.kv_heads, case.dim, "cuda")
+        row["auto"] = row["ours"] if ours_first else row["fa3_page128"]
         row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
         row["operations"] = case.operations()
         row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
@@ -445,13 +409,12 @@ def warm(geometries: Geometries = ALL) -> None:
     for geometry in geometries.split(","):
         case = Case(geometry, [(7000, 256), (1000, 200)])
         keys, values = case.ours(0)
-        list(compile_prefill(keys, values, 0, q_heads=case.q_heads, max_tokens=7256, readable=128))
+        list(compile_prefill(keys, values, q_heads=case.q_heads, max_tokens=7256, page_tokens=PAGE))
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
         if FLASHINFER:
             flashinfer(case, False)(0)
         case = Case(geometry, [(7000, 1), (1000, 1)])
-        ours(case, True)(0)
         sglang_triton(case, True, 1)(0)
         if FLASHINFER:
             flashinfer(case, True)(0)
@@ -463,10 +426,10 @@ def prefill(geometries: Geometries = ALL) -> None:
     """New tokens over a prefix. Writes prefill.json, after each geometry."""
     rate, rows, swept = rates(), [], []
     for geometry in geometries.split(","):
-        rows += measure(geometry, PREFILL, False, rate)
+        rows += measure(geometry, PREFILL, rate)
         if geometry == SWEPT:
             for sweep, shapes in SWEEPS.items():
-                several = measure(geometry, [[shape] * SWEEP_REQUESTS for shape in shapes], False, rate)
+                several = measure(geometry, [[shape] * SWEEP_REQUESTS for shape in shapes], rate)
                 for row, (prefix, new) in zip(several, shapes, strict=True):
                     swept.append(row | {"sweep": sweep, "x": prefix if sweep == "prefix" else new})
         triton = over(rows, "triton")
@@ -474,14 +437,15 @@ def prefill(geometries: Geometries = ALL) -> None:
             "vs_triton_geomean": statistics.geometric_mean(triton),
             "vs_triton_max": max(triton),
             "vs_triton_min": min(triton),
-            "best_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "best")),
+            "best_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "auto")),
+            "best_vs_fa3_page128_geomean": statistics.geometric_mean(over(rows, "fa3_page128", "auto")),
+            "best_vs_fa3_page128_min": min(over(rows, "fa3_page128", "auto")),
+            "two_runs_vs_one_geomean": statistics.geometric_mean(over(rows, "ours", "ours_two_runs")),
             "own_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
             "own_vs_fa3_page128_geomean": statistics.geometric_mean(over(rows, "fa3_page128")),
-            "auto_vs_fa3_page1_geomean": statistics.geometric_mean(over(rows, "fa3_page1", "auto")),
             "own_vs_flashinfer_geomean": against(rows, "flashinfer_paged"),
-            "own_vs_fa3_segments_geomean": statistics.geometric_mean(over(rows, "fa3_segments")),
             "tflops_32k_2k": max(
-                (row["tflops"] * row["ours"] / row["best"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
+                (row["tflops"] * row["ours"] / row["auto"] for row in rows if row["shape"] == "1 x (32768 + 2048)"),
                 default=0.0,
             ),
             "matmul_tflops": rate[0] / 1e12,
@@ -491,34 +455,6 @@ def prefill(geometries: Geometries = ALL) -> None:
     console.print(summary)
 
 
-@app.command()
-def decode(geometries: Geometries = ALL) -> None:
-    """One new token over a context. Writes decode.json, after each geometry."""
-    rate, rows = rates(), []
-    for geometry in geometries.split(","):
-        rows += measure(geometry, [[(n - 1, 1) for n in contexts] for contexts in DECODE], True, rate)
-        triton = over(rows, "triton")
-        summary = {
-            "vs_triton_geomean": statistics.geometric_mean(triton),
-            "vs_triton_min": min(triton),
-            "vs_fa3_geomean": statistics.geometric_mean(over(rows, "fa3_page1")),
-            "vs_flashinfer_geomean": against(rows, "flashinfer_paged"),
-            "bandwidth_share_64x4096": max(
-                (
-                    row["gbytes"] * 1e9 / rate[1]
-                    for row in rows
-                    if row["shape"] == "64 x (4095 + 1)" and row["geometry"] == "Llama-3-8B"
-                ),
-                default=0.0,
-            ),
-            "matmul_tflops": rate[0] / 1e12,
-            "copy_gbytes": rate[1] / 1e9,
-        }
-        results.write("decode", summary, rows)
-    console.print(summary)
-
-
-PAGE = 128
 #: Layers that a graph of these cases goes through at least, as a model has many: starting it belongs to no call.
 SHARED_LAYERS = 8
 #: Batches that share: requests, tokens of all, requests a group, tokens of a group, tokens of a request.

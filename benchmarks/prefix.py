@@ -37,10 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.contestants import GPU, HOST, HOST_TOKENS, Client, Plan, Workload, capacity, servers
+from benchmarks.contestants import GPU, HOST, HOST_TOKENS, ROUND_TOKENS, Client, Plan, Workload, capacity, servers
 from benchmarks.rounds import Row, compare, rotated, summarize, whole
 from benchmarks.serving import CONFIG, VOCABULARY
-from benchmarks.workloads import TOKENS, workloads
+from benchmarks.workloads import FULL, TOKENS, workloads
 
 console = Console(width=190)
 CONTEXT = 65_536
@@ -144,13 +144,17 @@ def main(
     known = HOST if quick else GPU
     names = ["vtensor", *(compare_with.split(",") if compare_with else [] if quick else ["fa3", "fa3-page128"])]
     made = workloads(quick, trace, speed)
-    chosen = kinds.split(",") if kinds else list(made)
+    chosen = kinds.split(",") if kinds else [kind for kind in made if quick or kind not in FULL]
     for name in (set(names) - set(known)) | (set(chosen) - set(made)):
         have = "trace needs --trace FILE" if name == "trace" else f"there are {', '.join([*known, *made])}"
         raise typer.BadParameter(f"{name!r} is unknown: {have}")
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"each contestant takes part once, and vtensor always does: not {', '.join(names)}")
-    needed = 0 if quick else max(TOKENS[kind] for kind in chosen)
+    if full := FULL.keys() & set(chosen):
+        if len(chosen) > 1 and not quick:
+            raise typer.BadParameter(f"{', '.join(sorted(full))} fill a cache of their own size: run each alone")
+        tokens = tokens or (0 if quick else FULL[chosen[0]] // 2 // ROUND_TOKENS * ROUND_TOKENS)
+    needed = 0 if quick or full else max(TOKENS[kind] for kind in chosen)
     room = tokens or (HOST_TOKENS if quick else capacity(device_bytes(), len(names)))
     if not tokens and room < needed and len(names) > 1:
         console.print(f"{len(names)} servers would have room for {room:,} tokens each; {needed:,} are needed: in turn")

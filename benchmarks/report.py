@@ -45,7 +45,7 @@ def host(record: Record) -> str:
         ours = record["summary"][f"turn_memory_us_at_{name}"]
         lines.append(
             f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f}, of these "
-            f"{ours:.0f} for pages and segments |"
+            f"{ours:.0f} for placing and backing |"
         )
     if "grouping_us_256" in record["summary"]:
         took = record["summary"]["grouping_us_256"]
@@ -226,7 +226,8 @@ def _of_all(summary: dict[str, float], end: list[str]) -> list[str]:
         end.append(f"Against Triton {mean:.2f} times in the geometric mean of what shares, {most:.2f} at most.")
     if "ttft_p99_vs_fa3_worst" in summary:
         end.append(f"The p99 TTFT of fa3 is {summary['ttft_p99_vs_fa3_worst']:.2f} of ours at worst.")
-    end.append(f"For turns that continue, {summary['prefix_maps_on_continue']:.0f} pages of prefix were mapped.")
+    if "runs_per_context_chat" in summary:
+        end.append(f"In chat a context was {summary['runs_per_context_chat']:.2f} runs of addresses in the mean.")
     return end
 
 

@@ -109,7 +109,14 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
     if ours_rows := [row for row in rows if row["contestant"] == "vtensor"]:
         summary["mapping_share_worst"] = max(row["mapping_share"] for row in ours_rows)
         summary["worker_share_worst"] = max(row["worker_seconds"] / row["seconds"] for row in ours_rows)
-        summary["prefix_maps_on_continue"] = sum(row["prefix_maps_on_continue"] for row in ours_rows)
+        summary["worker_driver_share_worst"] = max(row["worker_driver_seconds"] / row["seconds"] for row in ours_rows)
+        for kind in dict.fromkeys(row["workload"] for row in ours_rows):
+            of_kind = [row for row in ours_rows if row["workload"] == kind]
+            contexts, pages = (sum(row[key] for row in of_kind) for key in ("contexts", "pages_allocated"))
+            summary[f"runs_per_context_{kind}"] = sum(row["context_runs"] for row in of_kind) / max(1, contexts)
+            summary[f"broken_runs_{kind}"] = sum(row["broken_runs"] for row in of_kind)
+            moves = sum(row["pages_moved"] + row["pages_moved_ahead"] for row in of_kind)
+            summary[f"moves_per_new_page_{kind}"] = moves / max(1, pages)
     return summary
 
 

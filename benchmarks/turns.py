@@ -1,7 +1,7 @@
 """Our tree and pools, for what a turn costs the scheduling thread (`unified`), without a GPU or a model.
 
-Mapping itself is left out: the virtual memory here does nothing, as the driver's part is measured on a GPU. What the
-mapping worker does is not the scheduling thread's, and not timed.
+The driver's part is left out: the virtual memory here does nothing, as that is measured on a GPU. What the worker does
+is not the scheduling thread's, and not timed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.vmm import Handle, VirtualMemory
 
 PAGE, SYSTEM, OWN, SAID = 64, 512, 320, 100
@@ -63,9 +63,7 @@ class Ours:
         patch = patches.load()
 
         layout = KVLayout(1, 1, 64, torch.float16, PAGE, stride_bytes=256, granularity=4096)
-        self.memory = KVMemory(
-            NoMemory(), layout, capacity_pages=capacity, max_tokens=longest, max_running=running, worker=False
-        )
+        self.memory = KVMemory(NoMemory(), layout, capacity_pages=capacity, max_tokens=longest, worker=False)
         self.runtime = Runtime(self.memory, running + 1, patch.requests)
         pool: Any = SimpleNamespace(page_size=PAGE, dtype=torch.float16, device="cpu", runtime=self.runtime)
         self.rows = ReqToTokenPool(running, longest, "cpu", False)
@@ -79,23 +77,23 @@ class Ours:
         )
 
     def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
-        """Pages and a segment; the slots of all tokens."""
-        from sglang_vtensor.srt.runtime import RequestPages, slots_of
+        """Frames; the slots of all tokens."""
+        from sglang_vtensor.srt.runtime import RequestFrames, slots_of
 
         slot, whole = self.runtime.sglang.slot(req), matched // PAGE
-        record = self.runtime.requests[slot] = RequestPages(self.tree.path_pages(req.last_node), whole)
+        record = self.runtime.requests[slot] = RequestFrames(self.tree.path_frames(req.last_node), whole, whole)
         partial = req.vtensor_partial
         if partial is not None and partial.tail is not None:
-            page = self.memory.claim(partial.tail)
-            assert page is not None
-            record.pages.append(page)
-        new = self.memory.allocate(self.memory.layout.pages_for(end) - len(record.pages))
-        record.pages.extend(new or [])
-        self.runtime.map_request(slot, shared=whole, adopt=self.tree.segment_for(req))
-        return slots_of(record.pages, PAGE)[:end]
+            frame = self.memory.claim(partial.tail)
+            assert frame is not None
+            record.frames.append(frame)
+        placed = self.memory.allocate([record.ask(self.memory.layout.pages_for(end) - len(record.frames))])
+        assert placed is not None, "the pool is large enough for all turns"
+        record.frames += placed[0]
+        return slots_of(record.frames, PAGE)[:end]
 
     def memory_seconds(self) -> float:
-        return float(self.memory.stats().scheduling_seconds)
+        return self.memory.clock.seconds
 
     def behind(self) -> None:
         """What the worker does meanwhile."""

@@ -37,7 +37,7 @@ class Side(Protocol):
         """Do what another thread does meanwhile; not timed."""
 
     def memory_seconds(self) -> float:
-        """What pages and segments took of all turns so far, the tree's part left out."""
+        """What placing and backing took of all turns so far, the tree's part left out."""
 
 
 class Stock:
@@ -127,7 +127,7 @@ def measure(
     sides: Mapping[str, Callable[[int, int, int], Side]], conversations: int = 10_000, turns: int = 1500
 ) -> dict[str, float]:
     """Median microseconds of a turn, by side, with so many conversations cached; and, under "... memory", how many of
-    them pages and segments took in the mean."""
+    them placing and backing took in the mean."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the scheduling thread is one
     rng = random.Random(0)

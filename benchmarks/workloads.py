@@ -12,6 +12,9 @@ server with less room would evict a prefix that is still wanted, which is anothe
     tree         41,472   1 + 8 + 64 levels of 512, and 64 answers of 64
     random       98,368   64 requests of 1,025 + 512 at a time; what is over is never asked for again
     trace             0   it has no set that it comes back to; requests of 600,000 tokens in all
+
+`FULL` are chat and agent with lengths that are no multiple of 128 tokens, in a cache with room for half of what they
+touch: it is always full, and what was evicted is what the next ones need.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ TOKENS = {
     "tree": 512 * (1 + 8 + 64) + 64 * 64,
     "random": 64 * (1024 + 1 + 512),
     "trace": 0,
+}
+#: Tokens that they touch. Their servers have room for half of it.
+FULL = {
+    "chat_full": 2000 + 64 * 4 * (500 + 125),
+    "agent_full": 8 * (32_700 + 6 * (2040 + 30)),
 }
 
 
@@ -171,6 +179,7 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
             "documents": documents(2, 250, 4, 10, 4, 4),
             "tree": tree(2, 3, 50, 4),
             "random": independent(6, 60, 8, 4),
+            "chat_full": conversations(4, 3, 90, 0, 21, 7),
         }
         arrivals = read_trace(trace, 12, 1500, speed, most_new=8) if trace else []
     else:
@@ -180,6 +189,8 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
             "documents": documents(8, 16_384, 32, 64, 64, 256),
             "tree": tree(8, 8, 512, 64),
             "random": independent(192, 1024, 512, 64),
+            "chat_full": conversations(64, 4, 2000, 0, 500, 125),
+            "agent_full": conversations(8, 6, 0, 32_700, 2040, 30),
         }
         arrivals = read_trace(trace, TRACE_REQUESTS, 16_000, speed) if trace else []
     if arrivals:

@@ -1,25 +1,17 @@
-"""Attention of packed query rows over contiguous contexts: the Triton kernels beneath prefill and decode.
+"""Attention of packed query rows over contexts that are runs of tokens: the Triton kernels beneath prefill and decode.
 
-A request's context is a run of tokens at a constant stride: token `n` of KV head `h` is `k[first + n, h]`, whatever
-lies between two tokens (other layers, other heads). There is no page table, so a tile of keys is one rectangular load.
+A run is contiguous memory: token `n` of it is in slot `shift + n`, at a constant stride, whatever lies between two
+tokens (other layers, other heads). So a tile of keys is one rectangular load: tiles divide pages, and a run is whole
+pages, but for the end of the last one.
 
 The query heads that share a KV head are packed into the rows of a tile, heads fastest:
 
     row r of a request  =  token r // group, query head  kv_head * group + r % group
 
-A work item is one tile of rows against a run of keys. A tile whose keys are divided into parts leaves a partial result
-of each part, in float32 with its log-sum-exp, and `_merge` puts them together. Scores are kept in base 2.
+A work item is one tile of rows against some keys. A tile whose keys are divided into parts leaves a partial result of
+each part, in float32 with its log-sum-exp, and `_merge` puts them together. Scores are kept in base 2.
 
-Work items are int32 rows, made on the host (prefill) or on the device (decode):
-
-    0 FIRST_ROW     first row of the request in q          4 TILE   which BLOCK_M rows of the request
-    1 NEW           its new tokens                         5 LOW    first key
-    2 CONTEXT       its tokens, the new ones included      6 HIGH   one past the last key; LOW: nothing to do
-    3 REQUEST       its index in `first`                   7 PART   where the partial result goes, or -1
-
-and of `_merge`:
-
-    0 FIRST_ROW     1 NEW     2 TILE     3 PART, the first one     4 PARTS: below 2 nothing to do
+The plan is int32 rows, made on the host: of work items the fields `ITEM_*`, of merges `MERGE_*`, of runs `RUN_*`.
 """
 
 from __future__ import annotations
@@ -27,8 +19,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-WORK_FIELDS = 8
-MERGE_FIELDS = 5
+#: Of a work item: the first row of its request in q; the request's new tokens, and all of them; which BLOCK_M rows of
+#: the request; its first key, and one past its last one (equal: nothing to do); the runs that the first and the last
+#: key are in; and where the partial result goes, or -1.
+ITEM_FIELDS = tl.constexpr(9)
+ITEM_ROW, ITEM_NEW, ITEM_CONTEXT, ITEM_TILE, ITEM_LOW, ITEM_HIGH, ITEM_RUN, ITEM_LAST_RUN, ITEM_PART = map(
+    tl.constexpr, range(9)
+)
+#: Of a merge: the first row, the new tokens and the tile as above; its first part; and how many there are.
+MERGE_FIELDS = tl.constexpr(5)
+MERGE_ROW, MERGE_NEW, MERGE_TILE, MERGE_PART, MERGE_PARTS = map(tl.constexpr, range(5))
+#: Of a run: the position of its first token in its context, one past that of its last one, and what is to be added to a
+#: position for its slot.
+RUN_FIELDS = tl.constexpr(3)
+RUN_START, RUN_END, RUN_SHIFT = map(tl.constexpr, range(3))
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -72,8 +76,8 @@ def _whole_tiles(
     v_head,
     k_tiles,
     v_tiles,
-    first,
     pages_ptr,
+    run,
     head,
     low,
     high,
@@ -92,16 +96,19 @@ def _whole_tiles(
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows. They
-    follow one another from `first` on, which `k_head` and `v_head` are at; or, with PAGE, where `pages_ptr` says, which
-    is read one tile ahead: a load in front of a load would take one of Triton's stages."""
+    """Add keys `low` to `high`, whole tiles that every row sees, to the maximum, the total and the result of rows. The
+    first one is in `run` of the runs at `pages_ptr`; or, with PAGE, that is a page table. Where a tile begins is read
+    one tile ahead: a load in front of a load would take one of Triton's stages. Returns also the run of `high`."""
     dims = tl.arange(0, DIM_PADDED)
-    begin = low
     if PAGE:
         begin = tl.load(pages_ptr + low // PAGE) * PAGE + low % PAGE
+        end = high
+    else:
+        begin = low + tl.load(pages_ptr + run * RUN_FIELDS + RUN_SHIFT)
+        end = tl.load(pages_ptr + run * RUN_FIELDS + RUN_END)
     for n in range(low, high, BLOCK_N):
         if TMA:
-            start = (first + begin).to(tl.int32)
+            start = begin.to(tl.int32)
             k = k_tiles.load([start, head, 0]).reshape(BLOCK_N, DIM_PADDED)
         else:
             at = (begin + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -123,7 +130,11 @@ def _whole_tiles(
         begin = n + BLOCK_N
         if PAGE:
             begin = tl.load(pages_ptr + begin // PAGE) * PAGE + begin % PAGE
-    return highest, total, acc
+        else:
+            run += (begin >= end).to(tl.int32)
+            begin += tl.load(pages_ptr + run * RUN_FIELDS + RUN_SHIFT)
+            end = tl.load(pages_ptr + run * RUN_FIELDS + RUN_END)
+    return highest, total, acc, run
 
 
 @triton.jit
@@ -146,15 +157,13 @@ def _attend(
     k_tiles,
     v_tiles,
     out_ptr,
-    lse_ptr,
     part_out_ptr,
     part_lse_ptr,
     sink_ptr,
     work_ptr,
-    first_ptr,
+    runs_ptr,
     scale,
     cap,
-    window,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -163,7 +172,6 @@ def _attend(
     stride_v_head,
     stride_out_token,
     stride_out_head,
-    stride_lse_token,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -171,25 +179,22 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
-    LSE: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    item = work_ptr + (tl.program_id(0) // KV_HEADS) * 8
+    item = work_ptr + (tl.program_id(0) // KV_HEADS) * ITEM_FIELDS
     head = tl.program_id(0) % KV_HEADS
-    low = tl.load(item + 5)
-    high = tl.load(item + 6)
+    low = tl.load(item + ITEM_LOW)
+    high = tl.load(item + ITEM_HIGH)
     if low >= high:
         return
-    first_row = tl.load(item).to(tl.int64)
-    new = tl.load(item + 1)
-    context = tl.load(item + 2)
-    request = tl.load(item + 3)
-    tile = tl.load(item + 4)
-    part = tl.load(item + 7)
-    first = tl.load(first_ptr + request)
+    first_row = tl.load(item + ITEM_ROW).to(tl.int64)
+    new = tl.load(item + ITEM_NEW)
+    context = tl.load(item + ITEM_CONTEXT)
+    tile = tl.load(item + ITEM_TILE)
+    run = tl.load(item + ITEM_RUN)
+    part = tl.load(item + ITEM_PART)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = rows // GROUP
@@ -205,51 +210,48 @@ def _attend(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
-    k_head = k_ptr + first * stride_k_token + head * stride_k_head
-    v_head = v_ptr + first * stride_v_token + head * stride_v_head
+    k_head = k_ptr + head * stride_k_head
+    v_head = v_ptr + head * stride_v_head
 
     # Whole tiles of keys that every row sees.
-    middle = low
-    if not WINDOW:
-        seen_by_all = tl.minimum(context - new + tile * BLOCK_M // GROUP + 1, high)
-        middle = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
-        highest, total, acc = _whole_tiles(
-            q,
-            k_head,
-            v_head,
-            k_tiles,
-            v_tiles,
-            first,
-            first_ptr,
-            head,
-            low,
-            middle,
-            highest,
-            total,
-            acc,
-            scale,
-            cap,
-            stride_k_token,
-            stride_v_token,
-            DIM,
-            DIM_PADDED,
-            BLOCK_N,
-            0,
-            CAP,
-            TMA,
-            WIDE,
-        )
+    seen_by_all = tl.minimum(context - new + tile * BLOCK_M // GROUP + 1, high)
+    middle = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
+    highest, total, acc, run = _whole_tiles(
+        q,
+        k_head,
+        v_head,
+        k_tiles,
+        v_tiles,
+        runs_ptr,
+        run,
+        head,
+        low,
+        middle,
+        highest,
+        total,
+        acc,
+        scale,
+        cap,
+        stride_k_token,
+        stride_v_token,
+        DIM,
+        DIM_PADDED,
+        BLOCK_N,
+        0,
+        CAP,
+        TMA,
+        WIDE,
+    )
 
-    # Tiles that some row sees only in part. What lies behind the context is neither loaded nor mapped.
+    # Tiles that some row sees only in part. What lies behind the context is not loaded.
     for n in tl.range(middle, high, BLOCK_N, num_stages=1):
+        run += (n >= tl.load(runs_ptr + run * RUN_FIELDS + RUN_END)).to(tl.int32)
         keys = n + tl.arange(0, BLOCK_N)
         mask = _inside(keys < high, dims, DIM, DIM_PADDED)
-        at = keys.to(tl.int64)
+        at = (keys + tl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(tl.int64)
         k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
         v = tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0)
         seen = (keys[None, :] <= position[:, None]) & (keys < high)[None, :]
-        if WINDOW:
-            seen = seen & (keys[None, :] >= position[:, None] - window)
         scores = tl.where(seen, _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A row that has seen nothing yet has -inf for its maximum, and -inf - -inf is no number.
@@ -279,9 +281,6 @@ def _attend(
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head
         tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
-        if LSE:
-            lse = (highest + tl.log2(total)) * _LN2
-            tl.store(lse_ptr + (first_row + token) * stride_lse_token + q_head, lse, mask=valid)
     else:
         at_row = (part.to(tl.int64) * KV_HEADS + head) * BLOCK_M + tl.arange(0, BLOCK_M)
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -292,14 +291,12 @@ def _attend(
 @triton.jit
 def _merge(
     out_ptr,
-    lse_ptr,
     part_out_ptr,
     part_lse_ptr,
     sink_ptr,
     merge_ptr,
     stride_out_token,
     stride_out_head,
-    stride_lse_token,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -308,18 +305,17 @@ def _merge(
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
     SINKS: tl.constexpr,
-    LSE: tl.constexpr,
 ):
     """Put the parts of one tile together: BLOCK_R of its rows a program, PARTS of its parts at a time."""
-    item = merge_ptr + (tl.program_id(0) // KV_HEADS) * 5
+    item = merge_ptr + (tl.program_id(0) // KV_HEADS) * MERGE_FIELDS
     head = tl.program_id(0) % KV_HEADS
-    parts = tl.load(item + 4)
+    parts = tl.load(item + MERGE_PARTS)
     if parts < 2:
         return
-    first_row = tl.load(item).to(tl.int64)
-    new = tl.load(item + 1)
-    tile = tl.load(item + 2)
-    part = tl.load(item + 3).to(tl.int64)
+    first_row = tl.load(item + MERGE_ROW).to(tl.int64)
+    new = tl.load(item + MERGE_NEW)
+    tile = tl.load(item + MERGE_TILE)
+    part = tl.load(item + MERGE_PART).to(tl.int64)
     in_tile = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tile * BLOCK_M + in_tile
     token = rows // GROUP
@@ -347,7 +343,3 @@ def _merge(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head
     tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if LSE:
-        tl.store(
-            lse_ptr + (first_row + token) * stride_lse_token + q_head, (highest + tl.log2(total)) * _LN2, mask=valid
-        )

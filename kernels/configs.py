@@ -16,10 +16,6 @@ from sglang_vtensor.kernels.plan import Config
 HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 #: Contexts of fewer tokens are a few tiles, and small ones end with less of one unused.
 SHORT_CONTEXT = 1500
-#: FlashAttention-3 reads segments some 1 % faster than pages of 128 tokens, and mapping new pages keeps the scheduling
-#: thread busy while another batch runs. Where each new token has so many before it, attention is a quarter of a batch
-#: or more, and mapping less than 1 % of it (Llama-3-8B, H200): then segments are worth it.
-LONG_CONTEXT = 10_000
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
 #: Of shared decode, as shares of what reading a key and a value from memory takes, measured on an H200: reading them
@@ -73,7 +69,7 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
 def ours_before_fa3(
     new: Sequence[int], contexts: Sequence[int], q_heads: int, kv_heads: int, head_dim: int, device: str
 ) -> bool:
-    """Whether the kernel for Hopper beats FlashAttention-3 on segments for such a prefill batch.
+    """Whether the kernel for Hopper beats FlashAttention-3, over pages of 128 tokens, for such a prefill batch.
 
     It does with heads of 64; with many short requests of one tile each, which are bound by memory; and where one
     request would keep a few multiprocessors busy for long after the others have ended, as FlashAttention-3 divides all
@@ -87,20 +83,6 @@ def ours_before_fa3(
     keys = [context - n / 2 for n, context in zip(new, contexts, strict=True)]
     work = sum(count * n for count, n in zip(tiles, keys, strict=True))
     return len(new) > 1 and max(keys) * multiprocessors(device) > UNEVEN * work
-
-
-def segments_pay(new: Sequence[int], contexts: Sequence[int]) -> bool:
-    """Whether FlashAttention-3 gains enough from segments, for such a prefill batch, for its new pages to be mapped."""
-    read = sum(n * (context - n / 2) for n, context in zip(new, contexts, strict=True))
-    return read > LONG_CONTEXT * sum(new)
-
-
-def decode(rows: int, head_dim: int, capability: int) -> Config:
-    """For decode with `rows` packed query rows a request."""
-    block_m = max(16, 1 << (rows - 1).bit_length())
-    if capability == 0:
-        return Config(block_m, 16, 4, 1)
-    return Config(block_m, 32 if head_dim > 128 else 64, 4, 3, capability >= 90, 2)
 
 
 def shared_decode_pays(

@@ -10,8 +10,9 @@ already at the next item while the last one is written. What differs also is who
 Two consumers share what is loaded, and are otherwise on their own: one computes weights while the other multiplies.
 With one of them two programs run on a multiprocessor, which suits few rows and short contexts.
 
-Tiles are taken from the last to the first, so that those that need a mask come first. A tile is loaded whole: what is
-behind a context, up to a multiple of the tile, must be mapped (in a segment it is: pages are whole tiles).
+Tiles are taken from the last to the first, so that those that need a mask come first; the loader walks the runs of a
+context in that order too. A tile is loaded whole: what is behind a context, up to a multiple of the tile, must be
+mapped (it is: pages are whole tiles).
 
 A value that no row may see has weight zero, and zero times NaN is NaN. Looking for such values in every tile would cost
 more than it is worth; rows whose sum of weights is a number and whose values are not are computed again, key by key.
@@ -31,25 +32,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sglang_vtensor.kernels.attend import (
+    ITEM_CONTEXT,
+    ITEM_FIELDS,
+    ITEM_HIGH,
+    ITEM_LAST_RUN,
+    ITEM_LOW,
+    ITEM_NEW,
+    ITEM_PART,
+    ITEM_ROW,
+    ITEM_RUN,
+    ITEM_TILE,
+    RUN_END,
+    RUN_FIELDS,
+    RUN_SHIFT,
+    RUN_START,
+)
 from sglang_vtensor.kernels.plan import Config
 
 _LOG2E = gl.constexpr(1.4426950408889634)
-_LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _item(work_ptr, first_ptr, at, KV_HEADS: gl.constexpr):
-    """Fields of the work item and the head that `at` of a schedule stands for, and where the context begins."""
-    item = work_ptr + (at // KV_HEADS) * 8
-    first = gl.load(first_ptr + gl.load(item + 3))
-    return item, at % KV_HEADS, first, gl.load(item + 5), gl.load(item + 6)
+def _item(work_ptr, at, KV_HEADS: gl.constexpr):
+    """The work item and the head that `at` of a schedule stands for, and its keys."""
+    item = work_ptr + (at // KV_HEADS) * ITEM_FIELDS
+    return item, at % KV_HEADS, gl.load(item + ITEM_LOW), gl.load(item + ITEM_HIGH)
 
 
 @gluon.jit
 def _load(
     loads,
     work_ptr,
-    first_ptr,
+    runs_ptr,
     lists_ptr,
     schedule_ptr,
     KV_HEADS: gl.constexpr,
@@ -61,14 +76,18 @@ def _load(
     k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty = loads
     loaded = 0
     for j in range(gl.load(lists_ptr + gl.program_id(0)), gl.load(lists_ptr + gl.program_id(0) + 1)):
-        _, head, first, low, high = _item(work_ptr, first_ptr, gl.load(schedule_ptr + j), KV_HEADS)
+        item, head, low, high = _item(work_ptr, gl.load(schedule_ptr + j), KV_HEADS)
         tiles = (high - low + BLOCK_N - 1) // BLOCK_N
-        at = (first + low).to(gl.int32) + tiles * BLOCK_N
+        # The last tile is in the run of the last key. One tile before another is in the same run, or in the one before.
+        run = gl.load(item + ITEM_LAST_RUN)
+        n = low + tiles * BLOCK_N
         for i in range(tiles):
             # Added here: Triton 3.6 takes a carried number for dead that is only a bound of an inner loop.
             stage = (loaded + i) % STAGES
             phase = ((loaded + i) // STAGES) & 1
-            at -= BLOCK_N
+            n -= BLOCK_N
+            run -= (n < gl.load(runs_ptr + run * RUN_FIELDS + RUN_START)).to(gl.int32)
+            at = n + gl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
             tma.async_copy_global_to_shared(k_tiles, [at, head * DIM], k_full.index(stage), k_smem.index(stage))
@@ -111,6 +130,8 @@ def _again(
     q_smem,
     k_ptr,
     v_ptr,
+    runs_ptr,
+    run,
     position,
     low,
     high,
@@ -128,13 +149,11 @@ def _again(
     highest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
     acc = gl.full([64, DIM], 0.0, gl.float32, LAYOUT)
-    k_ptr += low.to(gl.int64) * stride_k_token
-    v_ptr += low.to(gl.int64) * stride_v_token
     for n in range(low, high):
-        k = gl.load(k_ptr + dims).to(gl.float32)
-        v = gl.load(v_ptr + dims).to(gl.float32)
-        k_ptr += stride_k_token
-        v_ptr += stride_v_token
+        run += (n >= gl.load(runs_ptr + run * RUN_FIELDS + RUN_END)).to(gl.int32)
+        at = (n + gl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(gl.int64)
+        k = gl.load(k_ptr + at * stride_k_token + dims).to(gl.float32)
+        v = gl.load(v_ptr + at * stride_v_token + dims).to(gl.float32)
         score = gl.sum(q * k[None, :], 1)
         score = (1 - 2 / (1 + gl.exp2(score * (scale / cap * 2 * _LOG2E)))) * (cap * _LOG2E) if CAP else score * scale
         seen = n <= position
@@ -158,7 +177,6 @@ def _consume(
     STAGES: gl.constexpr,
     CAP: gl.constexpr,
     SINKS: gl.constexpr,
-    LSE: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
@@ -168,12 +186,11 @@ def _consume(
         k_ptr,
         v_ptr,
         out_ptr,
-        lse_ptr,
         part_out_ptr,
         part_lse_ptr,
         sink_ptr,
         work_ptr,
-        first_ptr,
+        runs_ptr,
         lists_ptr,
         schedule_ptr,
         k_smem,
@@ -192,7 +209,6 @@ def _consume(
         stride_v_head,
         stride_out_token,
         stride_out_head,
-        stride_lse_token,
     ) = shared
     dtype: gl.constexpr = q_smem.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -206,12 +222,12 @@ def _consume(
 
     done = 0
     for j in range(gl.load(lists_ptr + gl.program_id(0)), gl.load(lists_ptr + gl.program_id(0) + 1)):
-        item, head, first, low, high = _item(work_ptr, first_ptr, gl.load(schedule_ptr + j), KV_HEADS)
-        first_row = gl.load(item).to(gl.int64)
-        new = gl.load(item + 1)
-        prefix = gl.load(item + 2) - new
-        first_of_tile = gl.load(item + 4) * (64 * CONSUMERS) + 64 * CONSUMER
-        part = gl.load(item + 7)
+        item, head, low, high = _item(work_ptr, gl.load(schedule_ptr + j), KV_HEADS)
+        first_row = gl.load(item + ITEM_ROW).to(gl.int64)
+        new = gl.load(item + ITEM_NEW)
+        prefix = gl.load(item + ITEM_CONTEXT) - new
+        first_of_tile = gl.load(item + ITEM_TILE) * (64 * CONSUMERS) + 64 * CONSUMER
+        part = gl.load(item + ITEM_PART)
         tiles = (high - low + BLOCK_N - 1) // BLOCK_N
         # All of the warpgroup's rows see the keys before this one.
         seen_by_all = gl.minimum(prefix + first_of_tile // GROUP + 1, high)
@@ -269,8 +285,10 @@ def _consume(
         if gl.max(gl.max(lost.to(gl.int32), 1), 0) > 0:
             acc, highest, total = _again(
                 q_smem,
-                k_ptr + first * stride_k_token + head * stride_k_head,
-                v_ptr + first * stride_v_token + head * stride_v_head,
+                k_ptr + head * stride_k_head,
+                v_ptr + head * stride_v_head,
+                runs_ptr,
+                gl.load(item + ITEM_RUN),
                 prefix + gl.minimum((first_of_tile + o_row) // GROUP, new - 1),
                 low,
                 high,
@@ -299,9 +317,6 @@ def _consume(
             q_smem.store(out.to(dtype))
             out_rows = (first_row + rows // GROUP) * stride_out_token + (head * GROUP + rows % GROUP) * stride_out_head
             gl.store(out_ptr + (out_rows[:, None] + dims[None, :]), q_smem.load(rows_layout), mask=valid)
-            if LSE:
-                lse = (highest + gl.log2(total)) * _LN2
-                gl.store(lse_ptr + ((first_row + o_token_of) * stride_lse_token + o_head), lse, mask=o_valid)
         else:
             at_row = (part.to(gl.int64) * KV_HEADS + head) * (64 * CONSUMERS) + 64 * CONSUMER + o_row
             out = acc / gl.where(total == 0.0, 1.0, total)[:, None]
@@ -318,12 +333,11 @@ def _attend_hopper(
     k_tiles,
     v_tiles,
     out_ptr,
-    lse_ptr,
     part_out_ptr,
     part_lse_ptr,
     sink_ptr,
     work_ptr,
-    first_ptr,
+    runs_ptr,
     lists_ptr,
     schedule_ptr,
     scale,
@@ -336,7 +350,6 @@ def _attend_hopper(
     stride_v_head,
     stride_out_token,
     stride_out_head,
-    stride_lse_token,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
@@ -344,7 +357,6 @@ def _attend_hopper(
     STAGES: gl.constexpr,
     CAP: gl.constexpr,
     SINKS: gl.constexpr,
-    LSE: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -368,12 +380,11 @@ def _attend_hopper(
         k_ptr,
         v_ptr,
         out_ptr,
-        lse_ptr,
         part_out_ptr,
         part_lse_ptr,
         sink_ptr,
         work_ptr,
-        first_ptr,
+        runs_ptr,
         lists_ptr,
         schedule_ptr,
         k_smem,
@@ -392,7 +403,6 @@ def _attend_hopper(
         stride_v_head,
         stride_out_token,
         stride_out_head,
-        stride_lse_token,
     )
     loads = (k_tiles, v_tiles, k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     if CONSUMERS == 1:
@@ -400,9 +410,9 @@ def _attend_hopper(
             [
                 (
                     _consume,
-                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 0),
+                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, CONSUMERS, 0),
                 ),
-                (_load, (loads, work_ptr, first_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
+                (_load, (loads, work_ptr, runs_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
             ],
             [1],
             [24],
@@ -412,13 +422,13 @@ def _attend_hopper(
             [
                 (
                     _consume,
-                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 0),
+                    (q_smem.index(0), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, CONSUMERS, 0),
                 ),
                 (
                     _consume,
-                    (q_smem.index(1), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, LSE, CONSUMERS, 1),
+                    (q_smem.index(1), shared, KV_HEADS, GROUP, DIM, BLOCK_N, STAGES, CAP, SINKS, CONSUMERS, 1),
                 ),
-                (_load, (loads, work_ptr, first_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
+                (_load, (loads, work_ptr, runs_ptr, lists_ptr, schedule_ptr, KV_HEADS, DIM, BLOCK_N, STAGES)),
             ],
             [4, 1],
             [240, 24],

@@ -1,4 +1,4 @@
-"""Checks and launches that prefill and decode share."""
+"""What is checked before a launch, and the launches of prefill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_vtensor.kernels import attend, hopper
-from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.plan import Config, Plan
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)
@@ -23,7 +23,6 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
     rows: int,
 ) -> None:
@@ -48,19 +47,8 @@ def check(
             raise ValueError(f"{name} has strides {tensor.stride()}: the last one must be 1")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or lse.stride(1) != 1):
-        raise ValueError(f"lse is {tuple(lse.shape)} {lse.dtype}: {tuple(q.shape[:2])} torch.float32 wanted")
     if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
-
-
-def check_first(first: torch.Tensor, requests: int, q: torch.Tensor) -> None:
-    """Raise `ValueError` if these are not where the contexts of so many requests begin."""
-    if first.shape != (requests,) or first.dtype != torch.int64 or first.device != q.device:
-        raise ValueError(
-            f"first is {tuple(first.shape)} {first.dtype} on {first.device}: ({requests},) torch.int64 on {q.device} "
-            "wanted"
-        )
 
 
 def base_two(scale: float, soft_cap: float) -> float:
@@ -87,84 +75,70 @@ def launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    first: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    plan: Plan,
     *,
-    work: torch.Tensor,
-    merges: torch.Tensor,
-    lists: torch.Tensor | None = None,
-    schedule: torch.Tensor | None = None,
     partial: tuple[torch.Tensor, ...],
-    config: Config,
     scale: float,
     soft_cap: float,
-    window: int,
 ) -> None:
     """Run the two kernels. Nothing is checked, and nothing waits."""
     kv_heads, dim = k.shape[1:]
-    part_out, part_lse = partial
-    # What is not asked for is not touched, but a pointer it must be.
-    outputs = (out, part_lse if lse is None else lse, part_out, part_lse, part_lse if sinks is None else sinks)
-    out_strides = (out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0))
+    config = plan.config
+    # Sinks that are not there are not touched, but a pointer they must be.
+    outputs = (out, *partial, partial[1] if sinks is None else sinks)
+    out_strides = (out.stride(0), out.stride(1))
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *out_strides)
-    shape = {"KV_HEADS": kv_heads, "GROUP": q.shape[1] // kv_heads, "DIM": dim}
-    extras = {"SINKS": sinks is not None, "LSE": lse is not None}
+    shape = {"KV_HEADS": kv_heads, "GROUP": q.shape[1] // kv_heads, "DIM": dim, "SINKS": sinks is not None}
     cap = soft_cap > 0
     scale = base_two(scale, soft_cap)
     padded = triton.next_power_of_2(dim)
     if config.hopper:
-        assert lists is not None
-        tiles = hopper.descriptors(k, v, config)
-        hopper._attend_hopper[(lists.shape[0] - 1,)](
+        hopper._attend_hopper[(plan.lists.shape[0] - 1,)](
             q,
             k,
             v,
-            *tiles,
+            *hopper.descriptors(k, v, config),
             *outputs,
-            work,
-            first,
-            lists,
-            schedule,
+            plan.work,
+            plan.runs,
+            plan.lists,
+            plan.schedule,
             scale,
             soft_cap,
             *strides,
             BLOCK_N=config.block_n,
             CAP=cap,
             **shape,
-            **extras,
             **hopper.options(config),
         )
     else:
-        attend._attend[(work.shape[0] * kv_heads,)](
+        attend._attend[(plan.work.shape[0] * kv_heads,)](
             q,
             k,
             v,
             *tile_descriptors(k, v, config),
             *outputs,
-            work,
-            first,
+            plan.work,
+            plan.runs,
             scale,
             soft_cap,
-            window,
             *strides,
             DIM_PADDED=padded,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             CAP=cap,
-            WINDOW=window >= 0,
             TMA=config.tma,
             WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **shape,
-            **extras,
         )
-    if merges.shape[0]:
-        attend._merge[(merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS)](
+    if plan.merges.shape[0]:
+        attend._merge[(plan.merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS)](
             *outputs,
-            merges,
+            plan.merges,
             *out_strides,
             DIM_PADDED=padded,
             BLOCK_M=config.block_m,
@@ -172,5 +146,4 @@ def launch(
             PARTS=MERGED_PARTS,
             num_warps=4,
             **shape,
-            **extras,
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_vtensor.kernels.attend import MERGE_FIELDS, WORK_FIELDS
+from sglang_vtensor.kernels.attend import ITEM_FIELDS, ITEM_HIGH, ITEM_LOW, MERGE_FIELDS, RUN_FIELDS
 
 #: What a tile of rows costs beside its keys, and a part of one, and what the merge costs, in tiles of keys: estimates.
 PROGRAM_COST = 1.5
@@ -42,18 +42,18 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """Work items and merge items (see `attend`) on the device, int32, and how many parts they fill. For the kernel for
-    Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV heads plus a head."""
+    """Work items, merges and runs (see `attend`) on the device, int32, and how many parts the items fill. For the
+    kernel for Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV heads plus a head.
+    """
 
     config: Config
     work: torch.Tensor
     merges: torch.Tensor
+    runs: torch.Tensor
     lists: torch.Tensor
     schedule: torch.Tensor
     parts: int
     rows: int
-    requests: int
-    window: int
 
 
 def divide(costs: np.ndarray, programs_each: int, slots: int) -> np.ndarray:
@@ -121,23 +121,24 @@ def _assign(lengths: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
 
 def plan_prefill(
     new: Sequence[int],
-    contexts: Sequence[int],
+    runs: Sequence[Sequence[tuple[int, int]]],
     *,
     group: int,
     kv_heads: int,
     config: Config,
     slots: int,
     device: torch.device | str,
-    window: int = -1,
 ) -> Plan:
-    """The plan for a ragged batch: request `i` has `new[i]` new tokens at the end of `contexts[i]`, of which they see
-    all up to themselves; with a `window` of 0 or more, only so many before themselves. A request without new tokens has
-    no work. `slots` programs run at a time on this GPU. Raises `ValueError` for lengths that cannot be.
+    """The plan for a ragged batch: request `i` has `new[i]` new tokens at the end of its context, of which they see all
+    up to themselves. Its context is `runs[i]`, each `(first slot, tokens)`. A request without new tokens has no work.
+    `slots` programs run at a time on this GPU. Raises `ValueError` for lengths that cannot be.
     """
     new_tokens = np.asarray(new, dtype=np.int64)
-    context = np.asarray(contexts, dtype=np.int64)
-    if new_tokens.shape != context.shape or new_tokens.ndim != 1:
-        raise ValueError(f"{new_tokens.shape} new lengths and {context.shape} contexts: one of each a request wanted")
+    if new_tokens.ndim != 1 or len(runs) != len(new_tokens):
+        raise ValueError(
+            f"{new_tokens.shape} new lengths and runs of {len(runs)} contexts: one of each a request wanted"
+        )
+    context = np.array([sum(tokens for _, tokens in some) for some in runs], dtype=np.int64)
     if len(new_tokens) and (new_tokens.min() < 0 or (context < new_tokens).any()):
         bad = int(np.argmax((new_tokens < 0) | (context < new_tokens)))
         raise ValueError(f"request {bad} has {new_tokens[bad]} new tokens in a context of {context[bad]}")
@@ -145,56 +146,42 @@ def plan_prefill(
     starts = np.concatenate([[0], np.cumsum(new_tokens)])
     tiles = -(-new_tokens * group // block_m)
     request = np.repeat(np.arange(len(new_tokens)), tiles)
-    if not len(request):
-        empty = torch.empty((0, WORK_FIELDS), dtype=torch.int32, device=device)
-        return Plan(
-            config,
-            empty,
-            empty[:, :MERGE_FIELDS],
-            empty[:, 0],
-            empty[:, 0],
-            0,
-            int(starts[-1]),
-            len(new_tokens),
-            window,
-        )
     tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     prefix = context - new_tokens
     last = np.minimum((tile + 1) * block_m, new_tokens[request] * group) - 1
     high = prefix[request] + last // group + 1
-    low = np.zeros_like(high)
-    if window >= 0:
-        low = np.maximum(prefix[request] + tile * block_m // group - window, 0)
-    costs = -(-(high - low) // block_n)
-    parts = divide(costs, kv_heads, slots)
+    costs = -(-high // block_n)
+    parts = divide(costs, kv_heads, slots) if len(costs) else costs
 
     # One work item a part; its keys are whole tiles, the last part has the rest.
     owner = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
-    part_low = low[owner] + costs[owner] * number // parts[owner] * block_n
-    part_high = np.minimum(low[owner] + costs[owner] * (number + 1) // parts[owner] * block_n, high[owner])
+    part_low = costs[owner] * number // parts[owner] * block_n
+    part_high = np.minimum(costs[owner] * (number + 1) // parts[owner] * block_n, high[owner])
     divided = parts > 1
     first_part = np.cumsum(np.where(divided, parts, 0)) - np.where(divided, parts, 0)
     of = request[owner]
+    table, ends, before = _table(runs, context)
     work = np.stack(
         [
             starts[:-1][of],
             new_tokens[of],
             context[of],
-            of,
             tile[owner],
             part_low,
             part_high,
+            np.searchsorted(ends, before[of] + part_low, side="right"),
+            np.searchsorted(ends, before[of] + part_high - 1, side="right"),
             np.where(divided[owner], first_part[owner] + number, -1),
         ],
         axis=1,
     )
-    length = part_high - part_low
-    work = work[_order(length, of, part_low)]
+    if len(work):
+        work = work[_order(part_high - part_low, of, part_low)]
     merges = np.stack([starts[:-1][request], new_tokens[request], tile, first_part, parts], axis=1)[divided]
-    arrays = [work, merges]
-    if config.hopper:
-        keys = work[:, 6] - work[:, 5]
+    arrays = [work, merges, table]
+    if config.hopper and len(work):
+        keys = work[:, ITEM_HIGH.value] - work[:, ITEM_LOW.value]
         owner, load = _assign(np.repeat(keys / block_n + PROGRAM_COST, kv_heads), slots)
         lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
         arrays += [lists, np.argsort(owner, kind="stable")]
@@ -202,18 +189,30 @@ def plan_prefill(
     if torch.device(device).type == "cuda":
         on_device = on_device.pin_memory().to(device, non_blocking=True)
     placed = list(on_device.split([array.size for array in arrays]))
-    placed += [on_device[:0]] * (4 - len(placed))
+    placed += [on_device[:0]] * (5 - len(placed))
     return Plan(
         config,
-        placed[0].view(-1, WORK_FIELDS),
-        placed[1].view(-1, MERGE_FIELDS),
-        placed[2],
+        placed[0].view(-1, ITEM_FIELDS.value),
+        placed[1].view(-1, MERGE_FIELDS.value),
+        placed[2].view(-1, RUN_FIELDS.value),
         placed[3],
+        placed[4],
         int(parts[divided].sum()),
         int(starts[-1]),
-        len(new_tokens),
-        window,
     )
+
+
+def _table(runs: Sequence[Sequence[tuple[int, int]]], context: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of all runs, those of one request behind those of another, and one more that kernels may read; where
+    each ends if all contexts lay one behind the other; and the tokens before each request's in that."""
+    every = np.array([run for some in runs for run in some], dtype=np.int64).reshape(-1, 2)
+    before = np.cumsum(context) - context
+    ends = np.cumsum(every[:, 1])
+    owner = np.repeat(np.arange(len(runs)), [len(some) for some in runs])
+    end = ends - before[owner]
+    start = end - every[:, 1]
+    table = np.stack([start, end, every[:, 0] - start], axis=1)
+    return np.concatenate([table, np.zeros((1, RUN_FIELDS.value), dtype=np.int64)]), ends, before
 
 
 def _order(length: np.ndarray, request: np.ndarray, low: np.ndarray) -> np.ndarray:

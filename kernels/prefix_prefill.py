@@ -1,7 +1,7 @@
-"""Prefix-prefill: the new tokens of each request attend to its whole context, read straight from its segment.
+"""Prefix-prefill: the new tokens of each request attend to its whole context, read straight from its runs.
 
-plan = plan_prefill(new, contexts, q_heads=32, kv_heads=8, head_dim=128, device=q.device)    once a batch
-prefix_prefill(q, k, v, first, plan, scale=scale)                                            once a layer
+plan = plan_prefill(new, runs, q_heads=32, kv_heads=8, head_dim=128, device=q.device, page_tokens=128)    once a batch
+prefix_prefill(q, k, v, plan, scale=scale)                                                                once a layer
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import check, check_first, launch, workspace
+from sglang_vtensor.kernels.launch import check, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 
@@ -20,45 +20,52 @@ __all__ = ["Config", "Plan", "compile_prefill", "plan_prefill", "prefix_prefill"
 
 def plan_prefill(
     new: Sequence[int],
-    contexts: Sequence[int],
+    runs: Sequence[Sequence[tuple[int, int]]],
     *,
     q_heads: int,
     kv_heads: int,
     head_dim: int,
     device: torch.device | str,
-    window: int = -1,
-    readable: int = 1,
+    page_tokens: int = 1,
     config: Config | None = None,
 ) -> Plan:
     """How a ragged batch is divided over the GPU; the same for all layers of one geometry.
 
-    Request `i` has `new[i]` new tokens at the end of a context of `contexts[i]`; 0 new tokens are no work. `window`, if
-    0 or more, is how many tokens before itself a token sees. `readable` says that every context may be read up to the
-    next multiple of so many tokens, whatever stands there: 128 of them allow the kernel for Hopper, which loads whole
-    tiles. `config` is chosen from the table of configurations.
+    Request `i` has `new[i]` new tokens at the end of a context that is `runs[i]`: of each run the first slot and the
+    tokens. All but the last run of a context are whole pages of `page_tokens`, which tiles of keys divide. 0 new tokens
+    are no work. A page is mapped whole, so that a context may be read to the end of its last page: pages of whole tiles
+    allow the kernel for Hopper, which loads such. `config` is chosen from the table of configurations.
     Raises `ValueError` for lengths that cannot be.
     """
     group = q_heads // kv_heads
+    for request, some in enumerate(runs):
+        if any(first < 0 for first, _ in some) or any(tokens % page_tokens or not tokens for _, tokens in some[:-1]):
+            raise ValueError(
+                f"request {request} has runs {list(some)}: first slots of 0 or more, and whole pages of {page_tokens} "
+                "tokens in all but the last, wanted"
+            )
     if config is None:
+        contexts = [sum(tokens for _, tokens in some) for some in runs]
         context = sum(a * b for a, b in zip(new, contexts, strict=False)) / max(1, sum(new))
-        hopper = readable % configs.HOPPER_TILE == 0 and window < 0
+        hopper = page_tokens % configs.HOPPER_TILE == 0
         config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device), hopper)
+    if page_tokens % config.block_n and (config.hopper or any(len(some) > 1 for some in runs)):
+        raise ValueError(
+            f"tiles of {config.block_n} keys, and pages of {page_tokens} tokens: a tile would cross two runs. Use "
+            f"pages of a multiple of {config.block_n} tokens"
+        )
     slots = configs.multiprocessors(device) * config.occupancy
-    return _plan(
-        new, contexts, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device, window=window
-    )
+    return _plan(new, runs, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device)
 
 
 def prefix_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    first: torch.Tensor,
     plan: Plan,
     *,
     scale: float,
     out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -66,48 +73,28 @@ def prefix_prefill(
 
     Args:
         q: `(rows, q_heads, head_dim)`, float16 or bfloat16: the new tokens of all requests, one after another.
-        k, v: `(tokens, kv_heads, head_dim)` of that dtype, any token and head stride; usually a view of all segments.
-        first: `(requests,)` int64: where in `k` and `v` each request's context begins.
+        k, v: `(slots, kv_heads, head_dim)` of that dtype, any token and head stride.
         plan: of `plan_prefill`, for these lengths.
         scale: what scores are multiplied by, usually `head_dim ** -0.5`.
         out: as `q`; made if None.
-        lse: `(rows, q_heads)` float32, gets the natural log-sum-exp of the scores (and of the sink).
         soft_cap: if above 0, scores become `soft_cap * tanh(score / soft_cap)`.
         sinks: `(q_heads,)`: a score for each head that takes weight and gives no value.
 
     Returns `out`. Raises `ValueError`, before anything is launched, for what it does not take.
     """
     out = torch.empty_like(q) if out is None else out
-    check(q, k, v, out, lse, sinks, plan.rows)
-    check_first(first, plan.requests, q)
-    if not plan.work.shape[0]:
-        return out
-    launch(
-        q,
-        k,
-        v,
-        first,
-        out,
-        lse,
-        sinks,
-        work=plan.work,
-        merges=plan.merges,
-        lists=plan.lists,
-        schedule=plan.schedule,
-        partial=workspace(plan.parts, k.shape[1], plan.config, k.shape[2], q.device),
-        config=plan.config,
-        scale=scale,
-        soft_cap=soft_cap,
-        window=plan.window,
-    )
+    check(q, k, v, out, sinks, plan.rows)
+    if plan.work.shape[0]:
+        partial = workspace(plan.parts, k.shape[1], plan.config, k.shape[2], q.device)
+        launch(q, k, v, out, sinks, plan, partial=partial, scale=scale, soft_cap=soft_cap)
     return out
 
 
 def compile_prefill(
-    k: torch.Tensor, v: torch.Tensor, first: int, *, q_heads: int, max_tokens: int, readable: int = 1
+    k: torch.Tensor, v: torch.Tensor, *, q_heads: int, max_tokens: int, page_tokens: int
 ) -> Iterator[tuple[int, int]]:
     """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
-    how many are done. `k` and `v` are those that will be read; `max_tokens` tokens from `first` on may be read now.
+    how many are done. `k` and `v` are those that will be read; only their first page, the padding one, is read now.
     """
     kv_heads, dim = k.shape[1:]
     plans: dict[Config, Plan] = {}
@@ -115,18 +102,18 @@ def compile_prefill(
         new = max(1, rows // (q_heads // kv_heads))
         for context in (max_tokens, 256):  # the long one first: it has parts to merge
             if new <= context <= max_tokens:
+                pages, rest = divmod(context, page_tokens)
                 plan = plan_prefill(
                     [new],
-                    [context],
+                    [[(0, page_tokens)] * pages + [(0, rest)] * bool(rest)],
                     q_heads=q_heads,
                     kv_heads=kv_heads,
                     head_dim=dim,
                     device=k.device,
-                    readable=readable,
+                    page_tokens=page_tokens,
                 )
                 plans.setdefault(plan.config, plan)
-    at = torch.tensor([first], dtype=torch.int64, device=k.device)
     for done, plan in enumerate(plans.values(), start=1):
         q = torch.zeros(plan.rows, q_heads, dim, dtype=k.dtype, device=k.device)
-        prefix_prefill(q, k, v, at, plan, scale=dim**-0.5)
+        prefix_prefill(q, k, v, plan, scale=dim**-0.5)
         yield done, len(plans)

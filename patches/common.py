@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: SGLang leaves room for so many tokens more than a context's.
+#: SGLang's rows of slots have room for so many tokens more than a context.
 _EXTRA_TOKENS = 4
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -78,7 +78,6 @@ class Patch(abc.ABC):
 
         return [
             Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
-            Seam(f"{_CONFIGURATOR}.resolve_max_num_reqs", self.limit_requests),
             Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
             Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
             Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
@@ -252,26 +251,10 @@ class Patch(abc.ABC):
         layout = self.layout(configurator)
         return int((original(configurator, *args, **kwargs) - layout.page_bytes) * (1 - layout.waste))
 
-    def limit_requests(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
-        """Every running request has a segment, and addresses are many but not endless."""
-        from sglang_vtensor.manager import most_running
-
-        wanted = original(configurator, *args, **kwargs)
-        context = configurator.model_config.context_len
-        most = most_running(self.layout(configurator), context + _EXTRA_TOKENS)
-        if wanted > most:
-            logger.warning(
-                "up to %d requests run at a time instead of %d, as each may need contiguous addresses for %d tokens; "
-                "a lower --context-length allows more",
-                most,
-                wanted,
-                context,
-            )
-        return min(wanted, most)
-
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
         from sglang_vtensor.srt.kv_pool import VTensorKVPool
         from sglang_vtensor.srt.options import NO_FP8, Options, Refused
+        from sglang_vtensor.srt.sides import sides_of
 
         layout = self.layout(configurator)
         if configurator.kv_cache_dtype != layout.dtype:  # SGLang knows it when the weights are there
@@ -281,11 +264,11 @@ class Patch(abc.ABC):
             )
         return VTensorKVPool(
             sizes.max_total_num_tokens,
-            layout=layout,
+            sides=sides_of(layout),
             options=Options.of(configurator.server_args),
             device=configurator.device,
             max_running=req_to_token_pool.req_to_token.shape[0] - 1,
-            max_tokens=req_to_token_pool.req_to_token.shape[1],
+            max_tokens=req_to_token_pool.req_to_token.shape[1] - _EXTRA_TOKENS,
             start_layer=configurator.layer_info.start_layer,
             end_layer=configurator.layer_info.end_layer,
             sglang=self.requests,
@@ -304,10 +287,9 @@ class Patch(abc.ABC):
             from sglang_vtensor.srt.attention_host import HostAttentionBackend
 
             return HostAttentionBackend(runner)
-        from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+        from sglang_vtensor.srt.attention_cuda import PrefillBackend
 
-        runner.token_to_kv_pool.runtime.use_device_table()
-        return SegmentPrefillBackend.choose(runner)
+        return PrefillBackend.choose(runner)
 
     @staticmethod
     def init_graphs(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -318,10 +300,10 @@ class Patch(abc.ABC):
     def init_hybrid(
         original: Callable[..., None], hybrid: Any, model_runner: Any, prefill_backend: Any, decode_backend: Any
     ) -> None:
-        from sglang_vtensor.srt.attention_cuda import SegmentPrefillBackend
+        from sglang_vtensor.srt.attention_cuda import PrefillBackend
         from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
 
-        if isinstance(prefill_backend, SegmentPrefillBackend):
+        if isinstance(prefill_backend, PrefillBackend):
             decode_backend = SharedDecodeBackend.around(model_runner, decode_backend)
         original(hybrid, model_runner, prefill_backend, decode_backend)
 

@@ -117,9 +117,9 @@ def _tree_class() -> type:
             matched = len(result.device_indices)
             return result._replace(device_indices=length(matched + tokens), cache_protected_len=matched)
 
-        def insertion(self, req: Req, key: RadixKey, value: torch.Tensor, pages: list[int]) -> PagedInsertParams:
+        def insertion(self, req: Req, key: RadixKey, value: torch.Tensor, frames: list[int]) -> PagedInsertParams:
             return PagedInsertParams(
-                key=key, value=value, chunked=self._chunked, priority=req.priority or 0, pages=pages
+                key=key, value=value, chunked=self._chunked, priority=req.priority or 0, frames=frames
             )
 
         def hold(self, req: Req, leaf: TreeNode, tokens: int) -> None:

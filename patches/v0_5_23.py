@@ -109,11 +109,11 @@ def _tree_class() -> type:
             matched = result.device_prefix_len
             return result._replace(device_prefix_len=matched + tokens, cache_protected_len=matched)
 
-        def insertion(self, req: Req, key: RadixKey, value: Any, pages: list[int]) -> PagedInsertParams:
+        def insertion(self, req: Req, key: RadixKey, value: Any, frames: list[int]) -> PagedInsertParams:
             inserted = req.kv.cache_inserted_len
             req.kv.cache_inserted_len = max(inserted, len(key))
             return PagedInsertParams(
-                key=key, value=value, inserted_len=inserted, priority=req.priority or 0, pages=pages
+                key=key, value=value, inserted_len=inserted, priority=req.priority or 0, frames=frames
             )
 
         def hold(self, req: Req, leaf: TreeNode, tokens: int) -> None:

@@ -153,7 +153,7 @@ def top(
     ] = 1.0,
     key: UserKey = None,
 ) -> None:
-    """A live view of one or several servers: memory by kind, pages and segments, reuse, and the largest prefixes."""
+    """A live view of one or several servers: memory by kind, pages and runs, reuse, and the largest prefixes."""
     from sglang_vtensor import top as view
 
     servers = urls or [URL]
@@ -228,8 +228,16 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
         ("limit", f"{values['limit_bytes'] // page - 1:,}  {mib(values['limit_bytes'])}"),
         ("of a capacity of", f"{values['pages_capacity']:,}  {mib((values['pages_capacity'] + 1) * page)}"),
         ("requests", f"{values['requests']:,}"),
-        ("segments", f"{values['segments_leased']:,} leased, {values['segments_parked']:,} parked"),
-        ("segments taken", f"{values['fresh_segments']:,} fresh, {values['adoptions']:,} adopted"),
+        ("pages handed out", f"{values['pages_allocated']:,}, {values['pages_in_place']:,} of them in place"),
+        (
+            "their memory",
+            f"{values['pages_with_memory']:,} had it, {values['pages_moved']:,} moved, "
+            f"{values['pages_created_at_once']:,} new",
+        ),
+        (
+            "runs of a context",
+            f"{values['context_runs'] / max(1, values['contexts']):.2f}, {values['context_runs_most']} at most",
+        ),
         ("mapping calls", f"{values['maps']:,} maps, {values['unmaps']:,} unmaps"),
         ("prefix tokens served", f"{values['prefix_tokens_served']:,}"),
         ("time of the scheduler", f"{values['scheduling_seconds']:.3f} s"),

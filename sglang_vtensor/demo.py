@@ -33,7 +33,7 @@ SYSTEM = (
 )
 QUESTIONS = {
     "alice": ["what is a page", "who owns it", "why is the second answer so much faster", "thank you say it again"],
-    "bob": ["what is a segment", "how long is it", "what happens when memory is short", "give me an example"],
+    "bob": ["what is a run", "how long is it", "what happens when memory is short", "give me an example"],
 }
 START_SECONDS = 600
 #: Answers end with their first sentence, as far as this tells one; else with the model's own end, or after so many
@@ -153,7 +153,7 @@ def chat(console: Console, url: str, turns: int, *, max_tokens: int = TINY_MAX_T
             history.append({"role": "assistant", "content": text})
             console.print(f"[dim]{user}:[/] {history[-2]['content']}", highlight=False)
             console.print(Text.assemble(("model:", "dim"), f" {text.strip()}{' ...' if cut else ''}"))
-            gain = {key: after[key] - before[key] for key in ("pages_allocated", "pages_shared", "adoptions")}
+            gain = {key: after[key] - before[key] for key in ("pages_allocated", "pages_shared", "pages_in_place")}
             rows.append(
                 {
                     "turn": turn,
@@ -162,7 +162,7 @@ def chat(console: Console, url: str, turns: int, *, max_tokens: int = TINY_MAX_T
                     "cached": usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0,
                     "new": gain["pages_allocated"],
                     "shared": gain["pages_shared"],
-                    "segment": "adopted" if gain["adoptions"] else "mapped",
+                    "in_place": gain["pages_in_place"],
                     "backed": after["backed_bytes"],
                     "first": first,
                 }
@@ -203,11 +203,11 @@ def turns_table(rows: list[dict[str, Any]]) -> Table:
         "cached",
         "pages new",
         "pages shared",
-        "segment",
+        "in place",
         "backed",
         "TTFT",
     ):
-        table.add_column(heading, justify="left" if heading in ("user", "segment") else "right")
+        table.add_column(heading, justify="left" if heading == "user" else "right")
     for row in rows:
         table.add_row(
             str(row["turn"]),
@@ -216,7 +216,7 @@ def turns_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['cached']:,}",
             str(row["new"]),
             str(row["shared"]),
-            row["segment"],
+            str(row["in_place"]),
             mib(row["backed"]),
             f"{1000 * row['first']:.0f} ms",
         )

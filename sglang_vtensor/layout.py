@@ -1,7 +1,7 @@
 """Where a token's K and V lie: the arithmetic of tokens and pages, and the strided views that kernels read.
 
 Token-major: the bytes of one token are `[layer][k|v][head][dim]`, and tokens follow one another at a constant stride,
-in the identity region and in every segment. A layer's K is then a tensor `(tokens, heads, dim)` with one stride
+over all frames. A layer's K is then a tensor `(tokens, heads, dim)` with one stride
 between tokens, whatever pages lie behind the addresses.
 """
 

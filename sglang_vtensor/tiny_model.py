@@ -19,7 +19,7 @@ the pages of a conversation are shared by every turn that continues it and a bra
 memory is mapped when a request needs it and given back when nobody does so an idle server holds very little
 you are a helpful assistant that answers every question about virtual memory in a few plain words
 what is a page and who owns it when two users ask about the same thing at the same time
-please explain how a segment shows the pages of one path in order and why a kernel likes that
+please explain how a run holds the pages of one path in order and why a kernel likes that
 tell me more about the tree its nodes its leaves and how the oldest of them are evicted first
 how long is the context and what happens when it ends in the middle of a page
 can you give an example with three short sentences and a number or two in them

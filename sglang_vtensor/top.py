@@ -71,7 +71,7 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
                 "state": sleep_state(rank),
                 "requests": rank["requests"],
                 "pages": pages_by_state(rank) | {"capacity": rank["pages_capacity"]},
-                "segments": {kind: rank[f"segments_{kind}"] for kind in ("leased", "parked", "idle")},
+                "runs_per_context": rank["context_runs"] / max(1, rank["contexts"]),
                 "prefix_hit_rate": served / prompt if prompt else 0.0,
                 "maps_per_second": max(0.0, maps),
                 "shared_prefixes": rank["shared_prefixes"],
@@ -115,14 +115,14 @@ def _bar(rank: dict[str, Any]) -> Text:
 
 def _numbers(rank: dict[str, Any]) -> Table:
     """Rows of numbers, each with its word: as many in a line as fit."""
-    pages, segments = rank["pages"], rank["segments"]
+    pages = rank["pages"]
     table = Table.grid(padding=(0, 2, 0, 0))
     held = [Text.assemble((kind, style), f" {_size(rank['memory_bytes'][kind])}") for kind, style in KINDS.items()]
     table.add_row("memory", _cells(held))
     counts = [f"{pages[state]:,} {state}" for state in ("live", "cached", "kept", "free")]
     table.add_row("pages", _cells([*counts, f"of {pages['capacity']:,}"]))
-    table.add_row("segments", _cells([f"{segments[state]:,} {state}" for state in ("leased", "parked")]))
-    table.add_row("requests", _cells([f"{rank['requests']:,}", f"prefix hits {rank['prefix_hit_rate']:.1%}"]))
+    cells = [f"prefix hits {rank['prefix_hit_rate']:.1%}", f"runs a context {rank['runs_per_context']:.2f}"]
+    table.add_row("requests", _cells([f"{rank['requests']:,}", *cells]))
     table.add_row("limit", _cells([_size(rank["limit_bytes"]), f"maps/s {rank['maps_per_second']:,.0f}"]))
     return table
 

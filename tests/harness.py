@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import traceback
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -253,6 +252,8 @@ def _build(kwargs: dict[str, Any]) -> Any:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    _few_frames()
+    _windows()
     scheduler = versions.scheduler(kwargs)
     scheduler.model_config.hf_eos_token_id = set()  # nothing ends an answer but its length
     scheduler.result_queue = deque()  # the event loop makes it; a flush before the first run asks for it
@@ -271,50 +272,58 @@ def _build(kwargs: dict[str, Any]) -> Any:
     return scheduler
 
 
+#: The environment of a scheduler in which addresses are always short.
+FEW_FRAMES = {"VTENSOR_TEST_FRAMES": "0"}
+
+
+def _few_frames() -> None:
+    """In this process, where the environment says so, there are only so many frames as there must be."""
+    from sglang_vtensor import memory
+
+    memory.MOST_FRAMES = int(os.environ.get("VTENSOR_TEST_FRAMES", memory.MOST_FRAMES))
+
+
+def _windows() -> None:
+    """In this process, where the environment says so, every second layer sees a window, and such layers are on a side
+    of their own if there are to be two."""
+    window = int(os.environ.get("VTENSOR_TEST_WINDOW", "0"))
+    if not window:
+        return
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_vtensor.srt import sides
+
+    make = RadixAttention.__init__
+
+    def init(layer: Any, *args: Any, **kwargs: Any) -> None:
+        make(layer, *args, **kwargs)
+        if layer.layer_id % 2:
+            layer.sliding_window_size = window
+
+    RadixAttention.__init__ = init
+    if os.environ["VTENSOR_TEST_SIDES"] == "2":
+        sides.sides_of = lambda layout: sides.Sides.of(
+            layout, [window if n % 2 else None for n in range(layout.layers)]
+        )
+
+
 def _check_every_batch(scheduler: Any) -> None:
-    """Before each batch, every invariant, and that what it reads is its requests' own. `scheduler.reads` counts the
-    requests of batches by how they were read; a request whose batches were not all read alike is `mixed` too.
+    """Before each batch, every invariant, and that what it reads is its requests' own.
 
     On a GPU only what the host knows is checked, as everything else would wait for the device.
     """
     runtime, launch = scheduler.token_to_kv_pool_allocator.runtime, scheduler.run_batch
-    scheduler.reads, scheduler.draw_reads = Counter(), None
-    ways: dict[str, set[bool]] = {}
 
     def checked(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        mode = batch.forward_mode
-        if mode.is_extend() or mode.is_decode():
+        if batch.forward_mode.is_extend() or batch.forward_mode.is_decode():
             if not ON_GPU:
                 scheduler.tree_cache.check_integrity()
-            slots = [runtime.sglang.slot(req) for req in batch.reqs]
             table = None if ON_GPU else scheduler.req_to_token_pool.req_to_token
-            by_segments = runtime.check_batch(slots, batch.seq_lens_cpu.tolist(), table, decode=mode.is_decode())
-            kind = "decode" if mode.is_decode() else "extend"
-            scheduler.reads[f"{kind} by {'segments' if by_segments else 'pages'}"] += len(slots)
-            for req in batch.reqs:
-                before = ways.setdefault(req.rid, set())
-                scheduler.reads["mixed"] += before == {not by_segments}
-                before.add(by_segments)
-        result = launch(batch, *args, **kwargs)
-        if scheduler.draw_reads is not None:
-            runtime.decode_reads_segments = scheduler.draw_reads.random() < 0.5
-        return result
+            slots = [runtime.sglang.slot(req) for req in batch.reqs]
+            runtime.check_batch(slots, batch.seq_lens_cpu.tolist(), table)
+        return launch(batch, *args, **kwargs)
 
     scheduler.run_batch = checked
-
-
-def draw_reads(scheduler: Any, seed: int | None) -> dict[str, int]:
-    """From now on it is drawn at random, batch by batch, whether segments or pages are read (None: as it is shipped).
-    Returns how many requests of batches were read in which way since the last call. For the host backend."""
-    runtime = scheduler.token_to_kv_pool_allocator.runtime
-    reads, scheduler.reads = dict(scheduler.reads), Counter()
-    scheduler.draw_reads = rng = None if seed is None else random.Random(seed)
-    if rng is None:
-        runtime.__dict__.pop("waits_for", None)
-        runtime.decode_reads_segments = True
-    else:
-        runtime.waits_for = lambda batch, new_pages: rng.choice((0, 1 << 30))
-    return reads
 
 
 def _ready(scheduler: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 
+from sglang_vtensor.memory import Ask
 from sglang_vtensor.srt.runtime import slots_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
 
     @property
     def free_pages(self) -> torch.Tensor:
-        """Ids of the pages that nobody owns, backed or not; for SGLang's own invariant checks."""
-        return torch.tensor(self.runtime.memory.pages.unused_pages(), dtype=torch.int64, device=self.device)
+        """Frames that have memory and no owner, for SGLang's own invariant checks; those without are far too many."""
+        backing = self.runtime.memory.backing
+        return torch.tensor(backing.newest_vacant(backing.free), dtype=torch.int64, device=self.device)
 
     @property
     def release_pages(self) -> torch.Tensor:
@@ -39,20 +41,20 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
         return self.runtime.memory.available_pages() * self.page_size
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        """`need_size` slots of fresh pages, for a caller that is no request; None if there is no room."""
-        pages = self.runtime.memory.allocate(-(-need_size // self.page_size))
-        if pages is None:
+        """`need_size` slots of fresh frames, for a caller that is no request; None if there is no room."""
+        placed = self.runtime.memory.allocate([Ask(None, -(-need_size // self.page_size))])
+        if placed is None:
             return None
-        return slots_of(pages, self.page_size)[:need_size].to(self.device)
+        return slots_of(placed[0], self.page_size)[:need_size].to(self.device)
 
     def free(self, free_index: torch.Tensor) -> None:
-        """Free the pages of these slots. Reads the slots back from the device; requests and nodes, which know their
-        pages, are freed without it."""
+        """Free the frames of these slots. Reads the slots back from the device; requests and nodes, which know their
+        frames, are freed without it."""
         if free_index.numel():
             self.runtime.memory.free(torch.unique(free_index // self.page_size).tolist())
 
     def free_group_begin(self) -> None:
-        """Pages are freed by list, which is cheap one by one: there is nothing to group."""
+        """Frames are freed by list, which is cheap one by one: there is nothing to group."""
 
     def free_group_end(self) -> None:
         pass

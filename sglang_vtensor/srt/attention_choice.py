@@ -1,4 +1,4 @@
-"""Which attention reads the KV memory: segments, but for a backend that the user named, or deterministic inference."""
+"""Which attention reads the KV memory: ours, but for a backend that the user named, or deterministic inference."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DETERMINISTIC = ("enable_deterministic_inference", "rl_on_policy_target")
 def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, str]:
     """What SGLang is to be told beside what the user gave (`given`, by name). Raises `Refused` for what cannot be.
 
-    On the host one backend does both halves; on a GPU segments are for extend, and decode is SGLang's own choice.
+    On the host one backend does both halves; on a GPU ours is for extend, and decode is SGLang's own choice.
     """
     from sglang.srt.platforms import current_platform
 
     if not options.ours:
         if given.get("attention_backend") == ATTENTION_BACKEND:
-            raise Refused("--attention-backend vtensor reads segments: use it with --kv-backend vtensor")
+            raise Refused("--attention-backend vtensor reads the memory of --kv-backend vtensor: give both, or neither")
         return {}
     kernel = options.vtensor_prefill_kernel
     host = current_platform.device_name == "cpu" and current_platform.is_out_of_tree()
@@ -44,30 +44,27 @@ def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, st
         )
     if host and kernel != "auto":
         raise Refused(
-            f"--vtensor-prefill-kernel {kernel} needs an NVIDIA GPU: on host memory torch's own operators read the "
-            "segments. Leave it out"
+            f"--vtensor-prefill-kernel {kernel} needs an NVIDIA GPU: on host memory torch's own operators attend. "
+            "Leave it out"
         )
     allowed = HOST_ATTENTION_BACKENDS if host else CUDA_ATTENTION_BACKENDS
     for name in NAMES:
         value = given.get(name)
-        segments_prefill = name == "prefill_attention_backend" and value == ATTENTION_BACKEND
-        if value is not None and value not in allowed and not segments_prefill:
+        ours_prefill = name == "prefill_attention_backend" and value == ATTENTION_BACKEND
+        if value is not None and value not in allowed and not ours_prefill:
             raise Refused(
                 f"--{name.replace('_', '-')} {value} does not run on {'host memory' if host else 'strided K and V'}: "
                 f"use {' or '.join(allowed)}, or leave it out"
             )
     deterministic = [name for name in DETERMINISTIC if given.get(name)]
     if deterministic:
-        _refuse_parking(options)
         ours_named = given.get("prefill_attention_backend") == ATTENTION_BACKEND
         _leave_to_sglang(f"--{deterministic[0].replace('_', '-')}", options, host=host, ours_named=ours_named)
         return {}
     if any(given.get(name) is not None for name in NAMES):
-        if ATTENTION_BACKEND not in [given.get(name) for name in NAMES]:
-            _refuse_parking(options)
         if kernel != "auto" and given.get("prefill_attention_backend") != ATTENTION_BACKEND:
             raise Refused(
-                f"--vtensor-prefill-kernel {kernel} reads segments, and an attention backend was named that does not: "
+                f"--vtensor-prefill-kernel {kernel} is of our attention, and another attention backend was named: "
                 "leave one of the two out"
             )
         return {}
@@ -79,15 +76,6 @@ def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, st
             f"--vtensor-prefill-kernel fa3 needs sm_90 (Hopper), and this GPU is sm_{major}{minor}: use triton, or auto"
         )
     return {"prefill_attention_backend": ATTENTION_BACKEND}
-
-
-def _refuse_parking(options: Options) -> None:
-    """Where attention reads by slot, no segment waits for the turn that continues it."""
-    if options.vtensor_max_parked is not None:
-        raise Refused(
-            f"--vtensor-max-parked {options.vtensor_max_parked} is about segments, and attention reads none here: "
-            "leave it out, or the attention backend"
-        )
 
 
 def _leave_to_sglang(option: str, options: Options, *, host: bool, ours_named: bool) -> None:

@@ -1,10 +1,10 @@
-"""Attention on the host backend: torch's scaled dot product over segment views, without a copy of K or V.
+"""Attention on the host backend: torch's scaled dot product over the runs of a context, without a copy of K or V.
 
-Shapes: q `(tokens, q_heads, head_dim)`; a segment's K and V `(context, kv_heads, head_dim)` at the token stride. The
-query heads that share a KV head are a dimension of their own, over which K and V have stride 0:
+Shapes: q `(tokens, q_heads, head_dim)`; a run's K and V `(tokens of the run, kv_heads, head_dim)` at the token stride.
+The query heads that share a KV head are a dimension of their own, over which K and V have stride 0:
 
-    q  (kv_heads, group, new,     head_dim)
-    k  (kv_heads, group, context, head_dim)     strides (head_dim, 0, token, 1)
+    q  (kv_heads, group, new, head_dim)
+    k  (kv_heads, group, run, head_dim)     strides (head_dim, 0, token, 1)
 """
 
 from __future__ import annotations
@@ -27,51 +27,50 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Work:
-    """One request of a batch: its new tokens are rows `[first, first + new)`, its context the segment's start; or what
-    is at `slots`."""
+    """One request of a batch: its new tokens are rows `[first, first + new)`, its context is in `runs`."""
 
-    segment: int
-    slots: torch.Tensor | None
+    runs: list[slice]
     first: int
     new: int
     context: int
     mask: torch.Tensor | None
 
+    def behind(self, window: int, page: int) -> _Work:
+        """For a layer that sees so many tokens before each: without the pages that no token sees."""
+        gone = max(0, self.context - self.new - window) // page * page
+        runs, at = [], 0
+        for run in self.runs:
+            end = at + run.stop - run.start
+            if end > gone:
+                runs.append(slice(run.start + max(0, gone - at), run.stop))
+            at = end
+        context = self.context - gone
+        mask = _causal_mask(self.new, context).triu(context - self.new - window)
+        return _Work(runs, self.first, self.new, context, mask)
+
 
 class HostAttentionBackend(AttentionBackend):
-    """Reads every request's context from its segment, in extend and in decode; or by slot, with a copy, as a GPU's
-    kernels read pages: in extend where `Runtime.by_pages` says so, in decode without `decode_reads_segments`."""
+    """Reads the runs of every request's context, in extend and in decode."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
         self.pool = runner.token_to_kv_pool
         self.runtime: Runtime = self.pool.runtime
-        self.runtime.extend_reads_segments = True
-        self.runtime.decode_reads_segments = True
-        self.runtime.extend_reads_pages = True
-        self.runtime.segments_pay = lambda new, contexts: True  # pages are copied first, here
-        self.table = runner.req_to_token_pool.req_to_token
-        self.segments = [self.runtime.memory.segment_views(layer) for layer in range(self.pool.layer_num)]
-        self.slots = [self.runtime.memory.identity_views(layer) for layer in range(self.pool.layer_num)]
         self.work: list[_Work] = []
 
     def support_triton(self) -> bool:
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        segments = self.runtime.segment_of[forward_batch.req_pool_indices.numpy()].tolist()
         contexts = forward_batch.seq_lens.tolist()
         new = [1] * len(contexts)
-        by_slot = not self.runtime.decode_reads_segments
         if not forward_batch.forward_mode.is_decode():
             new = forward_batch.extend_seq_lens.tolist()
-            by_slot = self.runtime.by_pages
         self.work, first = [], 0
-        requests = forward_batch.req_pool_indices.tolist()
-        for request, segment, count, context in zip(requests, segments, new, contexts, strict=True):
+        for slot, count, context in zip(forward_batch.req_pool_indices.tolist(), new, contexts, strict=True):
             mask = None if count in (1, context) else _causal_mask(count, context)
-            slots = self.table[request, :context].to(torch.int64) if by_slot else None
-            self.work.append(_Work(segment, slots, first, count, context, mask))
+            runs = [slice(start, start + tokens) for start, tokens in self.runtime.runs(slot, context)]
+            self.work.append(_Work(runs, first, count, context, mask))
             first += count
 
     def forward_extend(
@@ -87,33 +86,47 @@ class HostAttentionBackend(AttentionBackend):
         if save_kv_cache and k is not None:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
         group = layer.tp_q_head_num // layer.tp_k_head_num
-        keys, values = self.segments[layer.layer_id - self.pool.start_layer]
+        keys, values = self.pool.get_kv_buffer(layer.layer_id)
         rows = q.reshape(-1, layer.tp_k_head_num, group, layer.qk_head_dim)
         out = torch.empty_like(rows)
-        by_slot = self.slots[layer.layer_id - self.pool.start_layer]
-        for work in self.work:
+        # SGLang's window is exclusive: so many tokens before one, beside itself, are seen.
+        window = layer.sliding_window_size or -1
+        page = self.runtime.page_tokens
+        for work in [work.behind(window, page) for work in self.work] if window > 0 else self.work:
             tokens = slice(work.first, work.first + work.new)
-            if work.slots is None:
-                k, v = (x[work.segment, : work.context] for x in (keys, values))
-            else:
-                k, v = (x[work.slots] for x in by_slot)
-            result = scaled_dot_product_attention(
-                rows[tokens].permute(1, 2, 0, 3),
-                _heads_first(k, group),
-                _heads_first(v, group),
-                attn_mask=work.mask,
-                is_causal=work.new == work.context > 1,
-                scale=layer.scaling,
-            )
+            k_runs, v_runs = ([_heads_first(x[run], group) for run in work.runs] for x in (keys, values))
+            causal = work.mask is None and work.new == work.context > 1
+            result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, layer.scaling)
             out[tokens] = result.permute(2, 0, 1, 3)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
-    # A decode step is an extend of one token: the same tokens, the same segments.
+    # A decode step is an extend of one token.
     forward_decode = forward_extend
 
 
+def _attend(
+    q: torch.Tensor,
+    k_runs: list[torch.Tensor],
+    v_runs: list[torch.Tensor],
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attention over the runs as over one tensor: scores of all of them have one softmax."""
+    if len(k_runs) == 1:
+        return scaled_dot_product_attention(q, k_runs[0], v_runs[0], attn_mask=mask, is_causal=causal, scale=scale)
+    scores = torch.cat([q.float() @ k.float().transpose(-1, -2) for k in k_runs], dim=-1) * scale
+    if causal:
+        mask = _causal_mask(q.shape[2], q.shape[2])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).split([k.shape[2] for k in k_runs], dim=-1)
+    parts = [some @ v.float() for some, v in zip(weights, v_runs, strict=True)]
+    return torch.stack(parts).sum(0).to(q.dtype)
+
+
 def _heads_first(x: torch.Tensor, group: int) -> torch.Tensor:
-    """`(context, kv_heads, dim)` as `(kv_heads, group, context, dim)`, without a copy."""
+    """`(run, kv_heads, dim)` as `(kv_heads, group, run, dim)`, without a copy."""
     return x.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
 
 

@@ -21,7 +21,7 @@ class BatchSharing:
     def __init__(self, runtime: Runtime, *, requests: int, group: int, token_bytes: int, capability: int = 0) -> None:
         self.runtime = runtime
         self.group, self.token_bytes, self.capability = group, token_bytes, capability
-        self.sharing = Sharing(slots=len(runtime.segment_of), requests=requests, page_tokens=runtime.page_tokens)
+        self.sharing = Sharing(slots=runtime.request_slots, requests=requests, page_tokens=runtime.page_tokens)
         #: Whether the next batch is to read what it shares once.
         self.pays = False
         #: Decode batches that were announced.
@@ -56,18 +56,18 @@ class BatchSharing:
 
     def _follow(self, slots: list[int]) -> None:
         sharing, runtime = self.sharing, self.runtime
-        # First who leaves: pages that a request has no more may be another's already.
+        # First who leaves: frames that a request has no more may be another's already.
         now = set(slots)
         for slot in (sharing.slots() - now) | (self._changed & sharing.slots()):
             sharing.leave(slot)
         for slot in now - sharing.slots():
             record = runtime.requests[slot]
-            sharing.join(slot, record.pages[: record.protected])
+            sharing.join(slot, record.frames[: record.protected])
         self._batch = list(slots)
         self._changed.clear()
 
     def changed(self, slot: int) -> None:
-        """The pages that a request shares are others now."""
+        """The frames that a request shares are others now."""
         self._changed.add(slot)
 
     def left(self, slot: int) -> None:

@@ -23,8 +23,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_vtensor.manager import RETRY_SECONDS as MANAGER_RETRY_SECONDS
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
+from sglang_vtensor.worker import RETRY_SECONDS as WORKER_RETRY_SECONDS
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -57,7 +57,7 @@ class Elastic:
         self.tree = tree
         self.cache_idle_seconds = cache_idle_seconds
         self.minimum_bytes = minimum_bytes
-        self.limit = runtime.memory.pages.limit
+        self.limit = runtime.memory.limit
         self.sleeping = False
         #: Pages that the neighbours leave this server, while they want something.
         self.pressure: int | None = None
@@ -87,7 +87,7 @@ class Elastic:
 
     def control(self, asked: dict[str, Any]) -> bool:
         """Do all that `asked` says. If some of it cannot be, nothing of it is done: False, and a line in the log."""
-        limit, sleeping, most = self.limit, self.sleeping, self.runtime.memory.pages.limit
+        limit, sleeping, most = self.limit, self.sleeping, self.runtime.memory.limit
         for key, value in asked.items():
             if key == LIMIT:
                 if not isinstance(value, int) or isinstance(value, bool):
@@ -121,7 +121,7 @@ class Elastic:
 
     def _evict_excess(self) -> None:
         memory = self.runtime.memory
-        excess = memory.excess() if memory.allowance < memory.pages.limit else 0
+        excess = memory.excess() if memory.allowance < memory.limit else 0
         if excess and self.tree.evictable_size():
             self.tree.evict(EvictParams(num_tokens=excess * self.runtime.page_tokens))
 
@@ -160,7 +160,7 @@ class Elastic:
         self.neighbours.tell(mine)
         if bool(others) != self.beside_others:
             self.beside_others = bool(others)
-            memory.retry_seconds = RETRY_SECONDS if others else MANAGER_RETRY_SECONDS
+            memory.worker.retry_seconds = RETRY_SECONDS if others else WORKER_RETRY_SECONDS
         free = 0
         if any(other.wanted for other in others):
             free = max(0, memory.vmm.memory()[0] - memory.vmm.headroom_bytes)
@@ -179,18 +179,18 @@ class Elastic:
     def record(self, waiting: Sequence[Req]) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
-        page, pages = memory.layout.page_bytes, memory.pages
+        page = memory.layout.page_bytes
         evictable = self.tree.evictable_size() // self.runtime.page_tokens
         wanted = 0
         if memory.short or self.pressure is not None:
             # What the requests at the head of the queue will take, beyond what there is for them.
-            there = min(pages.free_backed if memory.short else pages.limit, max(0, memory.room()))
+            there = min(memory.free_backed if memory.short else memory.limit, max(0, memory.room()))
             wanted = max(0, sum(self._wants(req) for req in waiting[:WANTED_REQUESTS]) - there - evictable)
-            wanted = min(wanted, max(0, self.limit - pages.owned))
+            wanted = min(wanted, max(0, self.limit - memory.owned))
         return Record(
-            backed=pages.backed * page,
-            idle=pages.ready * page,
-            cached=(evictable + pages.tails) * page,
+            backed=memory.backed * page,
+            idle=memory.ready * page,
+            cached=(evictable + len(memory.tails)) * page,
             minimum=self.minimum_bytes,
             wanted=0 if self.sleeping else wanted * page,
         )
@@ -202,7 +202,7 @@ class Elastic:
         within the limit; when none does (`busy` is False), it is admitted before all that have not begun.
         """
         memory = self.runtime.memory
-        if memory.allowance == memory.pages.limit:
+        if memory.allowance == memory.limit:
             return waiting, False
         begun = [] if busy else [req for req in waiting if req.is_retracted]
         if begun or self.sleeping:
@@ -212,7 +212,7 @@ class Elastic:
     def bars(self, waiting: list[Req], *, busy: bool) -> bool:
         """Whether it is the limit that keeps the first of the waiting requests out, of which none was admitted although
         nothing runs: SGLang counts the longest answer that it may give. It is to be admitted alone, and may grow."""
-        limited = self.limit < self.runtime.memory.pages.limit
+        limited = self.limit < self.runtime.memory.limit
         return bool(waiting) and not busy and limited and self.pressure is None and not self.sleeping
 
     @contextlib.contextmanager
@@ -221,7 +221,7 @@ class Elastic:
         memory = self.runtime.memory
         allowance = memory.allowance
         if really:
-            memory.allowance = memory.pages.limit
+            memory.allowance = memory.limit
         try:
             yield
         finally:
@@ -230,7 +230,7 @@ class Elastic:
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
         memory = self.runtime.memory
-        if self.sleeping or self.limit == memory.pages.limit:
+        if self.sleeping or self.limit == memory.limit:
             return
         with memory.clock:
             too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]

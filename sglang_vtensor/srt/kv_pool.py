@@ -1,4 +1,4 @@
-"""SGLang's KV pool over the identity region: its K and V buffers are strided views, by slot."""
+"""SGLang's KV pool over the frames: its K and V buffers are strided views, by slot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_vtensor.kernels.kv_store import store_kv
-from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.srt.options import Options, parse_share_or_bytes
 from sglang_vtensor.srt.runtime import Runtime
+from sglang_vtensor.srt.sides import Sides
 from sglang_vtensor.vmm import open_vmm
 
 if TYPE_CHECKING:
@@ -22,17 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class VTensorKVPool(MHATokenToKVPool):
-    """A pool of `size` tokens that holds no memory until pages are handed out.
+    """A pool with room for `capacity` tokens that holds no memory until frames are handed out.
 
-    `k_buffer[layer]` and `v_buffer[layer]` are `(size + page_tokens, kv_heads, head_dim)` views of the identity
-    region; reading or writing a slot of a page that is not backed is a fault, as it would be past the end of a tensor.
+    `k_buffer[layer]` and `v_buffer[layer]` are `(slots, kv_heads, head_dim)` views of all frames, of which there are
+    many more than the capacity; reading or writing a slot without memory is a fault, as it would be past the end of a
+    tensor. `size`, which SGLang checks slots against, is that of the frames.
     """
 
     def __init__(
         self,
-        size: int,
+        capacity: int,
         *,
-        layout: KVLayout,
+        sides: Sides,
         options: Options,
         device: str,
         max_running: int,
@@ -42,7 +43,8 @@ class VTensorKVPool(MHATokenToKVPool):
         sglang: Requests,
     ) -> None:
         # The base class creates the buffers in its constructor: what that needs comes first.
-        capacity_pages = size // layout.page_tokens
+        self.sides, layout = sides, sides.layouts[0]
+        capacity_pages = capacity // layout.page_tokens
         reserve = parse_share_or_bytes(options.vtensor_reserve, "--vtensor-reserve")
         if isinstance(reserve, float):
             reserve_pages = int(reserve * capacity_pages)
@@ -53,24 +55,24 @@ class VTensorKVPool(MHATokenToKVPool):
         self.runtime = Runtime(
             KVMemory(
                 vmm,
-                layout,
+                sides.layouts,
                 capacity_pages=capacity_pages,
                 max_tokens=max_tokens,
-                max_running=max_running,
-                max_parked=options.vtensor_max_parked,
                 reserve_pages=reserve_pages,
                 idle_seconds=options.vtensor_idle_seconds,
+                moves=options.vtensor_moves == "on",
             ),
             max_running + 1,
             sglang,
+            windows=sides.windows,
         )
         super().__init__(
-            size,
+            (self.runtime.memory.placement.num_frames - 1) * layout.page_tokens,
             page_size=layout.page_tokens,
             dtype=layout.dtype,
             head_num=layout.kv_heads,
             head_dim=layout.head_dim,
-            layer_num=layout.layers,
+            layer_num=len(sides.layers),
             device=device,
             enable_memory_saver=False,
             start_layer=start_layer,
@@ -79,23 +81,23 @@ class VTensorKVPool(MHATokenToKVPool):
         )
 
     def _create_buffers(self) -> None:
-        views = [self.runtime.memory.identity_views(layer) for layer in range(self.layer_num)]
+        views = [self.runtime.memory.layer_views(number, side) for side, number in self.sides.layers]
         self.k_buffer = [k for k, _ in views]
         self.v_buffer = [v for _, v in views]
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
         memory, layout = self.runtime.memory, self.runtime.memory.layout
-        self.mem_usage = memory.pages.num_pages * layout.page_bytes / (1 << 30)
+        self.mem_usage = (memory.limit + 1) * layout.page_bytes / (1 << 30)
         logger.info(
             "KV memory: %d tokens in pages of %d (%.1f MiB, %.1f %% padding), %.2f GiB if all were backed; "
-            "%d segments of %d tokens",
-            num_tokens,
+            "addresses for %d tokens, in %d lanes",
+            memory.limit * layout.page_tokens,
             layout.page_tokens,
             layout.page_bytes / (1 << 20),
             100 * layout.waste,
             self.mem_usage,
-            memory.segments.num_segments,
-            memory.segments.max_pages * layout.page_tokens,
+            memory.placement.num_frames * layout.page_tokens,
+            memory.placement.num_frames // memory.placement.lane_frames,
         )
 
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:

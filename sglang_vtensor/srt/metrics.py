@@ -25,7 +25,7 @@ class Gauge(NamedTuple):
     values: dict[str, str]
 
 
-#: `Runtime.stats` as gauges: pages and segments by state, bytes by what they are for.
+#: `Runtime.stats` as gauges: pages by state, bytes by what they are for.
 GAUGES = {
     "vtensor_pages": Gauge(
         "Pages by state; kept ones are free, but hold the unfinished end of a cached text; stuck ones are those whose "
@@ -45,36 +45,36 @@ GAUGES = {
         {"backed": "backed_bytes", "owned": "owned_bytes"},
     ),
     "vtensor_pages_limit": Gauge("Pages that requests and cached prefixes may own.", "", {"": "pages_limit"}),
-    "vtensor_segments": Gauge(
-        "Segments by state.",
-        "state",
-        {state: f"segments_{state}" for state in ("idle", "leased", "parked", "retired")},
+    "vtensor_stale_mappings": Gauge(
+        "Places where pages are mapped that were moved away, and are to be unmapped.", "", {"": "stale_mappings"}
     ),
-    "vtensor_segment_mappings": Gauge("Pages mapped in segments.", "", {"": "segment_mappings"}),
 }
 #: `Runtime.stats` as counters.
 COUNTERS = {
-    "vtensor_maps": ("maps", "Pages mapped in segments."),
-    "vtensor_maps_behind": ("maps_behind", "Of these, mapped by the worker behind the scheduler."),
-    "vtensor_unmaps": ("unmaps", "Pages unmapped from segments."),
+    "vtensor_pages_allocated": ("pages_allocated", "Pages handed to requests."),
+    "vtensor_pages_with_memory": ("pages_with_memory", "Of these, those whose place had memory already."),
+    "vtensor_pages_moved": ("pages_moved", "Of these, those that a free page was moved to at that moment."),
+    "vtensor_pages_created_at_once": ("pages_created_at_once", "Of these, those created at that moment."),
+    "vtensor_pages_moved_ahead": ("pages_moved_ahead", "Free pages that were moved to where they would be needed."),
+    "vtensor_maps": ("maps", "Mappings of pages."),
+    "vtensor_unmaps": ("unmaps", "Mappings taken away."),
+    "vtensor_contexts": ("contexts", "Contexts that ended."),
+    "vtensor_context_runs": ("context_runs", "Runs of addresses that these had."),
+    "vtensor_broken_runs": ("broken_runs", "Runs beyond the first one of what contexts had of their own."),
     "vtensor_pages_created": ("pages_created", "Pages that the driver created."),
     "vtensor_pages_released": ("pages_released", "Pages given back to the driver."),
     "vtensor_scheduling_seconds": (
         "scheduling_seconds",
         "What memory took of the scheduling thread: waits, votes and grouping too.",
     ),
-    "vtensor_worker_seconds": ("worker_seconds", "What the mapping worker was busy for."),
+    "vtensor_worker_seconds": ("worker_seconds", "What the worker was busy for."),
+    "vtensor_worker_driver_seconds": ("worker_driver_seconds", "Of these, within calls of the driver."),
     "vtensor_prefix_tokens": ("prefix_tokens_served", "Prompt tokens that were not computed again."),
     "vtensor_prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that began, computed or not."),
     "vtensor_partial_copies": ("partial_copies", "Starts of pages that were copied instead of computed."),
     "vtensor_partial_tokens": ("partial_tokens", "Tokens that were copied so."),
     "vtensor_tails_continued": ("tails_continued", "Unfinished pages that their next turn went on in."),
-    "vtensor_adoptions": ("adoptions", "Turns that found their segment parked."),
-    "vtensor_prepared_segments": ("prepared_segments", "Requests whose prefix was mapped while they waited."),
     "vtensor_awaited_prefixes": ("awaited_prefixes", "Requests that waited for a prefix that another was computing."),
-    "vtensor_extends_by_pages": ("extends_by_pages", "Extend batches read by pages, as their segments were not ready."),
-    "vtensor_prefix_maps": ("prefix_maps", "Pages of shared prefixes mapped on the scheduling thread."),
-    "vtensor_prefix_maps_on_continue": ("prefix_maps_on_continue", "Of these, for turns that adopted a segment."),
     "vtensor_decode_steps_shared": (
         "decode_steps_shared",
         "Decode steps of the kernel that reads shared prefixes once.",
@@ -83,7 +83,7 @@ COUNTERS = {
     "vtensor_shared_bytes_saved": ("shared_bytes_saved", "Bytes of K and V that were read once instead of again."),
     "vtensor_grouping_seconds": ("grouping_seconds", "Of the scheduling thread, what following who shares what took."),
     "vtensor_shortages": ("shortages", "How often the driver began to refuse memory."),
-    "vtensor_worker_failures": ("worker_failures", "Calls of the driver that failed in the mapping worker."),
+    "vtensor_worker_failures": ("worker_failures", "Calls of the driver that failed in the worker."),
 }
 
 

@@ -31,6 +31,7 @@ HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
 PREFILL_KERNELS = ("auto", "triton", "fa3")
 SHARED_DECODE = ("auto", "off")
+MOVES = ("on", "off")
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
@@ -53,22 +54,23 @@ class Options:
     vtensor_cache_idle_seconds: float | None = None
     vtensor_headroom: str | float = "1GiB"
     vtensor_min: str | float = "0.05"
-    vtensor_max_parked: int | None = None
     vtensor_prefill_kernel: str = "auto"
     vtensor_shared_decode: str = "auto"
+    vtensor_moves: str = "off"
 
     def __post_init__(self) -> None:
         for option, value, choices in (
             ("--kv-backend", self.kv_backend, KV_BACKENDS),
             ("--vtensor-prefill-kernel", self.vtensor_prefill_kernel, PREFILL_KERNELS),
             ("--vtensor-shared-decode", self.vtensor_shared_decode, SHARED_DECODE),
+            ("--vtensor-moves", self.vtensor_moves, MOVES),
         ):
             if value not in choices:
                 raise Refused(f"{option} {value!r} is unknown: choose from {', '.join(choices)}")
         parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
-        idle, cache_idle, parked = self.vtensor_idle_seconds, self.vtensor_cache_idle_seconds, self.vtensor_max_parked
+        idle, cache_idle = self.vtensor_idle_seconds, self.vtensor_cache_idle_seconds
         if not (_is_number(idle) and 0 <= idle < math.inf):
             raise Refused(f"--vtensor-idle-seconds {idle!r}: give 0 or more seconds, not endless ones")
         if cache_idle is not None and not (_is_number(cache_idle) and 0 < cache_idle < math.inf):
@@ -76,8 +78,6 @@ class Options:
                 f"--vtensor-cache-idle-seconds {cache_idle!r}: give more than 0 seconds; to cache nothing, "
                 "--disable-radix-cache; to cache until memory is short, leave it out"
             )
-        if parked is not None and not (_is_number(parked) and isinstance(parked, int) and parked >= 0):
-            raise Refused(f"--vtensor-max-parked {parked!r}: give 0 or more segments, a whole number")
 
     def minimum_bytes(self, capacity: int) -> int:
         """What the KV cache keeps of `capacity` bytes for itself."""
@@ -186,22 +186,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the KV capacity, or bytes.",
     )
     group.add_argument(
-        "--vtensor-max-parked",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="Finished conversations that keep their contiguous addresses. Default: as many as requests may run.",
-    )
-    group.add_argument(
         "--vtensor-prefill-kernel",
         choices=PREFILL_KERNELS,
         default=argparse.SUPPRESS,
-        help="The kernel that reads segments in extend: FlashAttention-3 (Hopper), ours in Triton, or the faster one.",
+        help="The kernel for extend: FlashAttention-3 (Hopper), ours in Triton, or the faster one.",
     )
     group.add_argument(
         "--vtensor-shared-decode",
         choices=SHARED_DECODE,
         default=argparse.SUPPRESS,
         help="auto: decode steps whose requests share a prefix read it once where that is faster, on an NVIDIA GPU.",
+    )
+    group.add_argument(
+        "--vtensor-moves",
+        choices=MOVES,
+        default=argparse.SUPPRESS,
+        help="Whether free pages are moved to where contexts grow, so that these stay contiguous in a full cache too.",
     )
 
 
@@ -317,11 +317,6 @@ def refuse_unsupported(
             "--vtensor-cache-idle-seconds with --disable-radix-cache",
             options.vtensor_cache_idle_seconds is not None and args.disable_radix_cache,
             "nothing is cached",
-        ),
-        (
-            "--vtensor-max-parked with --disable-radix-cache",
-            options.vtensor_max_parked is not None and args.disable_radix_cache,
-            "no conversation is kept",
         ),
         ("--pp-size above 1", args.pp_size > 1, "stages would need to agree on pages"),
         ("--dcp-size above 1", args.dcp_size > 1, "a context would be spread over ranks"),

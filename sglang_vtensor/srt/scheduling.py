@@ -34,7 +34,7 @@ def equip(scheduler: Any, options: Options, metrics_of: str | None) -> None:
         runtime,
         scheduler.tree_cache,
         cache_idle_seconds=options.vtensor_cache_idle_seconds,
-        minimum_bytes=options.minimum_bytes(runtime.memory.pages.limit * runtime.memory.layout.page_bytes),
+        minimum_bytes=options.minimum_bytes(runtime.memory.limit * runtime.memory.layout.page_bytes),
     )
     if metrics_of is not None:
         tp_rank, dp_rank = runtime.sglang.ranks(scheduler)
@@ -103,8 +103,6 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     if result is not None and result[0] is None and elastic.bars(scheduler.waiting_queue, busy=busy):
         running_batch.batch_is_full = False
         result = admit(scheduler.waiting_queue[:1], True)
-    if runtime_of(scheduler).extend_reads_segments:
-        tree.prepare(scheduler.waiting_queue)  # the batch was made: what waits has time until the next
     return result or (None, running_batch)
 
 
@@ -136,9 +134,7 @@ def spare(runtime: Runtime, retracted: list[Any], aborted: list[Any], may_wait: 
     only where the pool, with nothing else in it, is too small for it, or if it cannot wait."""
     memory = runtime.memory
     for req in list(aborted):
-        if may_wait(req) and memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= (
-            memory.pages.limit
-        ):
+        if may_wait(req) and memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= (memory.limit):
             req.to_finish = None
             aborted.remove(req)
             retracted.append(req)
@@ -156,9 +152,13 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         else:
             with scheduler.device_module.stream(_forward_stream(scheduler)):
                 runtime.copy_partials()
+    runtime.batch = [runtime.sglang.slot(req) for req in batch.reqs]
     if runtime.sharing is not None and batch.forward_mode.is_decode():
-        runtime.sharing.begin([runtime.sglang.slot(req) for req in batch.reqs], int(batch.seq_lens_cpu.sum()))
-    result = original(scheduler, batch, *args, **kwargs)
+        runtime.sharing.begin(runtime.batch, int(batch.seq_lens_cpu.sum()))
+    try:
+        result = original(scheduler, batch, *args, **kwargs)
+    finally:
+        runtime.batch = []
     if host:
         runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
     else:

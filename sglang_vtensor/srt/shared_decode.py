@@ -45,7 +45,7 @@ class SharedDecodeBackend(AttentionBackend):
         memory = self.runtime.memory
         self.layers = list(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
-        slots = len(self.runtime.segment_of)
+        slots = self.runtime.request_slots
         self.decoder = SharedDecoder(
             max_requests=min(slots, MAX_REQUESTS),
             slots=slots,

@@ -30,7 +30,7 @@ def schedulers(models):
     started: dict[tuple, Scheduler] = {}
 
     def start(model: str = "gqa", **server_args) -> Scheduler:
-        key = (model, *sorted(server_args.items()))
+        key = (model, *sorted((name, repr(value)) for name, value in server_args.items()))
         scheduler = started.pop(key, None)
         if scheduler is None:
             while len(started) >= KEPT:

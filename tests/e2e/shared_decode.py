@@ -20,10 +20,9 @@ def whatever_is_shared_pays(scheduler: Any) -> None:
 
 
 def read_shared_once(scheduler: Any, requests: int) -> None:
-    """From now on. As on a GPU, decode maps nothing. Batches of more than `requests` are done as before."""
+    """From now on. Batches of more than `requests` are done as before."""
     backend = scheduler.tp_worker.model_runner.attn_backend
     runtime = backend.runtime
-    runtime.decode_reads_segments = False
     table = scheduler.req_to_token_pool.req_to_token
     plain = backend.forward_extend
     # One token is worth so much that whatever is shared pays.
@@ -31,7 +30,7 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
 
     def init(forward_batch: Any) -> None:
         if not forward_batch.forward_mode.is_decode():
-            return of_segments(forward_batch)
+            return of_runs(forward_batch)
         sharing.sharing.check_integrity()
         sharing.count(sharing.pays)
         slots, contexts = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
@@ -45,7 +44,7 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
         plain(q, k, v, layer, forward_batch, save_kv_cache)  # writes k and v, and reads nothing
         heads = layer.tp_k_head_num
         rows = q.reshape(-1, heads, layer.tp_q_head_num // heads, layer.qk_head_dim)
-        by_slot = runtime.memory.identity_views(layer.layer_id)
+        by_slot = runtime.memory.layer_views(layer.layer_id)
         out = []
         for row, parts in zip(rows, backend.parts, strict=True):
             slots = torch.cat([table[slot, low:high] for slot, low, high in parts]).long()
@@ -54,7 +53,7 @@ def read_shared_once(scheduler: Any, requests: int) -> None:
             out.append(scaled_dot_product_attention(row[:, :, None], k, v, scale=layer.scaling)[:, :, 0])
         return torch.stack(out).reshape(len(out), -1)
 
-    of_segments = backend.init_forward_metadata
+    of_runs = backend.init_forward_metadata
     backend.init_forward_metadata, backend.forward_decode = init, decode
 
 

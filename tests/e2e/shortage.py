@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from sglang_vtensor.manager import RETRY_SECONDS
 from sglang_vtensor.vmm import OutOfMemory, VMMError
+from sglang_vtensor.worker import RETRY_SECONDS
 
 
 def refuse_at_random(scheduler: Any, share: float, seed: int) -> None:
     """From now on `share` of the calls that create and map fail, some eight in a row, as the driver would."""
     memory = _memory(scheduler)
-    memory.retry_seconds = 0.002
+    memory.worker.retry_seconds = 0.002
     for call in ("create", "map"):
         memory.vmm.__dict__.pop(call, None)
     if not share:
-        memory.retry_seconds = RETRY_SECONDS  # a worker that asks 500 times a second takes time from other tests
+        memory.worker.retry_seconds = RETRY_SECONDS  # a worker that asks 500 times a second takes time from other tests
         return
     rng, bad = random.Random(seed), False
 
@@ -51,41 +51,53 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
     What is free beyond that goes back to it first, as another process that takes memory would find.
     """
     memory = _memory(scheduler)
-    memory.retry_seconds = 0.002
-    original = type(memory.vmm).create
-    memory.vmm.__dict__.pop("create", None)
+    memory.worker.retry_seconds = 0.002
+    original, released = type(memory.vmm).create, type(memory.vmm).release
+    for call in ("create", "release"):
+        memory.vmm.__dict__.pop(call, None)
     if pages is None:
-        memory.retry_seconds = RETRY_SECONDS
+        memory.worker.retry_seconds = RETRY_SECONDS
         return
     if memory.vmm.device.type == "cuda":
         torch.cuda.synchronize()  # the host computes in the call: there no batch is in flight
     memory.complete(memory.launch())
     memory.trim()
 
+    held, lock = memory.backed, threading.Lock()  # both threads create and release
+
     def create(nbytes: int) -> Any:
-        if memory.pages.backed + memory.pages.moving > pages:
-            raise OutOfMemory("create", f"the device has room for {pages} pages", "INJECTED")
+        nonlocal held
+        with lock:
+            if held >= pages:
+                raise OutOfMemory("create", f"the device has room for {pages} pages", "INJECTED")
+            held += 1
         return original(memory.vmm, nbytes)
 
-    memory.vmm.create = create
+    def release(page: Any) -> None:
+        nonlocal held
+        released(memory.vmm, page)
+        with lock:
+            held -= 1
+
+    memory.vmm.create, memory.vmm.release = create, release
 
 
 def worker_holds(scheduler: Any, pages: int) -> None:
     """So many free pages are in the worker's hands, in a call of the driver that does not return; 0: it returns."""
     memory = _memory(scheduler)
-    with memory._turn:  # between two turns of the real one
-        while (page := next(iter(_HELD), None)) is not None:
-            _HELD.remove(page)
-            memory.pages.release_page(page)
-            memory.pages.finish_trim(page)
-        memory._took_at = 0.0  # long ago: nobody waits for it
+    with memory.worker._turn:  # between two turns of the real one
+        while _HELD:
+            leaving = _HELD.pop()
+            memory.backing.release(leaving)
+            memory.backing.finish_trim(leaving, done=True)
+        memory.worker._took_at = 0.0  # long ago: nobody waits for it
         for _ in range(pages):
-            page = memory.pages.begin_trim(0, memory.segments.completed)
-            if page is not None:
-                _HELD.append(page)
+            leaving = memory.backing.begin_trim(0)
+            if leaving is not None:
+                _HELD.append(leaving)
 
 
-_HELD: list[int] = []
+_HELD: list[Any] = []
 
 
 def share_device(scheduler: Any, pages: int) -> None:
@@ -94,7 +106,7 @@ def share_device(scheduler: Any, pages: int) -> None:
     memory.vmm.headroom_bytes = 0  # it is more than such a device has
     page = memory.layout.page_bytes
     create, release = type(memory.vmm).create, type(memory.vmm).release
-    held, lock = memory.pages.backed, threading.RLock()  # both threads create and release, and so look at the others
+    held, lock = memory.backed, threading.RLock()  # both threads create and release, and so look at the others
     look = neighbours.others
 
     def others() -> list[Any]:

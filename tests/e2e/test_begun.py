@@ -3,6 +3,8 @@ and who has not begun stays below the limit, also beside one that goes on."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 from tests.e2e.compare import Prompts
 from tests.e2e.shortage import leave_pages
 from tests.e2e.test_elastic import SLEEP, S, asleep_with, limit, pair, same, settle  # noqa: F401
@@ -88,7 +90,7 @@ def watch_owned(scheduler):
     scheduler.most_owned = 0
 
     def watching(*args, **kwargs):
-        scheduler.most_owned = max(scheduler.most_owned, memory.pages.owned)
+        scheduler.most_owned = max(scheduler.most_owned, memory.owned)
         return launch(*args, **kwargs)
 
     scheduler.watching, scheduler.run_batch = launch, watching
@@ -112,19 +114,15 @@ def test_who_was_put_off_once_begins_inside_a_page_when_it_comes_again(pair):  #
 
 
 def count_put_off(scheduler):
-    tree = scheduler.tree_cache
-    scheduler.put_off = []
+    from sglang_vtensor.srt import scheduling
 
-    def give_back(req, record):
-        scheduler.put_off.append(req.rid)
-        type(tree).give_back(tree, req, record)
-
-    tree.give_back = give_back
+    scheduler.put_off = mock.patch.object(scheduling, "_put_off", wraps=scheduling._put_off)
+    scheduler.times_put_off = scheduler.put_off.start()
 
 
 def counted(scheduler):
-    del scheduler.tree_cache.give_back
-    return len(scheduler.put_off)
+    scheduler.put_off.stop()
+    return scheduler.times_put_off.call_count
 
 
 def whole_pages(scheduler):

@@ -70,13 +70,13 @@ def state(scheduler: Any) -> tuple[Any, ...]:
         node, before = stack.pop()
         path = (*before, tuple(node.key.token_ids))
         tails = [
-            (runtime.sglang.namespace(key), tuple(key.token_ids), tail.page is not None) for key, tail in node.tails
+            (runtime.sglang.namespace(key), tuple(key.token_ids), tail.frame is not None) for key, tail in node.tails
         ]
-        nodes.append((hash(path), node.lock_ref, len(node.pages), tails))
+        nodes.append((hash(path), node.lock_ref, len(node.frames), tails))
         stack += [(child, path) for child in node.children.values()]
-    records = {slot: (len(record.pages), record.protected) for slot, record in runtime.requests.items()}
+    records = {slot: (len(record.frames), record.protected) for slot, record in runtime.requests.items()}
     memory = runtime.memory
-    sums = (memory.allowance, memory.pages.owned, memory.pages.tails, tree.evictable_size(), tree.protected_size())
+    sums = (memory.allowance, memory.owned, len(memory.tails), tree.evictable_size(), tree.protected_size())
     return sorted(nodes), records, [req.rid for req in scheduler.waiting_queue], sums
 
 

@@ -30,9 +30,8 @@ from tests.harness import Scheduler
         ({"vtensor_idle_seconds": -1.0}, "--vtensor-idle-seconds -1.0"),
         ({"vtensor_idle_seconds": float("nan")}, "--vtensor-idle-seconds nan: give 0 or more seconds"),
         ({"vtensor_idle_seconds": "3"}, "--vtensor-idle-seconds '3': give 0 or more seconds"),
-        ({"vtensor_max_parked": 1.5}, "--vtensor-max-parked 1.5: give 0 or more segments, a whole number"),
         ({"vtensor_cache_idle_seconds": float("inf")}, "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
-        ({"kv_backend": "default", "attention_backend": "vtensor"}, "use it with --kv-backend vtensor"),
+        ({"kv_backend": "default", "attention_backend": "vtensor"}, "memory of --kv-backend vtensor: give both"),
         ({"kv_backend": "default", "page_size": 16}, "--page-size 16 needs a GPU with SGLang's own KV cache"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -55,14 +54,6 @@ def test_options(models, server_args, message):
         (
             "--disable-radix-cache --vtensor-cache-idle-seconds 5",
             "--kv-backend vtensor does not support --vtensor-cache-idle-seconds with --disable-radix-cache: nothing",
-        ),
-        (
-            "--disable-radix-cache --vtensor-max-parked 7",
-            "--kv-backend vtensor does not support --vtensor-max-parked with --disable-radix-cache: no conversation",
-        ),
-        (
-            "--attention-backend torch_native --vtensor-max-parked 7",
-            "--vtensor-max-parked 7 is about segments, and attention reads none here: leave it out",
         ),
         ("--vtensor-headroom 100%", "--vtensor-headroom 100% leaves the KV cache nothing of a device of "),
         ("--page-size 3", "--page-size 3 cannot be mapped: "),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having
@@ -29,7 +27,6 @@ def pair(request, schedulers):
         return reference, ours, TIE[dtype]
 
     get.page_size = page_size
-    get.segments = get.reads_pages = True
     return get
 
 
@@ -46,7 +43,7 @@ def test_a_batch(pair):
     both(reference, ours, [Request(f"r{n}", prompt(10 + 13 * n), 5 + 3 * n) for n in range(12)], tie=tie)
 
 
-def test_conversations_reuse_their_prefix_and_their_segment(pair):
+def test_conversations_go_on_in_place(pair):
     reference, ours, tie = pair()
     prompt = Prompts(3)
     system = prompt(100)
@@ -58,11 +55,15 @@ def test_conversations_reuse_their_prefix_and_their_segment(pair):
         after = ours.stats()
         for request, theirs, mine in zip(requests, expected, answers, strict=True):
             assert_same(theirs, mine, tie=tie, what=request.rid)
-        if turn and pair.segments:
-            assert after["adoptions"] - before["adoptions"] == 4, "each chat goes on in its own segment"
-            # Nothing of the last turn is computed again (but its last token, if that had no KV yet), nor mapped again.
+        if turn:
+            # Nothing of the last turn is computed again (but its last token, if that had no KV yet).
             assert all(len(chat) - answer.cached in (17, 18) for chat, answer in zip(chats, answers, strict=True))
-            assert after["prefix_maps_on_continue"] == 0
+            gained = {
+                key: after[key] - before[key]
+                for key in ("pages_allocated", "pages_in_place", "contexts", "context_runs")
+            }
+            assert gained["pages_in_place"] == gained["pages_allocated"], "each chat goes on behind its last page"
+            assert gained["context_runs"] <= 2 * gained["contexts"], "the system prompt, and its own"
         ours.check()
         chats = [chat + answer.tokens + prompt(17) for chat, answer in zip(chats, answers, strict=True)]
 
@@ -139,55 +140,6 @@ def test_equal_prompts_wait_for_each_other_once(pair):
         ours.check()
 
 
-def test_extends_that_would_wait_for_their_segments_read_pages(pair):
-    """What is mapped behind them is what the next turn goes on in; where prefixes were not ready, then always."""
-    reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
-    prompt = Prompts(19)
-    stem = prompt(190)
-    both(reference, ours, [Request("stem", stem, 4)], tie=tie)
-    chats = [stem + prompt(pair.page_size + 30 + 40 * n) for n in range(5)]
-    alike = 0
-    for turn, ahead in enumerate((0, 0, -1 << 20, -1 << 20)):
-        ours.call(worker_is_done)
-        before = ours.stats()
-        with having(ours, MAX_MAPS_AHEAD=ahead):
-            asked = [Request(f"t{turn}c{n}", c, 20) for n, c in enumerate(chats)]
-            answers, got = answers_of_both(reference, ours, asked)
-        for request, theirs, mine in zip(asked, answers, got, strict=True):
-            assert_same(theirs, mine, tie=tie, what=request.rid)
-        ours.check()
-        chats = [chat + answer.tokens + prompt(50) for chat, answer in zip(chats, answers, strict=True)]
-        gained = {key: value - before[key] for key, value in ours.stats().items()}
-        if pair.segments and (turn == 0 or ahead < 0):
-            assert (gained["extends_by_pages"] > 0) == pair.reads_pages
-        if pair.segments and turn:
-            assert gained["adoptions"] >= alike - 1, "what the worker maps is not what the next turn finds"
-        # Where the reference itself was undecided, the next turn goes on from what it said, and not from what ours did.
-        alike = sum(theirs.tokens == mine.tokens for theirs, mine in zip(answers, got, strict=True))
-
-
-def test_waiting_requests_find_their_prefix_mapped(pair):
-    reference, ours, tie = pair(max_running_requests=2)
-    prompt = Prompts(15)
-    stem = prompt(3 * max(pair.page_size, 16))
-    both(reference, ours, [Request("stem", stem, 4)], tie=tie)
-    before = ours.stats()
-    requests = [Request(f"w{n}", stem + prompt(9 + n), 12) for n in range(8)]
-    both(reference, ours, requests, tie=tie)
-    gained = {key: value - before[key] for key, value in ours.stats().items()}
-    if pair.segments:
-        assert gained["prepared_segments"] >= 2, "those that waited for others to end"
-        assert gained["maps_behind"] >= gained["prepared_segments"]
-
-
-def worker_is_done(scheduler):
-    """Wait until it maps nothing any more: on a busy machine it may be far behind."""
-    memory, seen = scheduler.token_to_kv_pool_allocator.runtime.memory, None
-    while (now := memory.stats().maps_behind) != seen:
-        seen = now
-        time.sleep(0.1)
-
-
 def test_parallel_sampling(pair):
     # What SGLang makes of n=4: the prompt once, to fill the cache, and then four requests for it.
     reference, ours, tie = pair()
@@ -257,7 +209,7 @@ def test_flush_forgets_everything(pair):
     both(reference, ours, [Request("one", tokens, 10)], tie=tie)
     assert ours.flush()
     stats = ours.stats()
-    assert (stats["pages_owned"], stats["segments_parked"], stats["segments_leased"]) == (0, 0, 0)
+    assert (stats["pages_owned"], stats["pages_kept"]) == (0, 0)
     assert ours.generate(Request("two", tokens, 10))[0].cached == 0
     assert reference.flush()
     both(reference, ours, [Request("three", tokens + tokens, 10)], tie=tie)

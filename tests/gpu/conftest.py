@@ -72,7 +72,8 @@ def flashinfer(request, models):
 
 #: What ours is told, and SGLang's own kernel on the other side.
 PAIRS = {
-    "segments": ({}, "fa3"),
+    "auto": ({}, "fa3"),
+    "moves": ({"vtensor_moves": "on"}, "fa3"),
     "ours": ({"vtensor_prefill_kernel": "triton"}, "fa3"),
     "fa3": ({"attention_backend": "fa3"}, "fa3"),
     "triton": ({"attention_backend": "triton"}, "triton"),
@@ -81,7 +82,7 @@ PAIRS = {
 
 @pytest.fixture(params=list(PAIRS))
 def pair(request, schedulers):  # noqa: F811
-    """Ours by segments in extend (FlashAttention-3, or our kernel), or by slot; SGLang's own on the other side."""
+    """Ours in extend by pages (FlashAttention-3), by runs (our kernel), or by slot; SGLang's own on the other side."""
     ours_by, kernel = PAIRS[request.param]
 
     def get(**server_args):
@@ -93,6 +94,4 @@ def pair(request, schedulers):  # noqa: F811
         return *schedulers.both(reference, ours), TIE["bfloat16"]
 
     get.page_size = 128
-    get.segments = request.param in ("segments", "ours")
-    get.reads_pages = request.param == "segments"  # our kernel does not
     return get

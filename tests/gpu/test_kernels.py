@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sglang_vtensor.kernels.kv_store import store_kv
+from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.placement import runs_of
 from sglang_vtensor.vmm import open_vmm
 
 flash_attn = pytest.importorskip("sgl_kernel.flash_attn")
@@ -50,7 +52,7 @@ def memory():
     layout = KVLayout.choose(
         layers=2, kv_heads=8, head_dim=128, dtype=torch.bfloat16, granularity=vmm.granularity, tile_tokens=128
     )
-    return KVMemory(vmm, layout, capacity_pages=128, max_tokens=8192, max_running=8, worker=False)
+    return KVMemory(vmm, layout, capacity_pages=128, max_tokens=8192, worker=False)
 
 
 @pytest.mark.parametrize(
@@ -58,65 +60,59 @@ def memory():
     [[(1, 1)], [(128, 1)], [(129, 129)], [(1, 1), (127, 127), (128, 5), (1000, 300), (4095, 64), (255, 1)]],
     ids=str,
 )
-def test_segments_give_what_pages_give(memory, shapes):
-    """FlashAttention-3 on segments against the same kernel on pages, and against float32: `(context, new)` a request.
+@pytest.mark.parametrize("broken", [False, True], ids=["one run", "broken"])
+def test_frames_far_apart_with_nothing_mapped_between(memory, shapes, broken):
+    """FlashAttention-3 by pages and our kernel by runs against float32: `(context, new)` a request.
 
-    Behind a context's last page nothing is mapped: an over-read past it would fault.
+    Between lanes, and behind a context's last page, nothing is mapped: an over-read would fault.
     """
     tokens = memory.layout.page_tokens
-    k, v = memory.identity_views(1)
-    ks, vs = memory.segment_views(1)
-    requests = []
+    k, v = memory.layer_views(1)
+    every = []
     for context, _ in shapes:
-        pages = memory.allocate(memory.layout.pages_for(context))
-        pages = pages[::-1]
-        slots = torch.cat([torch.arange(p * tokens, (p + 1) * tokens) for p in pages])[:context].cuda()
+        pages = memory.layout.pages_for(context)
+        asks = [Ask(None, 1)] * pages if broken else [Ask(None, pages)]
+        frames = [frame for some in memory.allocate(asks) for frame in some]
+        assert (len(list(runs_of(frames))) == 1) == (not broken or pages == 1)
+        slots = torch.cat([torch.arange(f * tokens, (f + 1) * tokens) for f in frames])[:context].cuda()
         k[slots] = torch.randn(context, 8, 128, device="cuda", dtype=torch.bfloat16)
         v[slots] = torch.randn(context, 8, 128, device="cuda", dtype=torch.bfloat16)
-        requests.append((pages, slots, memory.lease(None, pages)))
+        every.append((frames, slots))
     new = [count for _, count in shapes]
     q = torch.randn(sum(new), 32, 128, device="cuda", dtype=torch.bfloat16)
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    contexts = torch.tensor([context for context, _ in shapes], dtype=torch.int32, device="cuda")
-    longest = -(-max(context for context, _ in shapes) // 128) * 128
-    common = {
-        "cache_seqlens": contexts,
-        "cu_seqlens_q": starts,
-        "max_seqlen_q": max(new),
-        "softmax_scale": 128**-0.5,
-        "causal": True,
-    }
-    by_segment = flash_attn.flash_attn_with_kvcache(
-        q=q,
-        k_cache=ks[:, :longest],
-        v_cache=vs[:, :longest],
-        cache_batch_idx=torch.tensor([r[2].index for r in requests], dtype=torch.int32, device="cuda"),
-        **common,
-    )
-    table = torch.zeros(len(shapes), max(len(pages) for pages, _, _ in requests), dtype=torch.int32)
-    for i, (pages, _, _) in enumerate(requests):
-        table[i, : len(pages)] = torch.tensor(pages)
+    table = torch.zeros(len(shapes), max(len(frames) for frames, _ in every), dtype=torch.int32)
+    runs = []
+    for i, (frames, slots) in enumerate(every):
+        table[i, : len(frames)] = torch.tensor(frames)
+        some = [(first * tokens, count * tokens) for first, count in runs_of(frames)]
+        some[-1] = (some[-1][0], some[-1][1] - (len(frames) * tokens - len(slots)))
+        runs.append(some)
     by_page = flash_attn.flash_attn_with_kvcache(
         q=q,
-        k_cache=k.view(-1, tokens, 8, 128),
-        v_cache=v.view(-1, tokens, 8, 128),
+        k_cache=k.unflatten(0, (-1, tokens)),
+        v_cache=v.unflatten(0, (-1, tokens)),
         page_table=table.cuda(),
-        **common,
+        cache_seqlens=torch.tensor([context for context, _ in shapes], dtype=torch.int32, device="cuda"),
+        cu_seqlens_q=starts,
+        max_seqlen_q=max(new),
+        softmax_scale=128**-0.5,
+        causal=True,
     )
+    plan = plan_prefill(new, runs, q_heads=32, kv_heads=8, head_dim=128, device=q.device, page_tokens=tokens)
+    by_run = prefix_prefill(q, k, v, plan, scale=128**-0.5, out=torch.full_like(q, float("nan")))
     torch.cuda.synchronize()
     for i, (context, count) in enumerate(shapes):
         rows = slice(int(starts[i]), int(starts[i + 1]))
-        slots = requests[i][1]
+        slots = every[i][1]
         scores = torch.einsum("qhgd,khd->hgqk", q[rows].float().view(count, 8, 4, 128), k[slots].float()) * (128**-0.5)
         mask = torch.ones(count, context, dtype=torch.bool, device="cuda").tril(context - count)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         expected = torch.einsum("hgqk,khd->qhgd", weights, v[slots].float()).reshape(count, 32, 128)
-        for got in (by_segment, by_page):
+        for got in (by_page, by_run):
             error = (got[rows].float() - expected).norm() / expected.norm()
             assert error < 1e-2, (i, context, count, float(error))
-    for pages, _, segment in requests:
-        memory.release(segment)
-        memory.free(pages)
+    for frames, _ in every:
+        memory.free(frames)
     memory.complete(memory.launch())
-    memory.housekeep()
     memory.check_integrity()

@@ -5,9 +5,8 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_a_pool_so_small_that_leaves_are_evicted_and_requests_retracted,
     test_aborts_in_the_middle,
     test_chunked_prefill,
-    test_conversations_reuse_their_prefix_and_their_segment,
+    test_conversations_go_on_in_place,
     test_equal_prompts_wait_for_each_other_once,
-    test_extends_that_would_wait_for_their_segments_read_pages,
     test_flush_forgets_everything,
     test_parallel_sampling,
     test_separate_namespaces_share_nothing,
@@ -15,6 +14,5 @@ from tests.e2e.test_same_tokens import (  # noqa: F401
     test_single_requests_of_every_length,
     test_the_same_prompt_twice_in_one_batch,
     test_two_branches_in_the_middle_of_a_page,
-    test_waiting_requests_find_their_prefix_mapped,
     test_what_another_request_computes_is_not_computed_again,
 )

@@ -15,7 +15,7 @@ TIE_BF16 = TIE["bfloat16"]
 
 @pytest.fixture
 def fa3(schedulers):
-    """Ours by segments, and SGLang with FlashAttention-3 at its default page size."""
+    """Ours, and SGLang with FlashAttention-3 at its default page size."""
 
     def get(**server_args):
         common = {"dtype": "bfloat16", "mem_fraction_static": 0.2} | server_args
@@ -83,14 +83,14 @@ def test_thousands_of_requests(models, record_property):
     assert retracted > 100
     assert ours.flush()
     after = ours.stats()
-    assert [after[key] for key in ("pages_owned", "segments_leased", "segments_parked", "requests")] == [0, 0, 0, 0]
+    assert [after[key] for key in ("pages_owned", "pages_kept", "requests")] == [0, 0, 0]
     for name, value in {
         "requests": finished,
         "aborts": aborted,
         "retractions": retracted,
         "pages_allocated": stats["pages_allocated"],
         "maps": stats["maps"],
-        "adoptions": stats["adoptions"],
+        "pages_with_memory": stats["pages_with_memory"],
     }.items():
         record_property(name, value)
     ours.close()
@@ -111,7 +111,7 @@ def test_the_scheduling_path_waits_for_the_device_no_more_than_sglang(fa3, recor
 
 
 def test_another_kernel_within_bfloat16_noise(schedulers, record_property):
-    """FlashAttention-3 on segments against SGLang with its Triton kernel: log-probabilities, and agreement."""
+    """FlashAttention-3 by pages, or our kernel, against SGLang's Triton kernel: log-probabilities, and agreement."""
     common = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 8}
     reference, ours = schedulers.both({"attention_backend": "triton", **common}, {"kv_backend": "vtensor", **common})
     prompt = Prompts(95)

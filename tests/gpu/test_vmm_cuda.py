@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import KVMemory
+from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.vmm import OutOfMemory, VMMError, open_vmm
 from tests.waiting import wait_for
 
@@ -72,52 +72,77 @@ def test_errors_name_the_call_and_the_drivers_error(vmm):
     vmm.free(base, vmm.granularity)
 
 
-def test_slots_and_segments_show_the_same_tokens(vmm):
-    memory = KVMemory(
-        vmm, layout(vmm), capacity_pages=32, max_tokens=2048, max_running=4, idle_seconds=0.1, worker=True
-    )
-    pages = memory.allocate(6)
-    order = pages[::-1]
-    segment = memory.lease(None, order)
+def test_every_layer_by_slot_is_memory_of_its_own(vmm):
+    memory = KVMemory(vmm, layout(vmm), capacity_pages=32, max_tokens=2048, idle_seconds=0.1, worker=True)
+    ((one, two, three),) = memory.allocate([Ask(None, 3)])
+    slots = torch.cat([torch.arange(f * 128, f * 128 + 128) for f in (three, one, two)]).cuda()
+    written = {}
     for layer in range(4):
-        k, v = memory.identity_views(layer)
-        ks, vs = memory.segment_views(layer)
-        tokens = torch.cat([torch.arange(p * 128, p * 128 + 128) for p in order]).cuda()
-        k[tokens] = torch.randn(len(tokens), 8, 128, device="cuda", dtype=torch.bfloat16)
-        v[tokens] = torch.randn(len(tokens), 8, 128, device="cuda", dtype=torch.bfloat16)
-        assert torch.equal(ks[segment.index, : len(tokens)], k[tokens])
-        assert torch.equal(vs[segment.index, : len(tokens)], v[tokens])
+        for x in memory.layer_views(layer):
+            written[x.data_ptr()] = torch.randn(len(slots), 8, 128, device="cuda", dtype=torch.bfloat16)
+            x[slots] = written[x.data_ptr()]
+    assert all(torch.equal(x[slots], written[x.data_ptr()]) for layer in range(4) for x in memory.layer_views(layer))
     torch.cuda.synchronize()
+    memory.free([one, two, three])
     memory.complete(memory.launch())
-    memory.release(segment)
-    memory.free(pages)
-    memory.complete(memory.launch())
+    wait_for(lambda: memory.backed == 1)
     memory.check_integrity()
-    wait_for(lambda: memory.stats().pages_backed == 1)
-    assert memory.stats().segment_mappings == 0
+    memory.close()
+
+
+def test_a_page_moves_while_batches_in_flight_read_it(vmm):
+    """What is queued reads the page where it was; what is queued behind writes it where it is now. Nothing waits, and
+    the old mapping goes when its readers are done."""
+    memory = KVMemory(vmm, layout(vmm), capacity_pages=2, max_tokens=512, worker=False, moves=True)
+    keys, _ = memory.layer_views(0)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    ((old, other),) = memory.allocate([Ask(None, 2)])
+    for number in range(5):
+        keys[old * 128 : old * 128 + 128] = float(number)
+        results = [a @ a for _ in range(20)]  # some 30 ms of work
+        seen = keys[old * 128 : old * 128 + 128].clone()
+        epoch = memory.launch()
+        event = torch.cuda.Event()
+        event.record()
+        memory.free([old])
+        ((new,),) = memory.allocate([Ask(other, 1)])
+        assert (new != old) == (memory.backing.stale > 0)
+        keys[new * 128 : new * 128 + 128] = -1.0
+        assert not event.query(), "moving waited for the kernels"
+        while memory.housekeep():
+            pass
+        if new != old:
+            assert memory.backing.stale == 1, "unmapped under a batch in flight"
+        torch.cuda.synchronize()
+        memory.complete(epoch)
+        while memory.housekeep():
+            pass
+        assert memory.backing.stale == 0
+        assert (seen == number).all()
+        assert (keys[new * 128 : new * 128 + 128] == -1).all()
+        del results
+        memory.check_integrity()
+        old = new
+    assert memory.backing.moved >= 1
     memory.close()
 
 
 def test_mapping_goes_on_beside_running_kernels(vmm):
     """The worker backs and trims while kernels run: nothing waits for the device, and the kernels' result is right."""
-    memory = KVMemory(
-        vmm, layout(vmm), capacity_pages=200, max_tokens=2048, max_running=4, reserve_pages=0, idle_seconds=1e9
-    )
+    memory = KVMemory(vmm, layout(vmm), capacity_pages=200, max_tokens=2048, reserve_pages=0, idle_seconds=1e9)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     expected = a @ a
     torch.cuda.synchronize()
     start = time.perf_counter()
     results = [a @ a for _ in range(40)]  # some 60 ms of work
     queued = time.perf_counter() - start
-    pages = memory.allocate(20)
-    segment = memory.lease(None, pages[:16])
+    ((*frames,),) = memory.allocate([Ask(None, 16)])
     busy = not torch.cuda.current_stream().query()
     mapped = time.perf_counter() - start
     torch.cuda.synchronize()
     assert busy, f"mapping waited for the kernels: queued after {queued:.4f} s, mapped after {mapped:.4f} s"
     assert all(torch.equal(result, expected) for result in results)
-    memory.release(segment)
-    memory.free(pages)
+    memory.free(frames)
     memory.close()
 
 
@@ -126,13 +151,13 @@ def test_running_out_is_an_answer(vmm):
     shape = layout(vmm, layers=32)
     hog = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")
     try:
-        memory = KVMemory(vmm, shape, capacity_pages=500, max_tokens=2048, max_running=4, worker=False)
-        assert memory.allocate(400) is None
-        assert memory.pages.owned == 0
-        pages = memory.allocate(8)
-        assert pages is not None
+        memory = KVMemory(vmm, shape, capacity_pages=500, max_tokens=2048, worker=False)
+        assert memory.allocate([Ask(None, 16)] * 25) is None
+        assert memory.owned == 0
+        placed = memory.allocate([Ask(None, 8)])
+        assert placed is not None
         memory.check_integrity()
-        memory.free(pages)
+        memory.free(placed[0])
         memory.close()
     finally:
         del hog

@@ -1,7 +1,9 @@
-"""Attention in float32, plainly written; and random batches laid out as segments are."""
+"""Attention in float32, plainly written; and random batches laid out in runs of slots."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,60 +13,80 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Batch:
-    """A ragged batch: request `i` has `new[i]` new tokens, at the end of `contexts[i]`, from token `first[i]` on."""
+    """A ragged batch: request `i` has `new[i]` new tokens, at the end of a context that lies in `runs[i]`, of each the
+    first slot and the tokens. Runs but the last are whole pages of `page` tokens."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    first: torch.Tensor
+    runs: list[list[tuple[int, int]]]
     new: list[int]
-    contexts: list[int]
     scale: float
+    page: int
 
     @classmethod
-    def random(cls, new, contexts, *, q_heads, kv_heads, dim, dtype=torch.float16, seed=0, gap=5, layers=3) -> Batch:
-        """Contexts lie behind one another in one pool, in the middle one of `layers`; what is between them is NaN."""
+    def random(
+        cls, new, contexts, *, q_heads, kv_heads, dim, dtype=torch.float16, seed=0, page=None, whole=0.5, layers=3
+    ) -> Batch:
+        """Contexts lie in one pool, in the middle one of `layers`, and everything else there is NaN. They are one run
+        each; with a `page`, runs of whole pages at page bounds, anywhere in the pool: two pages follow one another with
+        the probability `whole`."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        total = sum(contexts) + gap * (len(contexts) + 1)
-        pool = torch.full((total, layers, 2, kv_heads, dim), float("nan"), dtype=dtype)
-        first, at = [], gap
-        for context in contexts:
-            pool[at : at + context, layers // 2] = normal(context, 2, kv_heads, dim)
-            first.append(at)
-            at += context + gap
+        rng = random.Random(seed)
+        runs = [list(divided(context, page, whole, rng)) for context in contexts]
+        # Where each run begins: in any order, with something between them.
+        every = [(request, n) for request, some in enumerate(runs) for n in range(len(some))]
+        rng.shuffle(every)
+        at = page or 5
+        for request, n in every:
+            tokens = runs[request][n]
+            runs[request][n] = (at, tokens)
+            at += -(-tokens // page) * page + rng.choice((0, page)) if page else tokens + 5
+        pool = torch.full((at + 128, layers, 2, kv_heads, dim), float("nan"), dtype=dtype)
+        for first, tokens in (run for some in runs for run in some):
+            pool[first : first + tokens, layers // 2] = normal(tokens, 2, kv_heads, dim)
         pool = pool.to(DEVICE)
         return cls(
             q=normal(sum(new), q_heads, dim).to(DEVICE),
             k=pool[:, layers // 2, 0],
             v=pool[:, layers // 2, 1],
-            first=torch.tensor(first, dtype=torch.int64, device=DEVICE),
+            runs=runs,
             new=list(new),
-            contexts=list(contexts),
             scale=dim**-0.5,
+            page=page or 1,
         )
 
-    def expected(self, *, window=-1, soft_cap=0.0, sinks=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and log-sum-exp, float32."""
-        outs, lses = [], []
+    @property
+    def contexts(self) -> list[int]:
+        return [sum(tokens for _, tokens in some) for some in self.runs]
+
+    def slots(self, request: int) -> torch.Tensor:
+        """Where its tokens are, one after another."""
+        runs = [torch.arange(first, first + tokens, device=DEVICE) for first, tokens in self.runs[request]]
+        return torch.cat([torch.empty(0, dtype=torch.int64, device=DEVICE), *runs])
+
+    def expected(self, *, soft_cap=0.0, sinks=None) -> torch.Tensor:
+        """In float32."""
+        outs = []
         kv_heads = self.k.shape[1]
         rows = 0
-        for first, new, context in zip(self.first.tolist(), self.new, self.contexts, strict=True):
+        for request, new in enumerate(self.new):
+            slots = self.slots(request)
+            context = len(slots)
             q = self.q[rows : rows + new].float()
             rows += new
-            k = self.k[first : first + context].float().repeat_interleave(q.shape[1] // kv_heads, 1)
-            v = self.v[first : first + context].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            k = self.k[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            v = self.v[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
             scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
             if soft_cap:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
             position = torch.arange(context - new, context, device=q.device)[:, None]
             keys = torch.arange(context, device=q.device)[None, :]
             seen = keys <= position
-            if window >= 0:
-                seen &= keys >= position - window
             scores = scores.masked_fill(~seen, float("-inf"))
             lse = scores.logsumexp(-1)
             if sinks is not None:
@@ -73,8 +95,19 @@ class Batch:
             # What a row does not see does not reach it, not even a NaN.
             values = torch.where(seen[None, ..., None], v.permute(1, 0, 2)[:, None], 0.0)
             outs.append(torch.einsum("hqk,hqkd->qhd", weights, values))
-            lses.append(lse.T)
-        return torch.cat(outs), torch.cat(lses)
+        return torch.cat(outs)
+
+
+def divided(context: int, page: int | None, whole: float, rng: random.Random) -> Iterator[int]:
+    """Tokens of each run of a context."""
+    run = 0
+    for at in range(0, context, page or max(1, context)):
+        if run and rng.random() >= whole:
+            yield run
+            run = 0
+        run += min(page or context, context - at)
+    if run:
+        yield run
 
 
 def one_by_slot(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +12,7 @@ from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
-from tests.kernels.reference import DEVICE, Batch, assert_close
+from tests.kernels.reference import DEVICE, Batch, assert_close, divided
 
 SMALL = Config(16, 16, 4, 1)
 #: None is whatever the table chooses; the kernel for Hopper has no interpreter.
@@ -19,35 +20,25 @@ HOPPER = Config(128, 128, 4, 2, True, hopper=True)
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 CONFIGS = [None, HOPPER, Config(128, 64, 4, 4, True, hopper=True), Config(64, 64, 4, 3, True, 2, hopper=True)]
 CONFIGS = CONFIGS if IS_HOPPER else [None]
+#: Whole tiles of every configuration.
+PAGE = 128 if DEVICE == "cuda" else 16
 
 
-def run(batch, *, window=-1, soft_cap=0.0, sinks=None, config=None, lse=True):
-    """The kernel on poisoned outputs: values and log-sum-exp."""
+def run(batch, *, soft_cap=0.0, sinks=None, config=None):
+    """The kernel on a poisoned output."""
     out = torch.full_like(batch.q, float("nan"))
-    sums = torch.full(batch.q.shape[:2], float("nan"), device=DEVICE) if lse else None
     plan = plan_prefill(
         batch.new,
-        batch.contexts,
+        batch.runs,
         q_heads=batch.q.shape[1],
         kv_heads=batch.k.shape[1],
         head_dim=batch.q.shape[2],
         device=DEVICE,
-        window=window,
+        page_tokens=batch.page,
         config=config,
     )
-    prefix_prefill(
-        batch.q,
-        batch.k,
-        batch.v,
-        batch.first,
-        plan,
-        scale=batch.scale,
-        out=out,
-        lse=sums,
-        soft_cap=soft_cap,
-        sinks=sinks,
-    )
-    return out, sums, plan
+    prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale, out=out, soft_cap=soft_cap, sinks=sinks)
+    return out, plan
 
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1, max_size=4)
@@ -58,35 +49,49 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2)]),
     dim=st.sampled_from([64, 80, 96, 128]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
-    window=st.sampled_from([-1, -1, 0, 3, 20]),
+    paged=st.booleans(),
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
     seed=st.integers(0, 1000),
     config=st.sampled_from(CONFIGS),
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_ragged_batches(lengths, heads, dim, dtype, window, soft_cap, sinks, seed, config):
-    if config is not None and (window >= 0 or dim not in (64, 128)):
+def test_ragged_batches(lengths, heads, dim, dtype, paged, soft_cap, sinks, seed, config):
+    if config is not None and dim not in (64, 128):
         config = None
+    page = PAGE if paged or config is not None else None
     new = [a for a, _ in lengths]
-    contexts = [a + b for a, b in lengths]
-    batch = Batch.random(new, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed)
+    contexts = [a + b * (PAGE // 16) for a, b in lengths]
+    batch = Batch.random(new, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed, page=page)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
-    out, lse, _ = run(batch, window=window, soft_cap=soft_cap, sinks=sink, config=config)
-    expected, sums = batch.expected(window=window, soft_cap=soft_cap, sinks=sink)
-    assert_close(out, expected)
-    assert_close(lse, sums)
+    out, _ = run(batch, soft_cap=soft_cap, sinks=sink, config=config)
+    assert_close(out, batch.expected(soft_cap=soft_cap, sinks=sink))
 
 
 @pytest.mark.parametrize("config", [SMALL, *CONFIGS[1:]], ids=str)
 @pytest.mark.parametrize("tile", [15, 16, 17, 31, 32, 33, 127, 128, 129])
 @pytest.mark.parametrize("prefix", [0, 1, 16, 47])
 def test_lengths_around_a_tile(tile, prefix, config):
-    batch = Batch.random([tile, 1], [tile + prefix, tile], q_heads=2, kv_heads=1, dim=64, seed=tile)
-    out, lse, _ = run(batch, config=config)
-    expected, sums = batch.expected()
-    assert_close(out, expected)
-    assert_close(lse, sums)
+    lengths = [tile, 1], [tile + prefix, tile]
+    batch = Batch.random(*lengths, q_heads=2, kv_heads=1, dim=64, seed=tile, page=PAGE, whole=0.0)
+    out, _ = run(batch, config=config)
+    assert_close(out, batch.expected())
+
+
+@pytest.mark.parametrize("config", [SMALL, *CONFIGS[1:]], ids=str)
+@pytest.mark.parametrize("whole", [0.0, 0.5, 0.9, 1.0], ids=["every page", "short runs", "long runs", "one run"])
+def test_contexts_in_runs(config, whole):
+    """From one run a context to as many as pages, in any order; what lies between them, or behind a context in its last
+    page, is NaN."""
+    contexts = [40 * PAGE + 3, 9 * PAGE, PAGE, 5, 17 * PAGE + PAGE - 1]
+    new = [2 * PAGE, 3, PAGE, 5, 40]
+    batch = Batch.random(
+        new, contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=3, page=PAGE, whole=whole
+    )
+    assert (max(map(len, batch.runs)) == 1) == (whole == 1.0)
+    assert (len(batch.runs[0]) == 41) == (whole == 0.0)
+    out, _ = run(batch, config=config)
+    assert_close(out, batch.expected())
 
 
 @given(
@@ -94,36 +99,46 @@ def test_lengths_around_a_tile(tile, prefix, config):
     group=st.sampled_from([1, 4, 7]),
     kv_heads=st.sampled_from([1, 8]),
     slots=st.sampled_from([1, 5, 132]),
-    window=st.sampled_from([-1, -1, 100]),
     config=st.sampled_from([SMALL, HOPPER, Config(64, 64, 4, 3, True, 2, hopper=True)]),
+    seed=st.integers(0, 1000),
 )
 @settings(max_examples=200, deadline=None)
-def test_every_key_of_every_row_is_planned_once(lengths, group, kv_heads, slots, window, config):
+def test_every_key_of_every_row_is_planned_once(lengths, group, kv_heads, slots, config, seed):
     new = [a for a, _ in lengths]
     contexts = [a + b for a, b in lengths]
-    plan = _plan(new, contexts, group=group, kv_heads=kv_heads, config=config, slots=slots, device="cpu", window=window)
+    rng = random.Random(seed)
+    runs = [[(rng.randrange(1 << 20) * 128, n) for n in divided(context, 128, 0.5, rng)] for context in contexts]
+    plan = _plan(new, runs, group=group, kv_heads=kv_heads, config=config, slots=slots, device="cpu")
+    of = {}  # the request of each run of the plan
+    for request, some in enumerate(runs):
+        position = 0
+        for first, tokens in some:
+            assert plan.runs[len(of)].tolist() == [position, position + tokens, first - position]
+            of[len(of)] = request
+            position += tokens
     seen = {}
     parts = {}
-    for _, its_new, context, request, tile, low, high, part in plan.work.tolist():
-        assert (its_new, context) == (new[request], contexts[request])
+    first_rows = [sum(new[:i]) for i in range(len(new))]
+    for first_row, its_new, context, tile, low, high, run, last_run, part in plan.work.tolist():
+        request = of[run]
+        assert (first_row, its_new, context) == (first_rows[request], new[request], contexts[request])
         assert low < high
-        assert (low == 0 or window >= 0) or part >= 0
+        assert low == 0 or part >= 0
+        for at, key in ((run, low), (last_run, high - 1)):
+            assert of[at] == request
+            assert plan.runs[at, 0] <= key < plan.runs[at, 1]
         seen.setdefault((request, tile), []).append((low, high))
         parts.setdefault((request, tile), []).append(part)
-    for (request, tile), runs in seen.items():
-        runs.sort()
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(runs)), "a gap, or a key twice"
+    for (request, tile), keys in seen.items():
+        keys.sort()
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(keys)), "a gap, or a key twice"
         last = min((tile + 1) * config.block_m, new[request] * group) - 1
-        prefix = contexts[request] - new[request]
-        assert runs[-1][1] == prefix + last // group + 1
-        if window < 0:
-            assert runs[0][0] == 0
-        else:
-            assert runs[0][0] == max(0, prefix + tile * config.block_m // group - window)
-        assert (len(runs) > 1) == (min(parts[request, tile]) >= 0)
+        assert keys[-1][1] == contexts[request] - new[request] + last // group + 1
+        assert keys[0][0] == 0
+        assert (len(keys) > 1) == (min(parts[request, tile]) >= 0)
     assert sorted(seen) == [(i, t) for i, n in enumerate(new) for t in range(-(-n * group // config.block_m))]
     assert sorted(p for several in parts.values() for p in several if p >= 0) == list(range(plan.parts))
-    if config.hopper:
+    if config.hopper and len(plan.work):
         assert plan.lists.tolist() == sorted(plan.lists.tolist())
         assert len(plan.lists) - 1 <= slots
         assert sorted(plan.schedule.tolist()) == list(range(plan.work.shape[0] * kv_heads))
@@ -135,51 +150,46 @@ def test_a_program_goes_through_a_list(config, monkeypatch):
     new, contexts = [300, 1, 70, 129], [300, 2000, 1000, 900]
     if DEVICE == "cpu":  # interpreted
         new, contexts = [150, 1, 35, 65], [150, 1000, 500, 450]
-    batch = Batch.random(new, contexts, q_heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, seed=12)
-    out, lse, plan = run(batch, config=config)
+    batch = Batch.random(new, contexts, q_heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16, seed=12, page=PAGE)
+    out, plan = run(batch, config=config)
     assert plan.work.shape[0] * 2 > 3 * 3
-    expected, sums = batch.expected()
-    assert_close(out, expected)
-    assert_close(lse, sums)
+    assert_close(out, batch.expected())
 
 
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1, occupancy=16), *CONFIGS[1:]], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_long_contexts_are_divided_and_merged(sinks, config):
+def test_long_contexts_aredividedd_and_merged(sinks, config):
     lengths = [700, 30, 411] if config.block_n < 64 else [7000, 300, 4110]
-    batch = Batch.random([3, 1, 2], lengths, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4)
+    batch = Batch.random([3, 1, 2], lengths, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4, page=PAGE)
     sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
-    out, lse, plan = run(batch, sinks=sink, config=config)
+    out, plan = run(batch, sinks=sink, config=config)
     assert plan.parts > 4
-    expected, sums = batch.expected(sinks=sink)
-    assert_close(out, expected)
-    assert_close(lse, sums)
+    assert_close(out, batch.expected(sinks=sink))
 
 
-def test_head_dim_256_and_no_lse():
-    batch = Batch.random([5, 33], [70, 40], q_heads=4, kv_heads=2, dim=256, dtype=torch.bfloat16, seed=6)
-    out, _, _ = run(batch, lse=False)
-    assert_close(out, batch.expected()[0])
+def test_head_dim_256():
+    batch = Batch.random([5, 33], [70, 40], q_heads=4, kv_heads=2, dim=256, dtype=torch.bfloat16, seed=6, page=PAGE)
+    out, _ = run(batch)
+    assert_close(out, batch.expected())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_what_is_no_number_stays_in_its_rows(where, value, config):
-    batch = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8)
+    batch = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8, page=PAGE)
     if where == "q":
         batch.q[7, 1, 3] = value
     else:
-        getattr(batch, where)[int(batch.first[0]) + 41, 1, 5] = value  # the twelfth new token of the first request
-    out, _, _ = run(batch, config=config)
+        getattr(batch, where)[int(batch.slots(0)[41]), 1, 5] = value  # the twelfth new token of the first request
+    out, _ = run(batch, config=config)
     if where == "q":
         bad = torch.zeros(29, 4, dtype=torch.bool)
         bad[7, 1] = True
     else:
         bad = torch.zeros(29, 4, dtype=torch.bool)
         bad[11:20, 2:] = True
-    clean = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8)
-    expected, _ = clean.expected()
+    expected = Batch.random([20, 9], [50, 60], q_heads=4, kv_heads=2, dim=64, seed=8, page=PAGE).expected()
     good = ~bad.to(DEVICE)
     assert_close(out[good], expected[good])
     if value != value:
@@ -188,9 +198,9 @@ def test_what_is_no_number_stays_in_its_rows(where, value, config):
 
 def test_nothing_to_do():
     batch = Batch.random([0, 3, 0], [12, 8, 0], q_heads=2, kv_heads=1, dim=64, seed=9)
-    out, _, _ = run(batch)
-    kept = Batch(batch.q, batch.k, batch.v, batch.first[1:2], [3], [8], batch.scale)
-    assert_close(out, kept.expected()[0])
+    out, _ = run(batch)
+    kept = Batch(batch.q, batch.k, batch.v, batch.runs[1:2], [3], batch.scale, batch.page)
+    assert_close(out, kept.expected())
     empty = Batch.random([], [], q_heads=2, kv_heads=1, dim=64)
     assert run(empty)[0].shape == (0, 2, 64)
 
@@ -201,21 +211,22 @@ def test_outputs_and_inputs_may_have_any_stride():
     wide[:, ::2] = batch.q
     batch.q = wide[:, ::2]
     out = torch.full((9, 4, 3, 64), float("nan"), dtype=batch.q.dtype, device=DEVICE)
-    plan = plan_prefill([9], [30], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
-    prefix_prefill(batch.q, batch.k, batch.v, batch.first, plan, scale=batch.scale, out=out[:, :, 1])
-    assert_close(out[:, :, 1], batch.expected()[0])
+    plan = plan_prefill([9], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+    prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale, out=out[:, :, 1])
+    assert_close(out[:, :, 1], batch.expected())
     assert out[:, :, ::2].isnan().all(), "something else was written"
 
 
 def test_what_does_not_fit_is_refused_before_the_launch():
     batch = Batch.random([4], [9], q_heads=4, kv_heads=2, dim=64)
-    plan = plan_prefill([4], [9], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+    plan = plan_prefill([4], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
 
     def call(**changes):
-        given = {"q": batch.q, "k": batch.k, "v": batch.v, "first": batch.first, "plan": plan} | changes
-        prefix_prefill(
-            given.pop("q"), given.pop("k"), given.pop("v"), given.pop("first"), given.pop("plan"), scale=1.0, **given
-        )
+        given = {"q": batch.q, "k": batch.k, "v": batch.v, "plan": plan} | changes
+        prefix_prefill(given.pop("q"), given.pop("k"), given.pop("v"), given.pop("plan"), scale=1.0, **given)
+
+    def plan_of(new, runs, page=128):
+        plan_prefill(new, runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE, page_tokens=page)
 
     with pytest.raises(ValueError, match=r"float32.*float16 or bfloat16"):
         call(q=batch.q.float())
@@ -227,18 +238,23 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         call(q=batch.q[..., :48], k=batch.k[..., :48], v=batch.v[..., :48])
     with pytest.raises(ValueError, match="last one must be 1"):
         call(q=batch.q.transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(ValueError, match=r"torch.int32.*\(1,\) torch.int64"):
-        call(first=batch.first.int())
-    with pytest.raises(ValueError, match=r"lse is \(4, 3\)"):
-        call(lse=torch.zeros(4, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"sinks are \(3,\): \(4,\) wanted"):
         call(sinks=torch.zeros(3, device=DEVICE))
     with pytest.raises(ValueError, match="request 1 has 5 new tokens in a context of 4"):
-        plan_prefill([1, 5], [1, 4], q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+        plan_of([1, 5], [[(0, 1)], [(128, 4)]])
+    with pytest.raises(
+        ValueError, match=r"request 0 has runs \[\(0, 100\), \(256, 4\)\]: .* whole pages of 128 tokens"
+    ):
+        plan_of([1], [[(0, 100), (256, 4)]])
+    with pytest.raises(ValueError, match=r"request 0 has runs \[\(-128, 4\)\]: first slots of 0 or more"):
+        plan_of([1], [[(-128, 4)]])
+    with pytest.raises(ValueError, match=r"pages of 8 tokens: a tile would cross two runs"):
+        plan_of([1], [[(0, 8), (64, 4)]], page=8)
 
 
 def test_compiling_at_start_runs_every_class_of_shapes():
-    batch = Batch.random([1], [512], q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=11)
-    told = list(compile_prefill(batch.k, batch.v, int(batch.first[0]), q_heads=4, max_tokens=512))
+    pages = torch.full((2 * PAGE, 2, 2, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    pages[:PAGE] = 0.0  # only the padding page has memory
+    told = list(compile_prefill(pages[:, 0], pages[:, 1], q_heads=4, max_tokens=500, page_tokens=PAGE))
     assert told == [(n + 1, len(told)) for n in range(len(told))]
     assert told, "no shape was compiled"

@@ -9,11 +9,13 @@ import torch
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
 from sglang_vtensor import patches
+from sglang_vtensor.memory import Ask
 from sglang_vtensor.srt import shared_decode
 from sglang_vtensor.srt.kv_pool import VTensorKVPool
 from sglang_vtensor.srt.options import Options
-from sglang_vtensor.srt.runtime import RequestPages
+from sglang_vtensor.srt.runtime import RequestFrames
 from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
+from sglang_vtensor.srt.sides import sides_of
 from tests import versions
 from tests.kernels.reference import DEVICE, assert_close, one_by_slot
 
@@ -44,7 +46,7 @@ class Server:
     def __init__(self, layout, monkeypatch):
         self.pool = VTensorKVPool(
             64 * PAGE,
-            layout=layout,
+            sides=sides_of(layout),
             options=Options(kv_backend="vtensor"),
             device=DEVICE,
             max_running=7,
@@ -64,11 +66,14 @@ class Server:
         )
         self.backend = SharedDecodeBackend.around(self.runner, self.inner)
 
+    def frames(self, count):
+        return self.runtime.memory.allocate([Ask(None, count)])[0]
+
     def admit(self, slot, shared, own, context):
-        """A request: pages of the tree, as many of its own, and `context` tokens with the next one."""
-        record = RequestPages([*shared, *self.runtime.memory.allocate(own)], len(shared))
+        """A request: frames of the tree, as many of its own, and `context` tokens with the next one."""
+        record = RequestFrames([*shared, *self.frames(own)], len(shared), len(shared))
         self.runtime.requests[slot] = record
-        slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in record.pages])
+        slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in record.frames])
         self.runner.req_to_token_pool.req_to_token[slot, :context] = slots[:context].to(DEVICE, torch.int32)
         return int(slots[context - 1])
 
@@ -140,13 +145,13 @@ def server(monkeypatch):
 def fill(server):
     """Every page that was handed out gets keys and values."""
     for record in server.runtime.requests.values():
-        for page in record.pages:
+        for page in record.frames:
             for buffer in (*server.pool.k_buffer, *server.pool.v_buffer):
                 buffer[page * PAGE : (page + 1) * PAGE].normal_()
 
 
 def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
-    stem = server.runtime.memory.allocate(5)
+    stem = server.frames(5)
     contexts = {1: 5 * PAGE + 20, 4: 5 * PAGE + 1, 2: 6 * PAGE, 6: PAGE + 3}
     for slot, context in contexts.items():
         server.admit(slot, stem if slot != 6 else [], -(-context // PAGE) - (5 if slot != 6 else 0), context)
@@ -171,15 +176,14 @@ def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
 
 def test_pages_that_are_swapped_for_equal_ones(server):
     """The tree took equal pages of another request: the record and the table have those now, the old ones are free."""
-    memory = server.runtime.memory
-    stem, twin = memory.allocate(3), memory.allocate(3)
+    stem, twin = server.frames(3), server.frames(3)
     server.admit(3, twin, 1, 3 * PAGE + 2)
     server.admit(5, stem, 1, 3 * PAGE + 2)
     fill(server)
     server.decode([3, 5], [3 * PAGE + 2] * 2)
     assert server.inner.calls.count("forward_decode") == 1, "nothing is shared yet"
     record = server.runtime.requests[3]
-    old, record.pages[:3] = record.pages[:3], stem
+    old, record.frames[:3] = record.frames[:3], stem
     server.runtime.sharing.changed(3)
     table = server.runner.req_to_token_pool.req_to_token
     table[3, : 3 * PAGE] = table[5, : 3 * PAGE]
@@ -196,7 +200,7 @@ def test_pages_that_are_swapped_for_equal_ones(server):
 def test_the_slots_of_a_request_that_ended_may_be_anothers_while_a_batch_is_in_flight(server):
     """With overlap, SGLang ends a request while a batch still has it, gives its place to another one, and writes that
     one's slots to the table; whoever shared with it must not read them."""
-    stem = server.runtime.memory.allocate(4)
+    stem = server.frames(4)
     for slot in (1, 2, 3):
         server.admit(slot, stem, 1, 4 * PAGE + 2)
     fill(server)
@@ -251,7 +255,7 @@ def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
 
 def test_a_batch_is_decided_once(server):
     """SGLang may ask which graph it is before its metadata is made, and again; sizes of graphs are padded."""
-    stem = server.runtime.memory.allocate(2)
+    stem = server.frames(2)
     for slot in (1, 2, 3):
         server.admit(slot, stem, 1, 2 * PAGE + 5)
     fill(server)

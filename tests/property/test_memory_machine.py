@@ -1,284 +1,252 @@
-"""Pages, segments and manager against a model that is plainly right: a dict of who owns what.
+"""The memory against a model that is plainly right: a dict of who owns what.
 
-Every page carries a stamp in real memory, written through the identity region. What a segment is said to show is read
-through its own addresses: if an alias is stale, the stamps differ.
+Every page carries a stamp in real memory, written by slot. What a batch reads is read until it ends, so an address that
+was unmapped too early faults, and one that shows another page has another stamp.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import KVMemory
-from sglang_vtensor.segments import SegmentState
+from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.tails import Tail
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
 
-LOGGER = logging.getLogger("sglang_vtensor.manager")
+LOGGERS = [logging.getLogger(f"sglang_vtensor.{name}") for name in ("memory", "worker")]
 
-LAYOUT = KVLayout(1, 1, 64, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
-CAPACITY, CONTEXT_PAGES, RUNNING, PARKED = 24, 6, 4, 3
+SIDES = [
+    KVLayout(1, 1, 64, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096),
+    KVLayout(2, 1, 64, torch.float32, page_tokens=8, stride_bytes=1024, granularity=4096),
+]
+CAPACITY, CONTEXT_PAGES, RUNNING = 24, 6, 4
 DEVICE_PAGES = 20  # fewer than the capacity: running out must be an answer
 
 
+@dataclass(eq=False)
+class Request:
+    frames: list[int]
+    #: Frames from the start on that need the second side no more.
+    behind: int = 0
+
+
 class MemoryMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        LOGGER.setLevel(logging.CRITICAL)  # hundreds of histories fail hundreds of calls, each of which is said
-        self.vmm = FaultyVirtualMemory(capacity_bytes=DEVICE_PAGES * LAYOUT.page_bytes)
+    @initialize(moves=st.booleans(), lanes=st.sampled_from([7, 16, 200]), sides=st.sampled_from([1, 2]))
+    def begin(self, moves: bool, lanes: int, sides: int) -> None:
+        for logger in LOGGERS:
+            logger.setLevel(logging.CRITICAL)  # hundreds of histories fail hundreds of calls, each of which is said
+        self.sides = SIDES[:sides]
+        self.vmm = FaultyVirtualMemory(capacity_bytes=DEVICE_PAGES * sum(side.page_bytes for side in self.sides))
         self.vmm.fail_calls = self.vmm.CALLS
         self.memory = KVMemory(
             self.vmm,
-            LAYOUT,
+            self.sides,
             capacity_pages=CAPACITY,
-            max_tokens=CONTEXT_PAGES * LAYOUT.page_tokens,
-            max_running=RUNNING,
-            max_parked=PARKED,
+            max_tokens=CONTEXT_PAGES * 8,
             reserve_pages=2,
             idle_seconds=0.0,
             worker=False,
+            moves=moves,
+            num_frames=lanes * 8,
         )
-        self.memory.retry_seconds = 0.0
-        self.keys, _ = self.memory.identity_views(0)
-        self.by_segment, _ = self.memory.segment_views(0)
-        self.owned: dict[int, int] = {}  # page -> stamp
+        self.memory.worker.retry_seconds = 0.0
+        self.keys = [self.memory.layer_views(0, side)[0] for side in range(sides)]
+        self.owned: dict[int, int] = {}  # frame -> stamp
         self.stamps = 0
-        self.requests: list[dict] = []  # {"pages", "segment"}
-        self.parked: list[tuple[object, list[int]]] = []  # (segment, the pages it was parked with)
-        self.kept: list[tuple[object, int]] = []  # (tail, the stamp of its page)
-        self.flying: list[tuple[int, list[tuple[object, list[int]]]]] = []  # what each launched batch reads
+        self.requests: list[Request] = []
+        self.kept: list[tuple[Tail, int, int]] = []  # with its frame, and the stamp there
+        self.flying: list[tuple[int, list[tuple[int, int, int]]]] = []  # of each batch: side, frame, stamp
 
-    def stamp(self, pages: list[int]) -> None:
-        for page in pages:
-            assert page not in self.owned, "a page was handed out twice"
+    def stamp(self, frames: list[int]) -> None:
+        for frame in frames:
+            assert frame not in self.owned, "a frame was handed out twice"
             self.stamps += 1
-            self.owned[page] = self.stamps
-            self.keys[page * 8] = float(self.stamps)
+            self.owned[frame] = self.stamps
+            for keys in self.keys:
+                keys[frame * 8] = float(self.stamps)
 
-    def shows(self, segment, pages: list[int]) -> bool:
-        stamps = self.by_segment[segment.index, : len(pages) * 8 : 8, 0, 0].tolist()
-        return stamps == [float(self.owned[page]) for page in pages]
-
-    def arm(self, fail: int | None) -> None:
+    def ask(self, asks: list[Ask], fail: int | None, *, growing: bool = False) -> list[list[int]] | None:
+        room = max(0, self.memory.room(growing=growing))
         self.vmm.fail_at = fail
+        got = self.memory.allocate(asks, growing=growing)
+        self.vmm.fail_at = None
+        assert got is None or sum(map(len, got)) <= room
+        assert got is None or [len(frames) for frames in got] == [ask.count for ask in asks]
+        for frames in got or []:
+            self.stamp(frames)
+        return got
 
-    @rule(count=st.integers(1, CONTEXT_PAGES), fail=st.none() | st.integers(1, 6))
-    @precondition(lambda self: len(self.requests) < RUNNING)
-    def start(self, count: int, fail: int | None) -> None:
-        self.arm(fail)
-        try:
-            pages = self.memory.allocate(count)
-        except VMMError:
-            pages = None
-        self.arm(None)
-        if pages is None:
-            return
-        self.stamp(pages)
-        self.requests.append({"pages": pages, "segment": None})
+    @rule(counts=st.lists(st.integers(1, CONTEXT_PAGES), min_size=1, max_size=2), fail=st.none() | st.integers(1, 6))
+    def start(self, counts: list[int], fail: int | None) -> None:
+        """All requests of a batch get what they ask for, or none does."""
+        if len(self.requests) + len(counts) <= RUNNING:
+            got = self.ask([Ask(None, count) for count in counts], fail)
+            self.requests += [Request(frames) for frames in got or []]
+
+    @rule(data=st.data(), fail=st.none() | st.integers(1, 4))
+    @precondition(lambda self: 0 < len(self.requests) < RUNNING)
+    def branch(self, data, fail: int | None) -> None:
+        """A request begins behind a frame of another's, as one does that found it in the tree."""
+        other = data.draw(st.sampled_from(self.requests))
+        got = self.ask([Ask(data.draw(st.sampled_from(other.frames)), data.draw(st.integers(1, 3)))], fail)
+        if got is not None:
+            self.requests.append(Request(got[0]))
 
     @rule(data=st.data(), fail=st.none() | st.integers(1, 4))
     @precondition(lambda self: self.requests)
     def grow(self, data, fail: int | None) -> None:
-        request = data.draw(st.sampled_from(self.requests))
-        if len(request["pages"]) == CONTEXT_PAGES:
-            return
-        self.arm(fail)
-        try:
-            pages = self.memory.allocate(1)
-        except VMMError:
-            pages = None
-        self.arm(None)
-        if pages:
-            self.stamp(pages)
-            request["pages"] = request["pages"] + pages
+        """What runs may go on beyond the allowance."""
+        growing = data.draw(st.lists(st.sampled_from(self.requests), min_size=1, unique_by=id))
+        growing = [request for request in growing if len(request.frames) < CONTEXT_PAGES]
+        got = self.ask([Ask(request.frames[-1], 1, own=True) for request in growing], fail, growing=True)
+        for request, frames in zip(growing, got or [], strict=False):
+            request.frames = request.frames + frames
 
-    @rule(data=st.data(), fail=st.none() | st.integers(1, 5))
-    @precondition(lambda self: self.requests)
-    def launch(self, data, fail: int | None) -> None:
-        """A batch of some requests: each leases, adopts, extends or reconciles its segment, then it runs."""
-        batch = data.draw(st.lists(st.sampled_from(self.requests), min_size=1, unique_by=id))
-        reads = []
-        self.arm(fail)
-        for request in batch:
-            segment = request["segment"]
-            if segment is None and self.parked and data.draw(st.booleans()):
-                candidate = data.draw(st.sampled_from(self.parked))
-                if candidate[0].state is SegmentState.PARKED:
-                    segment = candidate[0]
-            before = (segment, segment.state if segment else None)
-            try:
-                request["segment"] = self.memory.lease(segment, request["pages"])
-            except VMMError:
-                assert before[0] is None or before[0].state is before[1]
-                continue
-            if before[1] is SegmentState.PARKED:
-                self.parked = [entry for entry in self.parked if entry[0] is not segment]
-            assert self.shows(request["segment"], request["pages"])
-            reads.append((request["segment"], list(request["pages"])))
-        self.arm(None)
-        self.flying.append((self.memory.launch(), reads))
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests and len(self.sides) > 1)
+    def slide(self, data) -> None:
+        """The window of a request moves on: what is behind it needs the first side only."""
+        request = data.draw(st.sampled_from(self.requests))
+        stop = data.draw(st.integers(request.behind, len(request.frames) - 1))
+        self.memory.let_go(1, request.frames[request.behind : stop])
+        request.behind = stop
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
-    def lease_later(self, data) -> None:
-        """A batch that does not read it: the worker maps, and may have done so before the next one that does."""
-        request = data.draw(st.sampled_from(self.requests))
-        segment = request["segment"]
-        if segment is None and self.parked and data.draw(st.booleans()):
-            candidate = data.draw(st.sampled_from(self.parked))
-            if candidate[0].state is SegmentState.PARKED:
-                segment = candidate[0]
-                self.parked.remove(candidate)
-        idle = self.memory.segments.idle
-        request["segment"] = self.memory.lease_later(segment, request["pages"])
-        assert (request["segment"] is None) == (segment is None and not idle)
+    def launch(self, data) -> None:
+        """A batch of some requests reads what they have, until it is done."""
+        batch = data.draw(st.lists(st.sampled_from(self.requests), min_size=1, unique_by=id))
+        reads = [
+            (side, frame, self.owned[frame])
+            for request in batch
+            for side in range(len(self.sides))
+            for frame in (request.frames[request.behind :] if side else request.frames)
+        ]
+        self.flying.append((self.memory.launch(), reads))
 
     @rule()
     @precondition(lambda self: self.flying)
     def complete(self) -> None:
-        """The oldest batch ends. Until here, it could read what it was launched on, by segment and by slot."""
+        """The oldest batch ends. Until here it could read what it was launched on."""
         epoch, reads = self.flying.pop(0)
-        for segment, pages in reads:
-            for page in pages:
-                self.keys[page * 8 : page * 8 + 8].sum()
-            assert segment.pages[: len(pages)] == pages, "a segment changed under a running batch"
-            self.by_segment[segment.index, : len(pages) * 8].sum()  # faults if anything was unmapped
+        for side, frame, _ in reads:
+            self.keys[side][frame * 8 : frame * 8 + 8].sum()  # faults if anything was unmapped
         self.memory.complete(epoch)
 
+    def give_up(self, frames: list[int]) -> None:
+        self.memory.free(frames)
+        for frame in frames:
+            del self.owned[frame]
+
     @rule(data=st.data())
-    @precondition(lambda self: len(self.requests) > 1)
-    def swap(self, data) -> None:
-        """The tree had equal pages: a request's first pages become another's (which gives them to the tree)."""
-        one, other = data.draw(st.permutations(self.requests))[:2]
-        count = data.draw(st.integers(1, min(len(one["pages"]), len(other["pages"]))))
-        theirs = other["pages"][:count]
-        mine = one["pages"][:count]
-        if set(theirs) & set(one["pages"]):
-            return
-        one["pages"] = theirs + one["pages"][count:]
-        self.give_up([page for page in mine if all(page not in r["pages"] for r in self.requests)])
-
-    def give_up(self, pages: list[int]) -> None:
-        self.memory.free(pages)
-        for page in pages:
-            del self.owned[page]
-
-    @rule(data=st.data(), park=st.booleans())
     @precondition(lambda self: self.requests)
-    def finish(self, data, park: bool) -> None:
+    def finish(self, data) -> None:
         request = data.draw(st.sampled_from(self.requests))
         self.requests.remove(request)
-        if request["segment"] is not None:
-            if park:
-                keep = data.draw(st.integers(1, len(request["pages"])))
-                self.memory.park(request["segment"], request["pages"][:keep], object())
-                self.parked.append((request["segment"], request["pages"][:keep]))
-            else:
-                self.memory.release(request["segment"])
-        self.give_up([page for page in request["pages"] if all(page not in r["pages"] for r in self.requests)])
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.requests)
-    def prepare(self, data) -> None:
-        """A request waits that will share the first pages of another."""
-        pages = data.draw(st.sampled_from(self.requests))["pages"]
-        pages = pages[: data.draw(st.integers(1, len(pages)))]
-        segment = self.memory.prepare(pages, object())
-        if segment is not None:
-            self.parked.append((segment, pages))
+        self.give_up(request.frames)
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
     def keep(self, data) -> None:
         """A request ends, and the page it did not fill is kept."""
         request = data.draw(st.sampled_from(self.requests))
-        page = request["pages"][-1]
-        if any(page in other["pages"] for other in self.requests if other is not request):
-            return
-        request["pages"] = request["pages"][:-1]
-        if not request["pages"]:
-            self.requests.remove(request)
-            if request["segment"] is not None:
-                self.memory.release(request["segment"])
-        self.kept.append((self.memory.keep(page, 3), self.owned.pop(page)))
+        self.requests.remove(request)
+        frame = request.frames.pop()
+        self.give_up(request.frames)
+        self.kept.append((self.memory.keep(frame, 3), frame, self.owned.pop(frame)))
 
     @rule(data=st.data(), back=st.booleans())
     @precondition(lambda self: self.kept)
     def claim(self, data, back: bool) -> None:
         """Whoever continues it finds it as it was, or not at all."""
-        tail, stamp = entry = data.draw(st.sampled_from(self.kept))
+        entry = data.draw(st.sampled_from(self.kept))
+        tail, was, stamp = entry
         self.kept.remove(entry)
-        there = tail.page is not None
-        page = self.memory.claim(tail)
-        assert (page is not None) == there
-        if page is None:
+        there = tail.frame is not None
+        frame = self.memory.claim(tail)
+        assert (frame is not None) == there
+        if frame is None:
             self.memory.forget(tail)
             return
-        assert self.keys[page * 8, 0, 0].item() == stamp
+        assert frame == was
+        assert all(keys[frame * 8, 0, 0].item() == stamp for keys in self.keys)
         if back:
-            self.memory.unclaim(tail, page)
+            self.memory.unclaim(tail, frame)
             self.kept.append(entry)
         elif len(self.requests) < RUNNING:
-            self.owned[page] = stamp
-            self.requests.append({"pages": [page], "segment": None})
+            self.owned[frame] = stamp
+            self.requests.append(Request([frame]))
         else:
-            self.memory.free([page])
+            self.memory.free([frame])
 
     @rule(fail=st.none() | st.integers(1, 3), turns=st.integers(1, 6))
     def housekeep(self, fail: int | None, turns: int) -> None:
         """The worker's part, in which any call of the driver may fail."""
-        self.arm(fail)
+        self.vmm.fail_at = fail
         for _ in range(turns):
             self.memory.housekeep()
-        self.arm(None)
+        self.vmm.fail_at = None
 
     @rule(fail=st.none() | st.integers(1, 3))
     def trim(self, fail: int | None) -> None:
-        self.arm(fail)
+        self.vmm.fail_at = fail
         with contextlib.suppress(VMMError):
             self.memory.trim()
-        self.arm(None)
+        self.vmm.fail_at = None
 
     @rule(limit=st.integers(1, CAPACITY))
     def set_limit(self, limit: int) -> None:
         self.memory.allow(limit)
 
+    @rule(tokens=st.integers(1, 8), data=st.data())
+    @precondition(lambda self: len(self.owned) > 1)
+    def copy(self, tokens: int, data) -> None:
+        source, target = data.draw(st.permutations(sorted(self.owned)))[:2]
+        in_use = [request for request in self.requests if {source, target} & set(request.frames[: request.behind])]
+        if in_use:
+            return
+        self.memory.copy_tokens(source, target, tokens)
+        for keys in self.keys:
+            assert keys[target * 8, 0, 0].item() == self.owned[source]
+            keys[target * 8] = float(self.owned[target])
+
     @invariant()
     def sums_agree(self) -> None:
         self.memory.check_integrity()
-        assert self.memory.pages.owned == len(self.owned)
-        assert self.vmm.created_bytes == self.memory.pages.backed * LAYOUT.page_bytes
-        counts = self.memory.segments.counts()
-        assert counts["leased"] == sum(r["segment"] is not None for r in self.requests)
-        assert self.memory.pages.tails == sum(tail.page is not None for tail, _ in self.kept)
+        assert self.memory.owned == len(self.owned)
+        backed = sum(backing.pages * backing.page_bytes for backing in self.memory.backings)
+        assert self.vmm.created_bytes == backed
+        assert len(self.memory.tails) == sum(tail.frame is not None for tail, _, _ in self.kept)
 
     @invariant()
     def no_page_lost_its_bytes(self) -> None:
-        for page, stamp in self.owned.items():
-            assert self.keys[page * 8, 0, 0].item() == stamp
+        for request in self.requests:
+            for side, keys in enumerate(self.keys):
+                for frame in request.frames[request.behind :] if side else request.frames:
+                    assert keys[frame * 8, 0, 0].item() == self.owned[frame]
 
     def teardown(self) -> None:
-        LOGGER.setLevel(logging.NOTSET)
-        for tail, _ in self.kept:
+        for logger in LOGGERS:
+            logger.setLevel(logging.NOTSET)
+        for tail, _, _ in self.kept:
             self.memory.forget(tail)
-        for request in list(self.requests):
-            self.requests.remove(request)
-            if request["segment"] is not None:
-                self.memory.release(request["segment"])
-            self.give_up([page for page in request["pages"] if all(page not in r["pages"] for r in self.requests)])
-        self.memory.segments.drop_parked()
+        for request in self.requests:
+            self.give_up(request.frames)
         self.memory.complete(self.memory.launch())
         self.memory.reserve_pages = 0
+        self.memory.chores._device_low = False
         while self.memory.housekeep():
             pass
-        assert self.memory.pages.owned == 0
-        assert self.memory.segments.mappings() == 0
+        assert self.memory.owned == 0
+        assert all(backing.pages == 1 and not backing.stale for backing in self.memory.backings)
         self.memory.close()
         assert self.vmm.created_bytes == 0
 

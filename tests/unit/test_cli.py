@@ -21,8 +21,9 @@ RANK = {"page_tokens": 128, "page_bytes": PAGE, "waste": 0.1234, "sleeping": 0, 
 RANK |= {"pages_live": 12_345_678, "pages_cached": 23_456_789, "pages_kept": 34_567_890, "pages_free": 45_678_901}
 RANK |= {"pages_owned": 35_802_467, "pages_backed": 81_481_369, "backed_bytes": 81_481_369 * PAGE}
 RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
-RANK |= {f"segments_{state}": 56_789_012 for state in ("leased", "parked", "idle")}
-RANK |= {"fresh_segments": 67_890_123, "adoptions": 78_901_234, "maps": 89_012_345, "unmaps": 90_123_456}
+RANK |= {"pages_allocated": 56_789_012, "pages_in_place": 45_678_012, "pages_with_memory": 34_567_012}
+RANK |= {"pages_moved": 23_456_012, "pages_created_at_once": 12_345_012, "contexts": 10_000_000}
+RANK |= {"context_runs": 19_100_000, "context_runs_most": 67_890_123, "maps": 89_012_345, "unmaps": 90_123_456}
 RANK |= {"prefix_tokens_served": 11_223_344, "prompt_tokens": 22_334_455, "scheduling_seconds": 12_345_678.9}
 RANK |= {"worker_seconds": 23_456_789.1, "dp_rank": 0}
 RANK |= {"weights_bytes": 22_334_455 * PAGE, "device_free_bytes": 33_445_566 * PAGE, "device_bytes": 99_999_999 * PAGE}
@@ -58,9 +59,9 @@ def test_top_says_what_each_number_is():
         "34,567,890 kept",
         "11,111,011 free",
         "of 98,765,432",
-        "56,789,012 leased",
         "limit 171,199.85 GiB",
         "requests 12,345,678",
+        "runs a context 1.91",
         "maps/s 89,012,345",
         "44,556,677",
     ):
@@ -77,6 +78,9 @@ def test_stats_says_what_each_number_is():
         "pages free 11,111,011 22,222,022.0 MiB",
         "limit 87,654,321 175,308,644.0 MiB",
         "of a capacity of 98,765,432 197,530,866.0 MiB",
+        "pages handed out 56,789,012, 45,678,012 of them in place",
+        "their memory 34,567,012 had it, 23,456,012 moved, 12,345,012 new",
+        "runs of a context 1.91, 67,890,123 at most",
     ):
         assert row in rows, rows
 

@@ -15,7 +15,6 @@ from hypothesis import given
 
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.manager import affordable_segments
 from sglang_vtensor.srt import scheduling
 from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
@@ -155,30 +154,6 @@ def test_options_travel_on_what_carries_them():
 
     assert Options.of(Carrier()) == Options(kv_backend="vtensor", vtensor_idle_seconds=3.0)
     assert Options.of(object()) == Options()
-
-
-@pytest.mark.parametrize(
-    ("context", "kv_heads", "most"),
-    [
-        (8192, 8, 4096),
-        (65_536, 8, 2044),  # 32 TiB of addresses, two segments a request
-        (131_072, 8, 1023),
-        (262_144, 1, 4094),  # 2^31 tokens
-    ],
-)
-def test_long_contexts_limit_how_many_requests_run(context, kv_heads, most, monkeypatch, caplog):
-    layout = KVLayout.choose(
-        layers=32, kv_heads=kv_heads, head_dim=128, dtype=torch.bfloat16, granularity=2 << 20, tile_tokens=128
-    )
-    patch = patches.load()
-    monkeypatch.setattr(patch, "layout", lambda configurator: layout)
-    configurator = SimpleNamespace(model_config=SimpleNamespace(context_len=context))
-    assert patch.limit_requests(lambda self, capacity: 4096, configurator, 10**6) == most
-    assert bool(caplog.records) == (most < 4096)
-    if most < 4096:
-        assert f"{most} requests run at a time instead of 4096" in caplog.text
-    # What is left is enough for the memory itself.
-    assert affordable_segments(layout, context + 4) > most
 
 
 @pytest.fixture

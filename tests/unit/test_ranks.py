@@ -7,10 +7,9 @@ import torch.multiprocessing as multiprocessing
 
 from sglang_vtensor import patches
 from sglang_vtensor.srt.allocation import _attempt
-from sglang_vtensor.srt.runtime import RequestPages, Runtime
-from sglang_vtensor.vmm import VMMError
+from sglang_vtensor.srt.runtime import RequestFrames, Runtime
 from tests.unit.faults import FaultyVirtualMemory
-from tests.unit.test_manager import make
+from tests.unit.test_memory import make, take
 
 
 def rank(number: int, store: str) -> None:
@@ -18,36 +17,38 @@ def rank(number: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     vmm = FaultyVirtualMemory()
     memory = make(vmm)
-    memory.retry_seconds = 0.0
+    memory.worker.retry_seconds = 0.0
     runtime = Runtime(memory, 4, patches.load().requests)
     runtime.use_group(dist.group.WORLD)
     assert runtime.several_ranks
-    records = [RequestPages([], 0), RequestPages([], 0)]
-
-    def attempt(map_segments=None):
-        return _attempt(runtime, records, [2, 3], map_segments, False)
+    records = [RequestFrames([], 0), RequestFrames([], 0)]
+    tail = memory.keep(take(memory, 1)[0], 3)
 
     def have():
         memory.check_integrity()
-        return [len(record.pages) for record in records], memory.pages.owned
+        return [len(record.frames) for record in records], memory.owned
 
     if number == 1:
         vmm.fail_calls, vmm.fail_at = ("create",), 3
-    assert not attempt(), "the driver of one rank refused a page"
+    assert not _attempt(runtime, records, [2, 3], False), "the driver of one rank refused a page"
     assert have() == ([0, 0], 0)
     assert memory.short == (number == 1)
     assert runtime.missing_tokens() == 0, "admission counts with what all ranks know"
+    assert tail.frame is not None
 
-    def fails_on_the_other(new):
-        assert new == 5
-        if number == 0:
-            raise VMMError("map", "injected", "INJECTED")
-
-    assert not attempt(fails_on_the_other), "one rank could not map what it has"
+    if number == 0:
+        vmm.fail_calls, vmm.fail_at = ("create",), 4
+    assert not _attempt(runtime, records, [4, 12], False), "the other one's; both forgot the kept page for it"
     assert have() == ([0, 0], 0)
+    assert tail.frame is None
 
-    assert attempt()
+    assert _attempt(runtime, records, [2, 3], False)
     assert have() == ([2, 3], 5)
+    # What one rank could not have in place, it has elsewhere: where frames are is nothing that ranks compare.
+    if number == 1:
+        memory.placement.set_aside(records[0].frames[-1] + 1)
+    assert _attempt(runtime, records, [1, 1], True)
+    assert have() == ([3, 4], 7)
     dist.destroy_process_group()
 
 

@@ -1,124 +1,156 @@
+"""Which request has which frames, and what a batch reads."""
+
 from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sglang_vtensor import patches
-from sglang_vtensor.segments import SegmentState
-from sglang_vtensor.srt.runtime import MAX_MAPS_AHEAD, Extend, RequestPages, Runtime
-from tests.unit.test_manager import make
+from sglang_vtensor.memory import Ask
+from sglang_vtensor.srt.allocator import VTensorAllocator
+from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
+from tests.unit.faults import FaultyVirtualMemory
+from tests.unit.test_memory import make, take
+
+TOKENS = 8
 
 
-def test_a_parked_segment_given_up_for_another_request_of_the_batch_is_not_adopted():
-    """No segment is idle: the first request takes the longest parked one, which the second was to go on in."""
-    memory = make(capacity_pages=200, max_running=2)
-    runtime = Runtime(memory, 3, patches.load().requests)
-    one, two, shared = (memory.allocate(2) for _ in range(3))
-    kept, spare = (memory.lease(None, pages) for pages in (shared, two))
-    while memory.segments.idle:
-        memory.lease(None, memory.allocate(1))
-    memory.complete(memory.launch())
-    memory.park(kept, shared, object())
-    memory.park(spare, two, object())
-    runtime.requests[1] = RequestPages(one, 0)
-    runtime.requests[2] = RequestPages(shared, 2)
-    runtime.map_extend([Extend(1, 0, None, 32, 32), Extend(2, 2, kept, 1, 32)], 2)
-    segments = [runtime.requests[slot].segment for slot in (1, 2)]
-    assert segments[0] is kept, "the longest parked one went first"
-    assert segments[1] is spare
-    assert [segment.pages for segment in segments] == [one, shared]
-    assert all(segment.state is SegmentState.LEASED for segment in segments)
-    memory.check_integrity()
+@pytest.fixture
+def runtime():
+    return Runtime(make(capacity_pages=16), 4, patches.load().requests)
 
 
-@pytest.mark.parametrize("pays", [False, True], ids=["pages as good", "segments pay"])
-@pytest.mark.parametrize("new", [MAX_MAPS_AHEAD, MAX_MAPS_AHEAD + 1])
-def test_a_batch_with_many_new_pages_reads_pages_where_segments_do_not_pay(new, pays):
-    memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3, patches.load().requests)
-    runtime.extend_reads_pages = True
-    asked = []
-    runtime.segments_pay = lambda *batch: asked.append(batch) or pays
-    runtime.requests[1] = RequestPages(memory.allocate(new), 0)
-    runtime.map_extend([Extend(1, 0, None, 4 * new, 4 * new)], new)
-    segment = runtime.requests[1].segment
-    assert runtime.by_pages == (new > MAX_MAPS_AHEAD and not pays)
-    assert asked == ([([4 * new], [4 * new])] if new > MAX_MAPS_AHEAD else [])
-    assert segment.pages == ([] if runtime.by_pages else runtime.requests[1].pages)
-    while memory.housekeep():
-        pass
-    assert segment.pages == runtime.requests[1].pages, "the worker maps what the batch did not wait for"
+def test_slots_of_frames():
+    assert slots_of([3, 1], 4).tolist() == [12, 13, 14, 15, 4, 5, 6, 7]
+    assert slots_of([], 4).tolist() == []
 
 
-def test_a_batch_whose_prefix_is_not_mapped_reads_pages_even_where_segments_pay():
-    memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3, patches.load().requests)
-    runtime.extend_reads_pages, runtime.segments_pay = True, lambda new, contexts: True
-    runtime.requests[1] = RequestPages(memory.allocate(MAX_MAPS_AHEAD + 2), 1)
-    runtime.map_extend([Extend(1, 1, None, 4, 4 * MAX_MAPS_AHEAD + 8)], 1)
-    assert runtime.by_pages
+def test_a_request_goes_on_behind_its_last_frame_and_says_whose_that_is():
+    assert RequestFrames([], 0).ask(2) == Ask(None, 2)
+    assert RequestFrames([5, 6], 2).ask(1) == Ask(6, 1), "the tree's"
+    assert RequestFrames([5, 6, 7], 2).ask(1) == Ask(7, 1, own=True)
 
 
-def test_a_segment_that_was_mapped_ahead_of_an_eviction_is_not_read_as_it_is():
-    """A request's prefix was mapped while it waited, and evicted in part before it began. Its first chunk reads pages.
-    Its second chunk would read a segment that is long enough, and that shows what is another request's now."""
-    memory = make(capacity_pages=300, max_tokens=8 * 120)
-    runtime = Runtime(memory, 5, patches.load().requests)
-    runtime.extend_reads_segments = runtime.extend_reads_pages = True
-    by_slot, by_segment = memory.identity_views(0)[0], memory.segment_views(0)[0]
-    tree, own, stranger = 1.0, 2.0, 3.0
-
-    def write(pages, who):
-        for page in pages:
-            by_slot[8 * page : 8 * page + 8] = who
-
-    prefix = memory.allocate(60)
-    write(prefix, tree)
-    prepared = memory.prepare(prefix, "waiting")
-    while memory.housekeep():
-        pass
-    memory.complete(memory.launch())
-    memory.free(prefix[10:])
-    write(memory.allocate(50), stranger)
-
-    runtime.requests[1] = record = RequestPages(prefix[:10] + memory.allocate(1), 10)
-    write(record.pages[10:], own)
-    runtime.requests[2] = RequestPages(memory.allocate(40), 0)
-    runtime.map_extend([Extend(2, 0, None, 320, 320), Extend(1, 10, prepared, 8, 88)], 41)
-    assert runtime.by_pages
-    while memory.housekeep():
-        pass
-    memory.complete(memory.launch())
-    new = memory.allocate(20)
-    write(new, own)
-    record.pages += new
-    runtime.map_extend([Extend(1, 0, None, 160, 248)], 20)
-    assert not runtime.by_pages
-    assert by_segment[record.segment.index, : 31 * 8 : 8, 0, 0].tolist() == [tree] * 10 + [own] * 21
-
-    table = torch.zeros(5, 248, dtype=torch.int64)
-    table[1] = torch.tensor(record.pages).repeat_interleave(8) * 8 + torch.arange(8).repeat(31)
-    assert runtime.check_batch([1], [248], table, decode=False)
-    record.segment.pages[12] = prefix[12]
-    with pytest.raises(AssertionError, match="slot 1"):
-        runtime.check_batch([1], [248], table, decode=False)
-    runtime.by_pages = True
-    assert not runtime.check_batch([1], [248], table, decode=False)
-    table[1, 100] += 8
-    with pytest.raises(AssertionError, match="slot 1: not its pages in the table"):
-        runtime.check_batch([1], [248], table, decode=False)
+def test_runs_end_with_the_context(runtime):
+    runtime.requests[1] = RequestFrames([3, 4, 9, 10, 11], 2)
+    assert runtime.runs(1, 40) == [(24, 16), (72, 24)]
+    assert runtime.runs(1, 33) == [(24, 16), (72, 17)]
+    assert runtime.runs(1, 16) == [(24, 16)]
+    assert runtime.runs(1, 5) == [(24, 5)]
 
 
-def test_a_segment_that_the_worker_leased_ahead_is_the_one_that_is_read_later():
-    """The batch that it was leased for reads pages; the next one finds all of it mapped, and reads it."""
-    memory = make(capacity_pages=200, max_tokens=512, max_running=2)
-    runtime = Runtime(memory, 3, patches.load().requests)
-    runtime.extend_reads_segments = runtime.extend_reads_pages = True
-    runtime.requests[1] = record = RequestPages(memory.allocate(MAX_MAPS_AHEAD + 1), 0)
-    runtime.map_extend([Extend(1, 0, None, 8, 8 * MAX_MAPS_AHEAD + 8)], 0)
-    assert runtime.by_pages
-    while memory.housekeep():
-        pass
-    runtime.map_request(1)
-    assert runtime.segment_of[1] == record.segment.index
-    assert record.segment.pages == record.pages
+def test_a_padding_request_reads_the_padding_frame(runtime):
+    assert runtime.runs(3, 1) == [(0, 1)]
+    assert runtime.runs(3, 20) == [(0, 8), (0, 8), (0, 4)], "a frame is a page long, however long it stands in for"
+
+
+def table_of(runtime, context):
+    table = torch.zeros(4, 64, dtype=torch.int32)
+    for slot, record in runtime.requests.items():
+        table[slot, :context] = slots_of(record.frames, TOKENS)[:context].int()
+    return table
+
+
+def test_what_a_batch_reads_is_checked(runtime):
+    runtime.requests[1] = RequestFrames(take(runtime.memory, 3), 0)
+    runtime.requests[2] = RequestFrames(take(runtime.memory, 3), 0)
+    table = table_of(runtime, 20)
+    runtime.check_batch([1, 2], [20, 20], table)
+    runtime.check_batch([1, 2], [20, 20], None)
+    table[2, 11] += 8
+    with pytest.raises(AssertionError, match="slot 2: not its frames in the table"):
+        runtime.check_batch([1, 2], [20, 20], table)
+    with pytest.raises(AssertionError, match="slot 1: 3 frames for 25 tokens"):
+        runtime.check_batch([1], [25], None)
+    runs, runtime.runs = runtime.runs, lambda slot, context: [(8, context)]
+    with pytest.raises(AssertionError, match="slot 2: not its frames in its runs"):
+        runtime.check_batch([2], [20], None)
+    runtime.runs = runs
+    runtime.memory.backing.give(runtime.requests[1].frames[:1], 0)
+    with pytest.raises(AssertionError, match="slot 1: frames without memory"):
+        runtime.check_batch([1], [20], table)
+
+
+def test_two_requests_own_no_frame_together(runtime):
+    frames = take(runtime.memory, 2)
+    runtime.requests[1], runtime.requests[2] = RequestFrames(list(frames), 0), RequestFrames(list(frames), 1)
+    with pytest.raises(AssertionError, match="two requests own one frame"):
+        runtime.check_integrity()
+    runtime.requests[2].protected = 2
+    runtime.check_integrity()
+
+
+def test_the_frame_of_a_token_that_is_not_to_come_is_freed_and_runs_are_counted(runtime):
+    shared, own = take(runtime.memory, 2), take(runtime.memory, 3)
+    runtime.requests[1] = RequestFrames(shared + own, 2)
+    record = runtime.end_request(1, 4 * TOKENS)
+    assert record.frames == shared + own[:2]
+    assert not runtime.requests
+    assert runtime.memory.placement.is_vacant(own[2])
+    stats = runtime.stats()
+    assert (stats["contexts"], stats["context_runs"], stats["broken_runs"], stats["requests"]) == (1, 2, 0, 0)
+
+
+def test_copies_are_made_once_before_the_batch(runtime):
+    source, target = take(runtime.memory, 2)
+    keys = runtime.memory.layer_views(0)[0]
+    keys[source * TOKENS : source * TOKENS + TOKENS] = 7.0
+    runtime.copies.append((source, target, 3))
+    runtime.copy_partials()
+    assert keys[target * TOKENS : target * TOKENS + 4, 0, 0].tolist() == [7.0] * 3 + [0.0]
+    assert not runtime.copies
+    runtime.copy_partials()
+    assert runtime.memory.counts["copies"] == 1
+
+
+def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):
+    done = [True, False, True]
+    runtime._flying = deque(
+        (runtime.memory.launch(), SimpleNamespace(query=lambda n=n: done[n])) for n in range(len(done))
+    )
+    runtime.poll()
+    assert runtime.memory.backing.completed == 1
+    runtime.idle()
+    assert runtime.memory.backing.completed == 1, "one flies yet"
+    done[1] = True
+    runtime.idle()
+    assert runtime.memory.backing.completed == 4, "nobody reads what was freed since the last one"
+
+
+def test_clear_forgets_everything(runtime):
+    runtime.requests[1] = RequestFrames(take(runtime.memory, 3), 0)
+    runtime.memory.keep(take(runtime.memory, 1)[0], 3)
+    runtime.copies.append((1, 2, 3))
+    runtime.clear()
+    assert (runtime.requests, runtime.copies, runtime.memory.owned) == ({}, [], 0)
+    runtime.check_integrity()
+
+
+def test_admission_counts_without_what_is_not_to_be_had(runtime):
+    assert runtime.missing_tokens() == 0
+    runtime.memory.allow(10)
+    assert runtime.missing_tokens() == 6 * TOKENS
+
+
+def test_sglangs_allocator_counts_tokens_of_the_capacity_and_hands_out_slots_of_frames():
+    vmm = FaultyVirtualMemory()
+    runtime = Runtime(make(vmm, capacity_pages=16), 4, patches.load().requests)
+    pool = SimpleNamespace(page_size=TOKENS, dtype=torch.float32, device="cpu", runtime=runtime)
+    allocator = VTensorAllocator(16 * TOKENS, pool)
+    assert allocator.available_size() == 16 * TOKENS
+    slots = allocator.alloc(2 * TOKENS + 1)
+    assert slots.tolist() == list(range(int(slots[0]), int(slots[0]) + 17))
+    assert allocator.available_size() == 13 * TOKENS
+    assert allocator.alloc(14 * TOKENS) is None
+    assert allocator.free_pages.tolist() == []
+    allocator.free(slots[:1])
+    allocator.free(slots[:0])
+    allocator.free(slots[TOKENS:])
+    assert allocator.free_pages.tolist() == sorted(set((slots // TOKENS).tolist()))
+    assert allocator.release_pages.numel() == 0
+    allocator.alloc(5)
+    allocator.clear()
+    assert allocator.available_size() == 16 * TOKENS

@@ -1,4 +1,4 @@
-"""The mapping worker when a call of the driver fails, raises what nobody expects, or does not return."""
+"""The worker when a call of the driver fails, raises what nobody expects, or does not return."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 
 import pytest
 
-from sglang_vtensor import manager
+from sglang_vtensor import worker
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
-from tests.unit.test_manager import make
+from tests.unit.test_memory import go_on, leave, make, occupy, take
 from tests.waiting import wait_for
 
 PAGES = 16
 
 
 @contextlib.contextmanager
-def serving(vmm):
+def serving(vmm, **kwargs):
     """A memory whose worker gives back at once what is free, and tries again soon."""
-    memory = make(vmm, worker=True, capacity_pages=PAGES, idle_seconds=0.0)
-    memory.retry_seconds = 0.02
+    memory = make(vmm, **({"worker": True, "capacity_pages": PAGES, "idle_seconds": 0.0} | kwargs))
+    memory.worker.retry_seconds = 0.02
     try:
         yield memory
     finally:
@@ -31,60 +31,98 @@ def serving(vmm):
 
 
 def peak(memory):
-    """A request takes every page, reads some of them from a segment, and ends."""
-    pages = memory.allocate(PAGES)
-    assert pages is not None
-    segment = memory.lease(None, pages[:6])
-    memory.complete(memory.launch())
-    memory.park(segment, pages[:4], "leaf")  # it shows two pages too many
-
-    def tidied():
-        memory.give_way()  # as an idle server does
-        return not memory.segments.pending() and not memory.segments.in_hand
-
-    wait_for(tidied)
-    assert segment.pages == pages[:4]
-    memory.drop(segment)
-    memory.free(pages)
+    """Requests take every page, some by moves, and end."""
+    with memory.paused():
+        frames = take(memory, PAGES)
+        assert frames is not None
+        memory.complete(memory.launch())
+        occupy(memory, frames[:6])
+        moved = take(memory, 4)
+        assert moved is not None
+        leave(memory, frames[:6])
+    memory.free(frames[6:] + moved)
     memory.complete(memory.launch())
 
 
-@pytest.mark.parametrize("error", [VMMError("call", "injected", "INJECTED"), RuntimeError("injected"), SystemExit()])
+def hooked(vmm, call, hook):
+    """What the worker does by `call` goes through `hook` first."""
+    original = getattr(vmm, call)
+
+    def called(*args):
+        if threading.current_thread().name == "vtensor-worker":
+            hook(*args)
+        return original(*args)
+
+    setattr(vmm, call, called)
+    return original
+
+
+ERRORS = [VMMError("call", "injected", "INJECTED"), RuntimeError("injected"), SystemExit()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("call", ["unmap", "release"])
 @pytest.mark.parametrize("at", [1, 2, 4, 7])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_call_that_fails_once_is_tried_again(call, at, error, caplog):
     vmm = FaultyVirtualMemory()
-    original, left = getattr(vmm, call), at
+    left = at
 
-    def fails_once(*args):
+    def fails_once(*_):
         nonlocal left
-        if threading.current_thread().name == "vtensor-mapping":
-            left -= 1
-            if left == 0:
-                raise error
-        return original(*args)
+        left -= 1
+        if left == 0:
+            raise error
 
     with serving(vmm) as memory:
-        setattr(vmm, call, fails_once)
+        hooked(vmm, call, fails_once)
         peak(memory)
 
         def given_back():
             memory.give_way()
-            return left <= 0 and memory.pages.backed == 1
+            return left <= 0 and memory.backed == 1
 
         wait_for(given_back)
         memory.check_integrity()
-        assert (memory.pages.moving, memory.pages.stuck, memory.segments.in_hand) == (0, 0, 0)
-        assert memory.stats().worker_failures == 1
+        stats = memory.stats()
+        assert (memory.backing.in_hand, stats["pages_stuck"], stats["stale_mappings"]) == (0, 0, 0)
+        assert stats["worker_failures"] == 1
         peak(memory)
-        wait_for(lambda: memory.pages.backed == 1)
+        wait_for(lambda: memory.backed == 1)
         memory.check_integrity()
-    assert any(record.levelno == logging.ERROR and "mapping worker" in record.message for record in caplog.records)
+    assert any(record.levelno == logging.ERROR and "worker" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["create", "map", "clear", "wait_cleared"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_page_ahead_that_fails_once_is_made_again(call, error):
+    vmm = FaultyVirtualMemory()
+    failed = False
+
+    def fails_once(*_):
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise error
+
+    with serving(vmm, reserve_pages=3) as memory:
+        wait_for(lambda: memory.ready == 3)
+        hooked(vmm, call, fails_once)
+        frames = take(memory, 3)
+
+        def ready():
+            memory.give_way()
+            return failed and memory.ready == 3 and not memory.backing.stuck
+
+        wait_for(ready)
+        assert not memory.short
+        memory.check_integrity()
+        assert len(go_on(memory, frames)) == 1
 
 
 @pytest.mark.parametrize("call", ["unmap", "release"])
-def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are(call, caplog):
+def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are(call):
     vmm = FaultyVirtualMemory()
     original, bad = getattr(vmm, call), None
 
@@ -96,21 +134,21 @@ def test_a_page_that_the_driver_does_not_take_back_is_nobodys_and_all_others_are
         original(first, *args)
 
     with serving(vmm) as memory:
-        pages = memory.allocate(PAGES)
+        frames = take(memory, PAGES)
         setattr(vmm, call, refuses_one)
-        memory.free(pages)
+        memory.free(frames)
         memory.complete(memory.launch())
-        wait_for(lambda: memory.pages.backed == 2 and memory.pages.stuck == 1)
+        wait_for(lambda: memory.backed == 2 and memory.backing.stuck == 1)
         assert memory.missing_pages() == 1
-        assert memory.allocate(PAGES) is None
-        assert len(memory.allocate(PAGES - 1)) == PAGES - 1
+        assert take(memory, PAGES) is None
+        assert len(take(memory, PAGES - 1)) == PAGES - 1
         setattr(vmm, call, original)
-        wait_for(lambda: memory.pages.stuck == 0)
-        assert len(memory.allocate(1)) == 1
+        wait_for(lambda: memory.backing.stuck == 0)
+        assert len(take(memory, 1)) == 1
         memory.check_integrity()
 
 
-def test_a_segment_that_the_driver_never_unmaps_holds_up_nothing_else():
+def test_a_mapping_that_the_driver_never_takes_away_holds_up_nothing_else(caplog):
     vmm = FaultyVirtualMemory()
     original, bad = vmm.unmap, []
 
@@ -119,69 +157,49 @@ def test_a_segment_that_the_driver_never_unmaps_holds_up_nothing_else():
             raise VMMError("unmap", "injected", "INJECTED")
         original(address, nbytes)
 
-    vmm.unmap = refuses_some
     with serving(vmm) as memory:
-        memory.retry_seconds = 3600.0  # nothing but the bad ones waits for that
-        pages = memory.allocate(PAGES)
-        segments = [memory.lease(None, pages[n : n + 1]) for n in range(5)]
-        memory.complete(memory.launch())
-        bad = [segment.address for segment in segments[:3]]
-        for segment in segments:
-            memory.release(segment)
-        memory.free(pages)
+        memory.worker.retry_seconds = 3600.0  # nothing but the bad ones waits for that
+        with memory.paused():
+            frames = take(memory, PAGES)
+            memory.complete(memory.launch())
+            occupy(memory, frames[:5])
+            moved = take(memory, 5)
+            leave(memory, frames[:5])
+            bad = [memory.backing.address(frame) for frame in frames[:3]]
+            vmm.unmap = refuses_some
+        memory.free(frames[5:] + moved)
         memory.allow(0)  # as a server that falls asleep
         memory.complete(memory.launch())
-        # The padding page, and those that the segments show.
-        wait_for(lambda: memory.pages.backed == 4 and memory.segments.counts()["retired"] == 3)
+        # The padding page, and those that are mapped in the frames that they were moved from.
+        wait_for(lambda: memory.backed == 4 and memory.backing.stale == 3)
         memory.check_integrity()
+        assert len([record for record in caplog.records if "tries it again" in record.message]) == 1, "said once"
         bad = []
-        memory._again_at.clear()  # an hour goes by
-        memory._wake_worker()
-        wait_for(lambda: memory.pages.backed == 1 and not memory.segments.counts()["retired"])
-        memory.check_integrity()
-
-
-def test_a_page_too_many_of_a_parked_segment_goes_although_its_unmapping_fails_once():
-    vmm = FaultyVirtualMemory()
-    with serving(vmm) as memory:
-        pages = memory.allocate(4)
-        segment = memory.lease(None, pages)
-        memory.complete(memory.launch())
-        vmm.fail_calls, vmm.fail_at = ("unmap",), 1
-        memory.park(segment, pages[:1], "leaf")
-        memory.free(pages[1:])
-        memory.complete(memory.launch())
-        wait_for(lambda: memory.stats().worker_failures == 1 and memory.pages.backed == 2)
-        assert segment.pages == pages[:1]
+        memory.worker._again_at.clear()  # an hour goes by
+        memory.worker.wake()
+        wait_for(lambda: memory.backed == 1 and not memory.backing.stale)
         memory.check_integrity()
 
 
 @pytest.fixture
 def hanging(monkeypatch):
-    """A driver whose next `release`, `map` or `unmap` in the worker does not return before `go` is set."""
-    monkeypatch.setattr(manager, "PATIENCE_SECONDS", 0.2)
+    """A driver whose next call of a kind in the worker does not return before `go` is set."""
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.2)
     vmm, begun, go = FaultyVirtualMemory(), threading.Event(), threading.Event()
 
-    def hang(call):
-        original = getattr(vmm, call)
+    def waits(*_):
+        begun.set()
+        assert go.wait(30)
 
-        def hangs(*args):
-            if threading.current_thread().name == "vtensor-mapping":
-                begun.set()
-                assert go.wait(30)
-            return original(*args)
-
-        setattr(vmm, call, hangs)
-
-    yield vmm, hang, begun, go
+    yield vmm, lambda call: hooked(vmm, call, waits), begun, go
     go.set()
 
 
 def hold_a_page(memory, hang, begun):
     """Of all pages, which are free then, the worker has one in hand, and does not let go of it."""
-    pages = memory.allocate(PAGES)
+    frames = take(memory, PAGES)
     hang("release")
-    memory.free(pages)
+    memory.free(frames)
     memory.complete(memory.launch())
     assert begun.wait(10)
 
@@ -193,7 +211,7 @@ def test_a_capture_does_not_wait_for_the_worker_without_an_end(hanging):
         with pytest.raises(VMMError, match="worker's call has not returned"), memory.paused():
             pytest.fail("it may call the driver meanwhile")
         go.set()
-        wait_for(lambda: memory.pages.moving == 0)
+        wait_for(lambda: memory.backing.in_hand == 0)
         with memory.paused():
             memory.check_integrity()
 
@@ -204,44 +222,47 @@ def test_the_scheduling_thread_does_without_a_page_that_the_worker_does_not_let_
         hold_a_page(memory, hang, begun)
         for _ in range(3):
             start = time.monotonic()
-            assert memory.allocate(PAGES) is None
+            assert take(memory, PAGES) is None
             assert time.monotonic() - start < 5
-        assert len(memory.allocate(PAGES - 1)) == PAGES - 1
-        assert "a call of the driver does not return" in caplog.text
+        assert len(take(memory, PAGES - 1)) == PAGES - 1
+        assert caplog.text.count("has not let go of a page") == 1, "said once"
         go.set()
-        wait_for(lambda: memory.pages.moving == 0)
-        assert len(memory.allocate(1)) == 1
+        wait_for(lambda: memory.backing.in_hand == 0)
+        assert len(take(memory, 1)) == 1
         memory.check_integrity()
 
 
-def test_a_lease_does_without_a_segment_that_the_worker_does_not_let_go_of(hanging):
+@pytest.mark.parametrize("call", ["create", "map", "clear"])
+def test_a_request_goes_on_elsewhere_where_the_worker_does_not_let_go_of_its_frame(hanging, call):
     vmm, hang, begun, go = hanging
-    with serving(vmm) as memory:
-        pages = memory.allocate(4)
-        hang("map")
-        segment = memory.prepare(pages, "waiting")
+    with serving(vmm, reserve_pages=1) as memory:
+        wait_for(lambda: memory.ready == 1)
+        hang(call)
+        frames = take(memory, 2)
         assert begun.wait(10)
-        other = memory.lease(segment, pages)
-        assert other is not segment
-        assert memory.shows(other, pages)
-        assert segment.owner == "waiting", "it may be adopted later"
+        more = go_on(memory, frames)
+        assert len(more) == 1
+        assert more[0] != frames[-1] + 1
+        memory.free(more)
         go.set()
-        wait_for(lambda: not segment.in_hand)
-        assert memory.lease(segment, pages) is segment
+        wait_for(lambda: memory.backing.in_hand == 0)
         memory.check_integrity()
 
 
-def test_a_request_does_without_its_own_segment_that_the_worker_does_not_let_go_of(hanging):
+def test_a_moved_page_that_is_on_its_way_is_not_moved_twice(hanging):
     vmm, hang, begun, go = hanging
-    with serving(vmm) as memory:
-        pages = memory.allocate(4)
-        hang("map")
-        segment = memory.lease_later(None, pages)
+    with serving(vmm, capacity_pages=4, idle_seconds=1000.0) as memory:
+        with memory.paused():
+            frames = take(memory, 4)
+            occupy(memory, frames[2:])  # two pages are free
+            memory.chores._hints.append(frames[1] + 40)
+            hang("map")
         assert begun.wait(10)
-        other = memory.lease(segment, pages)
-        assert other is not segment
-        assert memory.shows(other, pages)
+        assert take(memory, 2) is None
+        assert len(take(memory, 1)) == 1
         go.set()
-        memory.complete(memory.launch())
-        wait_for(lambda: memory.segments.counts()["leased"] == 1 and not memory.segments.pending())
+        wait_for(lambda: memory.backing.in_hand == 0)
+        leave(memory, frames[2:])
+        memory.check_integrity()
+        assert len(take(memory, 1)) == 1
         memory.check_integrity()

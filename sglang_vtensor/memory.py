@@ -1,0 +1,594 @@
+"""The KV memory of one rank: placement and backing behind one lock.
+
+Before each batch the scheduling thread asks for the frames that the batch adds, and gets them with memory, or nothing.
+ What is given up keeps its memory where it is. The worker does the rest (`chores`).
+
+Time is counted in epochs, one for each launched batch. What a batch may read carries its epoch, and is not unmapped
+before `complete` has been told of it: nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_vtensor.backing import Backing
+from sglang_vtensor.chores import Chores
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.placement import Placement, lane_frames_for
+from sglang_vtensor.tails import Tail, Tails
+from sglang_vtensor.vmm import VirtualMemory, VMMError
+from sglang_vtensor.worker import WARN_SECONDS, Worker, patience
+
+logger = logging.getLogger(__name__)
+
+#: Addresses that frames may take, all sides together; reserving 64 TiB was seen to succeed, a process has 128.
+ADDRESS_BYTES = 32 << 40
+#: SGLang keeps slots, and kernels count tokens, in 32 bits.
+SLOTS = 1 << 31
+#: More lanes than contexts that live at a time are of no use, and more frames cost a byte each.
+MOST_LANES, MOST_FRAMES = 4096, 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """`count` frames behind frame `after`, which is the request's `own` or a shared one; None: nothing comes before."""
+
+    after: int | None
+    count: int
+    own: bool = False
+
+
+def frames_for(sides: Sequence[KVLayout], capacity_pages: int, max_tokens: int) -> tuple[int, int]:
+    """How many frames there are, and how long a lane is, for contexts of up to `max_tokens` tokens.
+
+    As many lanes as are of use, and as addresses and 32-bit slots allow. Raises `ValueError` if that is less than twice
+    the capacity.
+    """
+    lane = lane_frames_for(sides[0].pages_for(max_tokens))
+    page_bytes = sum(side.page_bytes for side in sides)
+    most = min(ADDRESS_BYTES // page_bytes, (SLOTS - 1) // sides[0].page_tokens)
+    while lane > most:
+        lane //= 2  # a context is several runs then
+    least = 2 * (capacity_pages + 1)
+    frames = min(most // lane, -(-max(min(MOST_FRAMES, MOST_LANES * lane), least) // lane)) * lane
+    if frames < least:
+        raise ValueError(
+            f"{capacity_pages} pages of {page_bytes} bytes need at least twice as many frames, and addresses allow "
+            f"{frames}: lower --mem-fraction-static or --max-total-tokens"
+        )
+    return frames, lane
+
+
+class KVMemory:
+    """`capacity_pages` is what requests and nodes may own together (the padding page comes on top); `max_tokens` the
+    longest context. `sides` are the kinds of memory of a frame, with equal `page_tokens`; the first one is that of all
+    tokens. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the pages they
+    are filling; free pages beyond them go back to the driver after `idle_seconds`. `num_frames` is for tests: so many,
+    rounded to lanes.
+    With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
+    """
+
+    def __init__(
+        self,
+        vmm: VirtualMemory,
+        sides: Sequence[KVLayout] | KVLayout,
+        *,
+        capacity_pages: int,
+        max_tokens: int,
+        reserve_pages: int = 0,
+        idle_seconds: float = 10.0,
+        worker: bool = True,
+        moves: bool = True,
+        num_frames: int | None = None,
+        lane_frames: int | None = None,
+    ) -> None:
+        self.sides = [sides] if isinstance(sides, KVLayout) else list(sides)
+        self.layout = layout = self.sides[0]
+        if capacity_pages < 1:
+            raise ValueError(
+                f"the KV cache has room for {capacity_pages} pages of {layout.page_tokens} tokens "
+                f"({layout.page_bytes} bytes): raise --mem-fraction-static or --max-total-tokens"
+            )
+        if any(side.page_tokens != layout.page_tokens for side in self.sides):
+            raise ValueError(f"pages of {[side.page_tokens for side in self.sides]} tokens: equal ones wanted")
+        self.vmm = vmm
+        frames, lane = frames_for(self.sides, capacity_pages, max_tokens)
+        lane = lane_frames or lane
+        self.placement = Placement(-(-(num_frames or frames) // lane) * lane, lane)
+        self.backings = [
+            Backing(vmm, self.placement, side.page_bytes, capacity_pages, moves=moves) for side in self.sides
+        ]
+        self.backing = self.backings[0]
+        self.tails = Tails()
+        #: Frames that may be owned.
+        self.limit = capacity_pages
+        #: Pages that may hold memory beside the padding page: the capacity, or less (`allow`).
+        self.allowance = capacity_pages
+        self.reserve_pages = min(reserve_pages, capacity_pages)
+        self.idle_seconds = idle_seconds
+        #: Tokens that the pages of what runs have room for yet, as of the last batch.
+        self.unfilled_tokens = 0
+        self.launched = 0
+        self.counts = dict.fromkeys(
+            ("allocated", "shared", "prefix_tokens", "prompt_tokens", "tails_continued", "copies", "copied_tokens"), 0
+        )
+        #: Contexts that were counted as they ended: how many, their runs, the most of one; and their own parts that
+        #: are more than one run.
+        self.contexts = self.context_runs = self.most_runs = self.broken_runs = 0
+        self.shortages = 0
+        #: What memory costs the scheduling thread, and whatever else that does for memory's sake: `with memory.clock`.
+        self.clock = Clock()
+        self.worker = Worker(self.housekeep, vmm.attach_thread)
+        self.chores = Chores(self, self.worker)
+        self._lock = self.worker.lock
+        self._regions: list[torch.Tensor] = []
+        self._used_at = time.monotonic()
+        self._retry_at = self._warn_at = 0.0
+        if worker:
+            self.worker.start()
+            # It is a daemon: it would go on calling the driver while the process takes that down.
+            atexit.register(self.worker.stop)
+
+    # What there is.
+
+    @property
+    def owned(self) -> int:
+        """Frames that requests and nodes own."""
+        return self.placement.owned
+
+    @property
+    def backed(self) -> int:
+        """Pages that hold memory, the padding page included."""
+        return self.backing.pages
+
+    @property
+    def ready(self) -> int:
+        """Free pages that hold nothing anybody wants."""
+        return self.backing.free
+
+    @property
+    def free_backed(self) -> int:
+        return self.backing.free + len(self.tails)
+
+    def available_pages(self) -> int:
+        """How many frames may be handed out before the limit is reached."""
+        return max(0, self.limit - self.owned)
+
+    def room(self, *, growing: bool = False) -> int:
+        """How many frames may be owned beyond those that are; below 0 where the allowance was lowered meanwhile."""
+        return self.available_pages() if growing else self.allowance - self.owned
+
+    @property
+    def short(self) -> bool:
+        """The driver refused when it was last asked: until it gives again, what is backed is all there is."""
+        return any(backing.refusal is not None for backing in self.backings)
+
+    def missing_pages(self) -> int:
+        """How many of `available_pages` are not to be had now: beyond the allowance, or refused by the driver."""
+        refused = [
+            backing.stuck if backing.refusal is None else self.available_pages() - backing.free - len(self.tails)
+            for backing in self.backings
+        ]
+        return max(self.limit - self.allowance, *refused, 0)
+
+    # The allowance.
+
+    def allow(self, pages: int) -> int:
+        """From now on no more than `pages` pages are to hold memory, beside the padding page. Returns how many owned
+        ones are too many, for the caller to evict.
+
+        Free pages beyond that go back to the driver at once, kept ones with them; owned ones as they are freed. What
+        runs may grow beyond it (`allocate`), and nothing else.
+        """
+        with self._timed():
+            self.allowance = max(0, min(pages, self.limit))
+        return self.excess()
+
+    def excess(self) -> int:
+        """How many owned pages are beyond the allowance now, for the caller to evict. Kept ones beyond it are kept no
+        longer: here and not by the worker, so that ranks with the same history forget the same ones."""
+        with self._timed():
+            self._forget_until(max(0, self.allowance - self.owned))
+        if self.owes():
+            self.worker.wake()
+        return max(0, -self.room())
+
+    def owes(self) -> int:
+        """Free pages beyond the allowance, which the worker is to give back."""
+        return max(min(self.over(backing), backing.free + len(self.tails)) for backing in self.backings)
+
+    def over(self, backing: Backing) -> int:
+        """Backed pages of a side beyond the allowance."""
+        return max(0, backing.pages - 1 - self.allowance)
+
+    # Hand out and take back.
+
+    def allocate(self, asks: Sequence[Ask], *, growing: bool = False) -> list[list[int]] | None:
+        """Frames with memory for all that is asked, or None where the limit or the device has no room for all of them.
+        `growing` is for what runs already: the allowance does not hold it up, so that it comes to its end.
+
+        Kept pages that the limit has no room for beside them are forgotten, also where the driver then refuses: so it
+        depends on the numbers alone, and ranks stay alike.
+        """
+        total = sum(ask.count for ask in asks)
+        if not total:
+            return [[] for _ in asks]
+        with self._timed():
+            if total > self.room(growing=growing):
+                return None
+            self._forget_until(max(0, self.available_pages() - total))
+            until = patience()
+            placed = self._attempt(asks)
+            while placed is None and any(backing.in_hand for backing in self.backings) and self.worker.wait(until):
+                placed = self._attempt(asks)
+            self._used_at = time.monotonic()
+            if placed is None:
+                return None
+            self.counts["allocated"] += total
+            self.chores.handed_out(placed)
+        if self.ready < self.kept_ready:
+            self.worker.wake()
+        return placed
+
+    def _attempt(self, asks: Sequence[Ask]) -> list[list[int]] | None:
+        self.chores.wait_for({ask.after + 1 for ask in asks if ask.after is not None})
+        placed: list[list[int]] = []
+        frames: list[int] = []
+        for ask in asks:
+            some = self._place(ask, frames) if ask.count else []
+            if some is None:
+                break
+            placed.append(some)
+            frames += some
+        if len(placed) == len(asks) and self._take(frames):
+            return placed
+        self.placement.free(frames)
+        return None
+
+    def _place(self, ask: Ask, before: Sequence[int]) -> list[int] | None:
+        """Frames for one request, beside those that were placed `before` for others of its batch. Where pages do not
+        move, frames without one are given up for others that have one, if no more may be created, or more are free
+        than are kept ready."""
+        frames = self.placement.place(ask.after, ask.count, own=ask.own)
+        if self.backing.moves or frames is None:
+            return frames
+        there = list(filter(self.backing.has_page, frames))
+        lacking = len(frames) - len(there)
+        if not lacking:
+            return frames
+        had = sum(map(self.backing.has_page, before))
+        spare = self.backing.free - had - len(there)
+        if lacking + len(before) - had <= self.backing.creatable:
+            spare -= self.kept_ready
+        if spare < lacking or len(others := self.backing.newest_vacant(lacking)) < lacking:
+            return frames
+        self.placement.free(set(frames).difference(there))
+        self.placement.take(others)
+        return there + others
+
+    def _take(self, frames: Sequence[int]) -> bool:
+        """Memory for frames, on all sides or on none."""
+        if self.short and time.monotonic() < self._retry_at and len(frames) > min(b.free for b in self.backings):
+            return False
+        for number, backing in enumerate(self.backings):
+            was = backing.refusal
+            taken = backing.take(frames)
+            if backing.refusal is not was:
+                self.answered(backing, was)
+            if not taken:
+                for before in self.backings[:number]:
+                    before.give(frames, self.next_epoch)
+                return False
+        return True
+
+    def answered(self, backing: Backing, was: VMMError | None) -> None:
+        """The driver refused, or gave again after it had: say so once, and when to ask again."""
+        now = time.monotonic()
+        if backing.refusal is not None:
+            self._retry_at = now + self.worker.retry_seconds
+            self.shortages += was is None
+            if was is None and now >= self._warn_at:
+                self._warn_at = now + WARN_SECONDS
+                logger.warning(
+                    "the device gives no more memory: %s. The KV cache stays at %d of %d pages, requests wait or are "
+                    "retracted, and it asks again every %g s: free what else holds memory there, or lower "
+                    "--mem-fraction-static",
+                    backing.refusal,
+                    self.backed,
+                    self.limit + 1,
+                    self.worker.retry_seconds,
+                )
+        elif was is not None:
+            logger.debug("the device gives memory again: %d pages are backed", self.backed)
+
+    def free(self, frames: Sequence[int]) -> None:
+        """Take frames back. The batches launched so far may still read them, and the one being made."""
+        if not frames:
+            return
+        with self._timed():
+            self.placement.free(frames)
+            self._give(frames)
+            self.chores.given_up(frames)
+
+    def _give(self, frames: Iterable[int]) -> None:
+        for backing in self.backings:
+            backing.give([frame for frame in frames if backing.uses(frame)], self.next_epoch)
+
+    def let_go(self, side: int, frames: Iterable[int]) -> None:
+        """Their owner keeps these frames, and needs one side of them no more; the first side it always needs."""
+        assert side, "the first side is that of all tokens"
+        with self._timed():
+            backing = self.backings[side]
+            backing.give([frame for frame in frames if backing.uses(frame)], self.next_epoch)
+
+    def free_all(self) -> None:
+        """Take every frame back: nothing is cached or running any more."""
+        with self._timed():
+            self._forget_until(0)
+            owned = self.placement.owned_frames()
+            self.placement.free(owned)
+            self._give(owned)
+        self.worker.wake()
+
+    # Tails.
+
+    def keep(self, frame: int, tokens: int) -> Tail:
+        """Take back a frame that is not full, with `tokens` tokens, for the turn that continues its text; until it is
+        needed otherwise."""
+        tail = Tail(None, tokens)
+        with self._timed():
+            self.placement.keep(frame)
+            self.tails.keep(tail, frame)
+        return tail
+
+    def claim(self, tail: Tail) -> int | None:
+        """The frame that was kept, with what is in it, now the caller's; None if it is not there any more, or the limit
+        is reached."""
+        with self._timed():
+            if tail.frame is None or not self.available_pages():
+                return None
+            frame = self.tails.drop(tail)
+            self.placement.claim(frame)
+        self.counts["tails_continued"] += 1
+        return frame
+
+    def unclaim(self, tail: Tail, frame: int) -> None:
+        """Take back what was claimed and not touched."""
+        with self._timed():
+            self.placement.keep(frame)
+            self.tails.keep(tail, frame)
+        self.counts["tails_continued"] -= 1
+
+    def forget(self, tail: Tail) -> None:
+        """Nobody wants it any more: its frame is vacant like any other."""
+        if tail.frame is None:
+            return
+        with self._timed():
+            frame = self.tails.drop(tail)
+            self.placement.forget(frame)
+            self._give([frame])
+
+    def _forget_until(self, keep: int) -> int:
+        before = len(self.tails)
+        while len(self.tails) > keep and (oldest := self.tails.oldest()) is not None:
+            self.forget(oldest)
+        return before - len(self.tails)
+
+    def forget_tails(self, count: int) -> int:
+        """Forget `count` of them, the longest kept first. Returns how many there were."""
+        return self._forget_until(max(0, len(self.tails) - count))
+
+    def forget_old_tails(self, before: float) -> None:
+        """Forget those that were kept before that time, as `time.monotonic` counts."""
+        while (oldest := self.tails.oldest()) is not None and oldest.kept_at < before:
+            self.forget(oldest)
+
+    # Epochs.
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the batch that is being made: it may read what was freed until it is launched."""
+        return self.launched + 1
+
+    def launch(self) -> int:
+        """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it."""
+        self.launched += 1
+        return self.launched
+
+    def complete(self, epoch: int) -> None:
+        """Every batch up to `epoch` is done."""
+        if epoch > self.backing.completed:
+            for backing in self.backings:
+                backing.completed = epoch
+            if self.owes() or any(backing.stale for backing in self.backings):
+                self.worker.wake()
+
+    # The worker.
+
+    @property
+    def kept_ready(self) -> int:
+        """Free pages that are to be ready. What is left in the pages that requests fill is ready too; and in those that
+        were kept unfinished, which are half empty on average."""
+        left = self.unfilled_tokens // self.layout.page_tokens + len(self.tails) // 2
+        return max(0, self.reserve_pages - left)
+
+    def wants_page(self, backing: Backing) -> bool:
+        """Whether one more page is to be created ahead of need."""
+        available = max(0, self.allowance - self.owned - len(self.tails))
+        wanted = min(self.kept_ready, available)
+        if backing.refusal is None:
+            return backing.free < wanted
+        # One page more than there is tells whether the driver gives again.
+        wanted = min(max(wanted, backing.free + 1), available)
+        return backing.free < wanted and time.monotonic() >= self._retry_at
+
+    def kept_now(self, backing: Backing, *, device_low: bool) -> int:
+        """Free pages that do not go back to the driver now."""
+        if self.over(backing) or device_low:
+            return 0
+        return backing.free if time.monotonic() - self._used_at < self.idle_seconds else self.kept_ready
+
+    def housekeep(self) -> bool:
+        """One turn of the worker's. True if it did something, and there may be more."""
+        return self.chores.turn()
+
+    def trim(self) -> int:
+        """Give every free page beyond the reserve back to the driver now. Returns how many."""
+        with self._lock:
+            keep = min(self.kept_ready, max(0, self.allowance - self.owned))
+            return sum(backing.trim(keep) for backing in self.backings)
+
+    def give_way(self) -> None:
+        """Let the worker go on if it may have something to do, for a caller that has nothing more urgent."""
+        with self.clock:
+            self.worker.give_way()
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """The worker does nothing meanwhile (`Worker.paused`)."""
+        return self.worker.paused()
+
+    # Tensors.
+
+    def region(self, side: int = 0) -> torch.Tensor:
+        """All bytes of a side by frame, uint8; those of frames without memory fault."""
+        if not self._regions:
+            self._regions = [self.vmm.tensor(backing.base, backing.nbytes) for backing in self.backings]
+        return self._regions[side]
+
+    def layer_views(self, layer: int, side: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a side's layer by slot: `(slots, kv_heads, head_dim)`, token stride constant, not contiguous."""
+        return self.sides[side].layer_views(self.region(side), layer)
+
+    def copy_tokens(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of one frame to another, all sides, on the current stream. A token's bytes lie
+        together, so that is one run of bytes."""
+        for number, side in enumerate(self.sides):
+            region, size = self.region(number), tokens * side.stride_bytes
+            from_, to = source * side.page_bytes, target * side.page_bytes
+            region[to : to + size].copy_(region[from_ : from_ + size])
+        self.counts["copies"] += 1
+        self.counts["copied_tokens"] += tokens
+
+    # What is told.
+
+    def ended(self, runs: int, own_runs: int) -> None:
+        """A context ended that was so many runs, and its own part so many of them."""
+        self.contexts += 1
+        self.context_runs += runs
+        self.most_runs = max(self.most_runs, runs)
+        self.broken_runs += max(0, own_runs - 1)
+
+    def stats(self) -> dict[str, int | float]:
+        """A snapshot. Counts are pages, `_bytes` and `_seconds` say so; counters grow from the start."""
+        with self._lock:
+            one, page_bytes = self.backing, sum(side.page_bytes for side in self.sides)
+            return {
+                "page_tokens": self.layout.page_tokens,
+                "page_bytes": page_bytes,
+                "waste": self.layout.waste,
+                "frames": self.placement.num_frames,
+                "pages_capacity": self.limit,
+                "pages_limit": self.allowance,
+                "pages_backed": self.backed,
+                "pages_free": self.free_backed,
+                "pages_kept": len(self.tails),
+                "kept_tokens": self.tails.tokens,
+                "pages_stuck": sum(backing.stuck for backing in self.backings),
+                "pages_owned": self.owned,
+                "backed_bytes": sum(backing.pages * backing.page_bytes for backing in self.backings),
+                "owned_bytes": sum(backing.used * backing.page_bytes for backing in self.backings),
+                "stale_mappings": sum(backing.stale for backing in self.backings),
+                "pages_created": sum(backing.creates for backing in self.backings),
+                "pages_released": sum(backing.releases for backing in self.backings),
+                "pages_allocated": self.counts["allocated"],
+                "pages_with_memory": one.had_memory,
+                "pages_moved": one.moved,
+                "pages_moved_ahead": one.moved_ahead,
+                "pages_created_at_once": one.created,
+                "pages_in_place": self.placement.in_place,
+                "extents_halved": self.placement.halved,
+                "contexts": self.contexts,
+                "context_runs": self.context_runs,
+                "context_runs_most": self.most_runs,
+                "broken_runs": self.broken_runs,
+                "pages_shared": self.counts["shared"],
+                "prefix_tokens_served": self.counts["prefix_tokens"],
+                "prompt_tokens": self.counts["prompt_tokens"],
+                "partial_copies": self.counts["copies"],
+                "partial_tokens": self.counts["copied_tokens"],
+                "tails_continued": self.counts["tails_continued"],
+                "maps": sum(backing.maps for backing in self.backings),
+                "unmaps": sum(backing.unmaps for backing in self.backings),
+                "shortages": self.shortages,
+                "worker_failures": self.worker.failures,
+                "scheduling_seconds": self.clock.seconds,
+                "worker_seconds": self.worker.seconds,
+                "worker_driver_seconds": self.worker.driver_seconds,
+            }
+
+    def check_integrity(self) -> None:
+        """Every invariant that placement and backing can check. Raises `AssertionError`."""
+        until = patience()
+        with self._lock:
+            while any(backing.in_hand for backing in self.backings):
+                assert self.worker.wait(until), "the worker does not let go of a page"
+            self.placement.check_integrity()
+            kept = [tail.frame for tail in self.tails if tail.frame is not None]
+            assert len(kept) == len(set(kept)) == self.placement.kept
+            assert self.tails.tokens == sum(tail.tokens for tail in self.tails)
+            assert self.owned + len(self.tails) <= self.limit, (self.owned, len(self.tails), self.limit)
+            used = {*self.placement.owned_frames(), *kept}
+            for backing in self.backings:
+                backing.check_integrity(used if backing is self.backing else {f for f in used if backing.uses(f)})
+
+    def close(self) -> None:
+        """Stop the worker, unmap and release everything. No batch may be in flight, and no view may be read after."""
+        self.worker.stop()
+        atexit.unregister(self.worker.stop)
+        with self._lock:
+            for backing in self.backings:
+                backing.close()
+
+    def _timed(self) -> _Timed:
+        return _Timed(self)
+
+
+class Clock:
+    """Adds up the seconds spent within `with clock:`, each once, also where these are nested. For one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._start = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._start
+
+
+class _Timed:
+    """Holds the lock; the clock of the scheduling thread runs meanwhile."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._memory = memory
+
+    def __enter__(self) -> None:
+        self._memory.clock.__enter__()
+        self._memory._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._memory._lock.release()
+        self._memory.clock.__exit__()
