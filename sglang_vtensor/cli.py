@@ -236,7 +236,7 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
         ),
         (
             "runs of a context",
-            f"{values['context_runs'] / max(1, values['contexts']):.2f}, {values['context_runs_most']} at most",
+            f"{values['context_runs'] / max(1, values['contexts']):.2f}, {values['context_runs_most']:,} at most",
         ),
         ("mapping calls", f"{values['maps']:,} maps, {values['unmaps']:,} unmaps"),
         ("prefix tokens served", f"{values['prefix_tokens_served']:,}"),

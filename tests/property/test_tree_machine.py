@@ -299,7 +299,7 @@ class TreeMachine(RuleBasedStateMachine):
         req.written = prefix
         self.rows.req_to_token[self.sglang.slot(req), :prefix] = slots.to(torch.int32)
         assert len(frames) * self.tokens_a_page == prefix
-        self.runtime.requests[self.sglang.slot(req)] = RequestFrames(frames, len(frames))
+        self.runtime.requests[self.sglang.slot(req)] = RequestFrames(frames, len(frames), len(frames))
         upto = min(len(tokens), longest + chunk)
         begun = self.begin(req, partial, upto) if partial else self.grow(req, upto)
         if not begun:

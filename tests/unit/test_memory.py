@@ -147,8 +147,8 @@ def test_impossible_sizes_are_refused_with_what_to_do():
 @pytest.mark.parametrize(
     ("context", "kv_heads", "frames", "lane"),
     [
-        (8192, 8, 1 << 21, 64),  # 32 TiB of addresses, 16 MiB a page
-        (131_072, 8, 1 << 21, 1024),
+        (8192, 8, 4096 * 64, 64),  # more lanes are of no use
+        (131_072, 8, 1 << 21, 1024),  # 32 TiB of addresses, 16 MiB a page
         (131_073, 8, 1 << 21, 2048),
         (262_144, 1, (1 << 22), 2048),  # a state byte each is enough
     ],

@@ -21,7 +21,7 @@ def rank(number: int, store: str) -> None:
     runtime = Runtime(memory, 4, patches.load().requests)
     runtime.use_group(dist.group.WORLD)
     assert runtime.several_ranks
-    records = [RequestFrames([], 0), RequestFrames([], 0)]
+    records = [RequestFrames([], 0, 0), RequestFrames([], 0, 0)]
     tail = memory.keep(take(memory, 1)[0], 3)
 
     def have():

@@ -23,19 +23,24 @@ def runtime():
     return Runtime(make(capacity_pages=16), 4, patches.load().requests)
 
 
+def record(frames, protected):
+    """Of a request that found the first ones in the tree."""
+    return RequestFrames(frames, protected, protected)
+
+
 def test_slots_of_frames():
     assert slots_of([3, 1], 4).tolist() == [12, 13, 14, 15, 4, 5, 6, 7]
     assert slots_of([], 4).tolist() == []
 
 
 def test_a_request_goes_on_behind_its_last_frame_and_says_whose_that_is():
-    assert RequestFrames([], 0).ask(2) == Ask(None, 2)
-    assert RequestFrames([5, 6], 2).ask(1) == Ask(6, 1), "the tree's"
-    assert RequestFrames([5, 6, 7], 2).ask(1) == Ask(7, 1, own=True)
+    assert record([], 0).ask(2) == Ask(None, 2)
+    assert record([5, 6], 2).ask(1) == Ask(6, 1), "the tree's"
+    assert record([5, 6, 7], 2).ask(1) == Ask(7, 1, own=True)
 
 
 def test_runs_end_with_the_context(runtime):
-    runtime.requests[1] = RequestFrames([3, 4, 9, 10, 11], 2)
+    runtime.requests[1] = record([3, 4, 9, 10, 11], 2)
     assert runtime.runs(1, 40) == [(24, 16), (72, 24)]
     assert runtime.runs(1, 33) == [(24, 16), (72, 17)]
     assert runtime.runs(1, 16) == [(24, 16)]
@@ -49,14 +54,14 @@ def test_a_padding_request_reads_the_padding_frame(runtime):
 
 def table_of(runtime, context):
     table = torch.zeros(4, 64, dtype=torch.int32)
-    for slot, record in runtime.requests.items():
-        table[slot, :context] = slots_of(record.frames, TOKENS)[:context].int()
+    for slot, request in runtime.requests.items():
+        table[slot, :context] = slots_of(request.frames, TOKENS)[:context].int()
     return table
 
 
 def test_what_a_batch_reads_is_checked(runtime):
-    runtime.requests[1] = RequestFrames(take(runtime.memory, 3), 0)
-    runtime.requests[2] = RequestFrames(take(runtime.memory, 3), 0)
+    runtime.requests[1] = record(take(runtime.memory, 3), 0)
+    runtime.requests[2] = record(take(runtime.memory, 3), 0)
     table = table_of(runtime, 20)
     runtime.check_batch([1, 2], [20, 20], table)
     runtime.check_batch([1, 2], [20, 20], None)
@@ -76,7 +81,7 @@ def test_what_a_batch_reads_is_checked(runtime):
 
 def test_two_requests_own_no_frame_together(runtime):
     frames = take(runtime.memory, 2)
-    runtime.requests[1], runtime.requests[2] = RequestFrames(list(frames), 0), RequestFrames(list(frames), 1)
+    runtime.requests[1], runtime.requests[2] = record(list(frames), 0), record(list(frames), 1)
     with pytest.raises(AssertionError, match="two requests own one frame"):
         runtime.check_integrity()
     runtime.requests[2].protected = 2
@@ -85,9 +90,8 @@ def test_two_requests_own_no_frame_together(runtime):
 
 def test_the_frame_of_a_token_that_is_not_to_come_is_freed_and_runs_are_counted(runtime):
     shared, own = take(runtime.memory, 2), take(runtime.memory, 3)
-    runtime.requests[1] = RequestFrames(shared + own, 2)
-    record = runtime.end_request(1, 4 * TOKENS)
-    assert record.frames == shared + own[:2]
+    runtime.requests[1] = record(shared + own, 2)
+    assert runtime.end_request(1, 4 * TOKENS).frames == shared + own[:2]
     assert not runtime.requests
     assert runtime.memory.placement.is_vacant(own[2])
     stats = runtime.stats()
@@ -121,7 +125,7 @@ def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):
 
 
 def test_clear_forgets_everything(runtime):
-    runtime.requests[1] = RequestFrames(take(runtime.memory, 3), 0)
+    runtime.requests[1] = record(take(runtime.memory, 3), 0)
     runtime.memory.keep(take(runtime.memory, 1)[0], 3)
     runtime.copies.append((1, 2, 3))
     runtime.clear()
