@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -18,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.tails import Tail
-from sglang_vtensor.vmm import VMMError
+from sglang_vtensor.vmm import Handle, VMMError
 from tests.unit.faults import FaultyVirtualMemory
 
 LOGGERS = [logging.getLogger(f"sglang_vtensor.{name}") for name in ("memory", "worker")]
@@ -63,7 +65,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.stamps = 0
         self.requests: list[Request] = []
         self.kept: list[tuple[Tail, int, int]] = []  # with its frame, and the stamp there
-        self.flying: list[tuple[int, list[tuple[int, int, int]]]] = []  # of each batch: side, frame, stamp
+        #: Of each batch its epoch, and by side and frame what page it reads there.
+        self.flying: list[tuple[int, dict[tuple[int, int], Handle | None]]] = []
 
     def stamp(self, frames: list[int]) -> None:
         for frame in frames:
@@ -119,17 +122,23 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.let_go(1, request.frames[request.behind : stop])
         request.behind = stop
 
+    def page(self, side: int, frame: int) -> Handle | None:
+        """What is mapped at a frame."""
+        backing = self.memory.backings[side]
+        stale = backing._stale.get(frame)
+        return backing._pages.get(frame) if stale is None else stale.page
+
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
     def launch(self, data) -> None:
         """A batch of some requests reads what they have, until it is done."""
         batch = data.draw(st.lists(st.sampled_from(self.requests), min_size=1, unique_by=id))
-        reads = [
-            (side, frame, self.owned[frame])
+        reads = {
+            (side, frame): self.page(side, frame)
             for request in batch
             for side in range(len(self.sides))
             for frame in (request.frames[request.behind :] if side else request.frames)
-        ]
+        }
         self.flying.append((self.memory.launch(), reads))
 
     @rule()
@@ -137,7 +146,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def complete(self) -> None:
         """The oldest batch ends. Until here it could read what it was launched on."""
         epoch, reads = self.flying.pop(0)
-        for side, frame, _ in reads:
+        for side, frame in reads:
             self.keys[side][frame * 8 : frame * 8 + 8].sum()  # faults if anything was unmapped
         self.memory.complete(epoch)
 
@@ -227,6 +236,15 @@ class MemoryMachine(RuleBasedStateMachine):
         assert len(self.memory.tails) == sum(tail.frame is not None for tail, _, _ in self.kept)
 
     @invariant()
+    def what_flies_is_there(self) -> None:
+        """A batch in flight reads the pages that it was launched on; and their memory is theirs yet."""
+        for _, reads in self.flying:
+            for (side, frame), page in reads.items():
+                assert page is not None
+                assert self.page(side, frame) == page, "changed under a batch in flight"
+                assert page in self.vmm._sizes, "released under a batch in flight"
+
+    @invariant()
     def no_page_lost_its_bytes(self) -> None:
         for request in self.requests:
             for side, keys in enumerate(self.keys):
@@ -252,9 +270,68 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 MemoryMachine.TestCase.settings = settings(
-    max_examples=400,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 TestMemory = MemoryMachine.TestCase
+
+
+class Draws:
+    """Draws for rules that ask for data, from a generator: `st.data()` of long and busy histories."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def draw(self, strategy: st.SearchStrategy) -> Any:
+        strategy = getattr(strategy, "wrapped_strategy", strategy)
+        if hasattr(strategy, "elements"):
+            return self.rng.choice(strategy.elements)
+        if hasattr(strategy, "values"):  # permutations
+            return self.rng.sample(strategy.values, len(strategy.values))
+        if hasattr(strategy, "element_strategy"):
+            values = getattr(strategy.element_strategy, "wrapped_strategy", strategy.element_strategy).elements
+            return self.rng.sample(values, self.rng.randint(1, len(values)))
+        return self.rng.randint(strategy.start, strategy.end)
+
+
+def busy_history(rng: random.Random) -> None:
+    """A long history in which batches fly for long, and the worker and the driver's failures come in between."""
+    machine, data = MemoryMachine(), Draws(rng)
+    machine.begin(rng.random() < 0.6, rng.choice([7, 16, 200]), rng.choice([1, 2]))
+
+    def fail() -> int | None:
+        return rng.randint(1, 6) if rng.random() < 0.15 else None
+
+    steps = {
+        lambda: machine.start([rng.randint(1, CONTEXT_PAGES) for _ in range(rng.randint(1, 2))], fail()): (6, True),
+        lambda: machine.branch(data, fail()): (3, lambda: 0 < len(machine.requests) < RUNNING),
+        lambda: machine.grow(data, fail()): (6, lambda: machine.requests),
+        lambda: machine.slide(data): (2, lambda: machine.requests and len(machine.sides) > 1),
+        lambda: machine.launch(data): (8, lambda: machine.requests and len(machine.flying) < 4),
+        lambda: machine.complete(): (4, lambda: machine.flying),
+        lambda: machine.finish(data): (4, lambda: machine.requests),
+        lambda: machine.keep(data): (2, lambda: machine.requests),
+        lambda: machine.claim(data, rng.random() < 0.3): (2, lambda: machine.kept),
+        lambda: machine.housekeep(fail(), rng.randint(1, 12)): (5, True),
+        lambda: machine.trim(fail()): (1, True),
+        lambda: machine.set_limit(rng.choice([CAPACITY, CAPACITY, rng.randint(1, CAPACITY)])): (2, True),
+        lambda: machine.copy(rng.randint(1, 8), data): (1, lambda: len(machine.owned) > 1),
+    }
+    for _ in range(60):
+        able = [(step, weight) for step, (weight, possible) in steps.items() if possible is True or possible()]
+        rng.choices([step for step, _ in able], [weight for _, weight in able])[0]()
+        machine.sums_agree()
+        machine.what_flies_is_there()
+        machine.no_page_lost_its_bytes()
+    machine.teardown()
+
+
+def test_busy_histories():
+    for seed in range(300):
+        try:
+            busy_history(random.Random(seed))
+        except BaseException:
+            print(f"the history of seed {seed} fails")
+            raise
