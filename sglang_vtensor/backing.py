@@ -407,5 +407,6 @@ class Backing:
         held = [*self._pages.values(), *(leaving.page for leaving in self._leaving)]
         assert len(held) == len(set(held)) == self.pages, "a page is in two frames"
         assert self._twice == Counter(stale.page for stale in self._stale.values())
+        assert self._twice.keys() <= set(held), "a page was released that is mapped yet"
         assert not any(self.placement.is_vacant(frame) for frame in self._stale)
         assert self.pages + self._in_hand <= self.capacity + 1, (self.pages, self._in_hand, self.capacity)
