@@ -37,8 +37,6 @@ GPU |= {f"{name}-nocache": [*args, "--disable-radix-cache"] for name, args in CO
 GPU |= {
     "vtensor": [*CONTESTANTS["vtensor"], *KEEP],
     "vtensor-elastic": CONTESTANTS["vtensor"],
-    # Free pages are moved to where contexts grow.
-    "vtensor-moves": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-moves", "on"],
     # Decode reads what requests share once for each of them.
     "vtensor-plain": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-shared-decode", "off"],
     "vllm": [],
@@ -66,9 +64,7 @@ SETTLE_SECONDS = 1.0
 COUNTED = (
     "pages_allocated",
     "pages_with_memory",
-    "pages_moved",
     "pages_created_at_once",
-    "pages_moved_ahead",
     "pages_in_place",
     "contexts",
     "context_runs",
@@ -76,8 +72,6 @@ COUNTED = (
     "partial_copies",
     "tails_continued",
     "awaited_prefixes",
-    "maps",
-    "unmaps",
     "pages_created",
     "pages_released",
     "worker_seconds",

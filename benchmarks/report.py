@@ -84,21 +84,12 @@ def serving(record: Record) -> str:
 
 
 def prefill(record: Record) -> str:
-    """Prefix-prefill kernels, shape by shape, over all geometries."""
-    return _kernels(record, "tflops", "TFLOP/s")
-
-
-def decode(record: Record) -> str:
-    """Decode kernels, likewise."""
-    return _kernels(record, "gbytes", "GB/s")
-
-
-def _kernels(record: Record, rate: str, unit: str) -> str:
-    """Ours over each contestant, the geometric mean over the geometries; and ours for Llama-3-8B beside the floor."""
-    name, measured = record["name"], [row for row in record["rows"] if "sweep" not in row]
+    """Prefix-prefill kernels, shape by shape: ours over each contestant, the geometric mean over the geometries, and
+    ours for Llama-3-8B beside the floor."""
+    measured = [row for row in record["rows"] if "sweep" not in row]
     others = [name for name in OTHERS if all(name in row for row in measured)]
     lines = [
-        f"| {name}, requests x (prefix + new) | {unit}, Llama-3-8B | share of the floor | "
+        "| prefill, requests x (prefix + new) | TFLOP/s, Llama-3-8B | share of the floor | "
         + " | ".join(f"x {other.replace('_', ' ')}" for other in others)
         + " |",
         "|---" * (3 + len(others)) + "|",
@@ -108,13 +99,13 @@ def _kernels(record: Record, rate: str, unit: str) -> str:
         llama = next((row for row in rows if row["geometry"] == "Llama-3-8B"), rows[0])
         ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in rows) for other in others)
         lines.append(
-            f"| {shape} | {llama[rate]:,.0f} | {llama['floor_us'] / llama['ours']:.2f} | "
+            f"| {shape} | {llama['tflops']:,.0f} | {llama['floor_us'] / llama['ours']:.2f} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
     ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in measured) for other in others)
     lines.append("| all | | | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
-    drawn = [f"![{text}](docs/plots/{name}_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
+    drawn = [f"![{text}](docs/plots/prefill_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
     swept = {row["sweep"] for row in record["rows"] if "sweep" in row}
     end = [picture for picture, sweep in zip(drawn, plots.SWEEPS, strict=True) if sweep in swept]
     return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
@@ -279,7 +270,6 @@ TABLES = {
     "prefix": prefix,
     "prefix_0517": prefix,
     "prefill": prefill,
-    "decode": decode,
     "shared_decode": shared_decode,
     "plain_decode": plain_decode,
     "memory": memory,

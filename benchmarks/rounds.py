@@ -115,8 +115,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
             contexts, pages = (sum(row[key] for row in of_kind) for key in ("contexts", "pages_allocated"))
             summary[f"runs_per_context_{kind}"] = sum(row["context_runs"] for row in of_kind) / max(1, contexts)
             summary[f"broken_runs_{kind}"] = sum(row["broken_runs"] for row in of_kind)
-            moves = sum(row["pages_moved"] + row["pages_moved_ahead"] for row in of_kind)
-            summary[f"moves_per_new_page_{kind}"] = moves / max(1, pages)
+            summary[f"pages_with_memory_{kind}"] = sum(row["pages_with_memory"] for row in of_kind) / max(1, pages)
     return summary
 
 

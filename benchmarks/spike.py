@@ -241,21 +241,19 @@ def shared_decode(batch: Batch, region: Region, table: torch.Tensor) -> Call:
     return lambda layer: decoder(batch.q, *views[layer], scale=SCALE)
 
 
-def runs(batch: Batch, region: Region, window: int = -1, lane: int = 0) -> Call:
-    """Our prefill kernel, over contexts that begin at the starts of lanes, from that one on."""
+def runs(batch: Batch, region: Region) -> Call:
+    """Our prefill kernel, over contexts that begin at the starts of lanes."""
     plan = plan_prefill(
         batch.new,
-        batch.contexts,
+        [[(lane * LANE_TOKENS, context)] for lane, context in enumerate(batch.contexts)],
         q_heads=Q_HEADS,
         kv_heads=KV_HEADS,
         head_dim=DIM,
         device=batch.q.device,
-        window=window,
-        readable=PAGE,
+        page_tokens=PAGE,
     )
-    first = (torch.arange(len(batch.contexts), dtype=torch.int64, device="cuda") + lane) * LANE_TOKENS
     views = [region.tokens(layer) for layer in range(LAYERS)]
-    return lambda layer: prefix_prefill(batch.q, *views[layer], first, plan, scale=SCALE)
+    return lambda layer: prefix_prefill(batch.q, *views[layer], plan, scale=SCALE)
 
 
 def graph(call: Call) -> torch.cuda.CUDAGraph:
@@ -939,7 +937,6 @@ def tables(notes: Notes) -> None:
             for name, frame in (nowhere | more).items():
                 one_table(notes, region, count, group, mode, name, frame)
     shared_tables(notes, region, count, nowhere)
-    windowed_runs(notes, vmm, layout, pages)
 
 
 def one_table(notes: Notes, region: Region, count: int, group: Group, mode: str, name: str, frame: int) -> None:
@@ -1003,41 +1000,6 @@ def shared_tables(notes: Notes, region: Region, count: int, nowhere: dict[str, i
             fault = str(error).splitlines()[0]
         row: Row = {"kernel": "shared", "group": title, "mode": "eager", "nowhere": name, "entries": entries}
         notes.add("tables", **row, right=right, fault=fault)
-        if fault:
-            os._exit(FAULTED)
-
-
-def windowed_runs(notes: Notes, vmm: VirtualMemory, layout: KVLayout, pages: Pages) -> None:
-    """Our prefill kernel over runs whose frames behind the window have no memory."""
-    for kept in (0, 1):
-        title = "window, our runs" + (", a page kept" if kept else "")
-        if any(row.get("group") == title for row in notes.rows()):
-            continue
-        batch = Batch([512, 100, 128, 64, 300, 257, 512, 300], LONG)
-        whole, partly = (Region(vmm, layout, (1 + len(LONG)) * LANE_PAGES) for _ in range(2))
-        handle = iter(pages.handles)
-        # Triton takes a tensor only if there is memory where it begins.
-        padding = next(handle)
-        for region in (whole, partly):
-            vmm.map(region.at(0), layout.page_bytes, padding)
-        for lane, (new, context, used) in enumerate(
-            zip(batch.new, batch.contexts, batch.pages(), strict=True), start=1
-        ):
-            behind = max(0, max(0, context - new - WINDOW) // PAGE - kept)
-            for i in range(used):
-                page = next(handle)
-                vmm.map(whole.at(lane * LANE_PAGES + i), layout.page_bytes, page)
-                if i >= behind:
-                    vmm.map(partly.at(lane * LANE_PAGES + i), layout.page_bytes, page)
-        expected = runs(batch, whole, WINDOW, lane=1)(LAYERS - 1)
-        fault, right = "", False
-        try:
-            out = runs(batch, partly, WINDOW, lane=1)(LAYERS - 1)
-            torch.cuda.synchronize()
-            right = torch.equal(out, expected)
-        except RuntimeError as error:
-            fault = str(error).splitlines()[0]
-        notes.add("tables", kernel="ours", group=title, mode="eager", nowhere="unmapped", right=right, fault=fault)
         if fault:
             os._exit(FAULTED)
 

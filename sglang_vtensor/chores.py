@@ -1,5 +1,5 @@
-"""What the worker does for the memory, without state for single requests: stale mappings go, pages are created or moved
-to where requests will begin or go on, idle ones are given back.
+"""What the worker does for the memory, without state for single requests: pages are created where requests will begin
+or go on, and idle ones are given back.
 
 The driver is called without the lock: a page is in the worker's hand meanwhile, and nobody is placed in its frame.
 Whatever comes of the call, it is let go of; what the driver did not do is tried again later, and everything else goes
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sglang_vtensor.vmm import VMMError
@@ -35,24 +35,14 @@ class Chores:
         self._device_low = False
         self._ahead: Ahead | None = None  # in hand
         self._hints: deque[int] = deque(maxlen=MOST_HINTS)  # frames that running requests come to next
-        self._hinted: dict[int, None] = {}  # those of them that have memory, and nobody yet
 
     # For the scheduling thread, with the lock.
 
     def handed_out(self, placed: Sequence[Sequence[int]]) -> None:
         """Requests got these frames, and will go on behind them."""
         for frames in placed:
-            for frame in frames:
-                self._hinted.pop(frame, None)
             if frames and (behind := self.memory.placement.room_behind(frames[-1])) is not None:
                 self._hints.append(behind)
-        if self._hints:
-            self.worker.wake()
-
-    def given_up(self, frames: Iterable[int]) -> None:
-        """Nobody goes on behind these frames."""
-        for frame in frames:
-            self._hinted.pop(frame + 1, None)
 
     def wait_for(self, frames: set[int]) -> None:
         """One of these is about to have memory: let that be."""
@@ -65,28 +55,13 @@ class Chores:
     def turn(self) -> bool:
         """Do one thing. False if there was nothing to do, or it was refused."""
         backings = self.memory.backings
-        if any(map(self._unmap, backings)) or any(map(self._back, backings)):
+        if any(map(self._back, backings)):
             return True
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             self._device_low = self.memory.vmm.low()
         return any(map(self._trim, backings))
-
-    def _unmap(self, backing: Backing) -> bool:
-        with self.worker.lock:
-            stale = backing.begin_unmap(self.worker.due)
-            if stale is None:
-                return False
-            self.worker.took()
-
-        def let_go(done: bool, _: VMMError | None) -> None:
-            if done:
-                backing.finish_unmap(stale)
-
-        with self.worker.calling(stale.frame, let_go, quiet=False):
-            backing.unmap(stale)
-        return True
 
     def _back(self, backing: Backing) -> bool:
         with self.worker.lock:
@@ -107,35 +82,23 @@ class Chores:
 
         with self.worker.calling(ahead.frame, let_go, quiet=True):
             backing.back(ahead)
-        return ahead.page is not None
+        return ahead.done
 
     def _begin_ahead(self, backing: Backing) -> Ahead | None:
-        """The next frame that is to have memory before it is needed: one that a running request comes to next, by a
-        page that is created while the reserve is not full, or else moved; or one that a new request begins with."""
-        placement, backings = self.memory.placement, self.memory.backings
-        create = self.memory.wants_page(backing)
+        """While the reserve is not full, the next frame that is to have memory before it is needed: one that a running
+        request comes to next, or that a new one begins with."""
+        if not self.memory.wants_page(backing):
+            return None
+        placement = self.memory.placement
         while self._hints:
             frame = self._hints[0]
-            if placement.is_vacant(frame):
-                if backing.has_page(frame):
-                    if any(not other.has_page(frame) for other in backings[backings.index(backing) + 1 :]):
-                        break  # it is the turn of another side
-                    self._hinted[frame] = None
-                elif create or self._may_move(backing):
-                    ahead = backing.begin_back(frame, move=not create)
-                    if ahead is not None:
-                        return ahead
+            if placement.is_vacant(frame) and not backing.has_page(frame):
+                return backing.begin_back(frame)
+            if placement.is_vacant(frame) and not all(other.has_page(frame) for other in self.memory.backings):
+                break  # it is the turn of another side
             self._hints.popleft()
-        if create and (begin := placement.next_without(backing.has_page)) is not None:
-            return backing.begin_back(begin, move=False)
-        return None
-
-    def _may_move(self, backing: Backing) -> bool:
-        """Whether a page is free that is not just where others come to next: moving one of these helps nobody."""
-        if backing.free <= len(self._hinted):
-            vacant = self.memory.placement.is_vacant
-            self._hinted = {frame: None for frame in self._hinted if vacant(frame) and backing.has_page(frame)}
-        return backing.free > len(self._hinted)
+        begin = placement.next_without(backing.has_page)
+        return None if begin is None else backing.begin_back(begin)
 
     def _trim(self, backing: Backing) -> bool:
         with self.worker.lock:

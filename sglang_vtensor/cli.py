@@ -231,14 +231,13 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
         ("pages handed out", f"{values['pages_allocated']:,}, {values['pages_in_place']:,} of them in place"),
         (
             "their memory",
-            f"{values['pages_with_memory']:,} had it, {values['pages_moved']:,} moved, "
-            f"{values['pages_created_at_once']:,} new",
+            f"{values['pages_with_memory']:,} had it, {values['pages_created_at_once']:,} new",
         ),
         (
             "runs of a context",
             f"{values['context_runs'] / max(1, values['contexts']):.2f}, {values['context_runs_most']:,} at most",
         ),
-        ("mapping calls", f"{values['maps']:,} maps, {values['unmaps']:,} unmaps"),
+        ("pages created", f"{values['pages_created']:,}, {values['pages_released']:,} given back"),
         ("prefix tokens served", f"{values['prefix_tokens_served']:,}"),
         ("time of the scheduler", f"{values['scheduling_seconds']:.3f} s"),
         ("of the worker beside it", f"{values['worker_seconds']:.3f} s"),

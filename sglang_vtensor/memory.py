@@ -85,7 +85,6 @@ class KVMemory:
         reserve_pages: int = 0,
         idle_seconds: float = 10.0,
         worker: bool = True,
-        moves: bool = True,
         num_frames: int | None = None,
         lane_frames: int | None = None,
     ) -> None:
@@ -102,9 +101,7 @@ class KVMemory:
         frames, lane = frames_for(self.sides, capacity_pages, max_tokens)
         lane = lane_frames or lane
         self.placement = Placement(-(-(num_frames or frames) // lane) * lane, lane)
-        self.backings = [
-            Backing(vmm, self.placement, side.page_bytes, capacity_pages, moves=moves) for side in self.sides
-        ]
+        self.backings = [Backing(vmm, self.placement, side.page_bytes, capacity_pages) for side in self.sides]
         self.backing = self.backings[0]
         self.tails = Tails()
         #: Frames that may be owned.
@@ -253,12 +250,12 @@ class KVMemory:
         return None
 
     def _place(self, ask: Ask, before: Sequence[int]) -> list[int] | None:
-        """Frames for one request, beside those that were placed `before` for others of its batch. Where pages do not
-        move, frames without one are given up for others that have one, if no more may be created, or more are free
-        than are kept ready."""
+        """Frames for one request, beside those that were placed `before` for others of its batch. Those without memory
+        are given up for others that have some, if no more pages may be created, or more are free than are kept ready.
+        """
         frames = self.placement.place(ask.after, ask.count, own=ask.own)
-        if self.backing.moves or frames is None:
-            return frames
+        if frames is None:
+            return None
         there = list(filter(self.backing.has_page, frames))
         lacking = len(frames) - len(there)
         if not lacking:
@@ -315,7 +312,6 @@ class KVMemory:
         with self._timed():
             self.placement.free(frames)
             self._give(frames)
-            self.chores.given_up(frames)
 
     def _give(self, frames: Iterable[int]) -> None:
         for backing in self.backings:
@@ -407,7 +403,7 @@ class KVMemory:
         if epoch > self.backing.completed:
             for backing in self.backings:
                 backing.completed = epoch
-            if self.owes() or any(backing.stale for backing in self.backings):
+            if self.owes():
                 self.worker.wake()
 
     # The worker.
@@ -504,13 +500,10 @@ class KVMemory:
                 "pages_owned": self.owned,
                 "backed_bytes": sum(backing.pages * backing.page_bytes for backing in self.backings),
                 "owned_bytes": sum(backing.used * backing.page_bytes for backing in self.backings),
-                "stale_mappings": sum(backing.stale for backing in self.backings),
                 "pages_created": sum(backing.creates for backing in self.backings),
                 "pages_released": sum(backing.releases for backing in self.backings),
                 "pages_allocated": self.counts["allocated"],
                 "pages_with_memory": one.had_memory,
-                "pages_moved": one.moved,
-                "pages_moved_ahead": one.moved_ahead,
                 "pages_created_at_once": one.created,
                 "pages_in_place": self.placement.in_place,
                 "extents_halved": self.placement.halved,
@@ -524,8 +517,6 @@ class KVMemory:
                 "partial_copies": self.counts["copies"],
                 "partial_tokens": self.counts["copied_tokens"],
                 "tails_continued": self.counts["tails_continued"],
-                "maps": sum(backing.maps for backing in self.backings),
-                "unmaps": sum(backing.unmaps for backing in self.backings),
                 "shortages": self.shortages,
                 "worker_failures": self.worker.failures,
                 "scheduling_seconds": self.clock.seconds,

@@ -28,8 +28,8 @@ class FrameState(enum.IntEnum):
     OWNED = 1
     #: Nobody owns it, but it holds the unfilled last page of a text that may be continued.
     KEPT = 2
-    #: Nobody owns it and nobody may be placed there for now: on some side a page that is another frame's by now is
-    #: still mapped there, or the worker is giving it memory or taking it away.
+    #: Nobody owns it and nobody may be placed there for now: on some side the worker is giving it memory or taking it
+    #: away, or the driver did not take it back.
     ASIDE = 3
 
 

@@ -58,10 +58,10 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
         return {"url": now.url, "error": now.error}
     ranks = []
     for n, rank in enumerate(now.ranks):
-        prompt, served, mapped = rank["prompt_tokens"], rank["prefix_tokens_served"], rank["maps"]
-        maps = 0.0
+        prompt, served, created = rank["prompt_tokens"], rank["prefix_tokens_served"], rank["pages_created"]
+        rate = 0.0
         if before is not None and n < len(before.ranks) and now.at > before.at:
-            maps = (mapped - before.ranks[n]["maps"]) / (now.at - before.at)
+            rate = (created - before.ranks[n]["pages_created"]) / (now.at - before.at)
         ranks.append(
             {
                 "memory_bytes": memory(rank),
@@ -73,7 +73,7 @@ def summary(now: Sample, before: Sample | None = None) -> dict[str, Any]:
                 "pages": pages_by_state(rank) | {"capacity": rank["pages_capacity"]},
                 "runs_per_context": rank["context_runs"] / max(1, rank["contexts"]),
                 "prefix_hit_rate": served / prompt if prompt else 0.0,
-                "maps_per_second": max(0.0, maps),
+                "pages_created_per_second": max(0.0, rate),
                 "shared_prefixes": rank["shared_prefixes"],
             }
         )
@@ -123,7 +123,9 @@ def _numbers(rank: dict[str, Any]) -> Table:
     table.add_row("pages", _cells([*counts, f"of {pages['capacity']:,}"]))
     cells = [f"prefix hits {rank['prefix_hit_rate']:.1%}", f"runs a context {rank['runs_per_context']:.2f}"]
     table.add_row("requests", _cells([f"{rank['requests']:,}", *cells]))
-    table.add_row("limit", _cells([_size(rank["limit_bytes"]), f"maps/s {rank['maps_per_second']:,.0f}"]))
+    table.add_row(
+        "limit", _cells([_size(rank["limit_bytes"]), f"pages created/s {rank['pages_created_per_second']:,.0f}"])
+    )
     return table
 
 

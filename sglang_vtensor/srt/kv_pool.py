@@ -60,7 +60,6 @@ class VTensorKVPool(MHATokenToKVPool):
                 max_tokens=max_tokens,
                 reserve_pages=reserve_pages,
                 idle_seconds=options.vtensor_idle_seconds,
-                moves=options.vtensor_moves == "on",
             ),
             max_running + 1,
             sglang,

@@ -45,19 +45,12 @@ GAUGES = {
         {"backed": "backed_bytes", "owned": "owned_bytes"},
     ),
     "vtensor_pages_limit": Gauge("Pages that requests and cached prefixes may own.", "", {"": "pages_limit"}),
-    "vtensor_stale_mappings": Gauge(
-        "Places where pages are mapped that were moved away, and are to be unmapped.", "", {"": "stale_mappings"}
-    ),
 }
 #: `Runtime.stats` as counters.
 COUNTERS = {
     "vtensor_pages_allocated": ("pages_allocated", "Pages handed to requests."),
     "vtensor_pages_with_memory": ("pages_with_memory", "Of these, those whose place had memory already."),
-    "vtensor_pages_moved": ("pages_moved", "Of these, those that a free page was moved to at that moment."),
     "vtensor_pages_created_at_once": ("pages_created_at_once", "Of these, those created at that moment."),
-    "vtensor_pages_moved_ahead": ("pages_moved_ahead", "Free pages that were moved to where they would be needed."),
-    "vtensor_maps": ("maps", "Mappings of pages."),
-    "vtensor_unmaps": ("unmaps", "Mappings taken away."),
     "vtensor_contexts": ("contexts", "Contexts that ended."),
     "vtensor_context_runs": ("context_runs", "Runs of addresses that these had."),
     "vtensor_broken_runs": ("broken_runs", "Runs beyond the first one of what contexts had of their own."),

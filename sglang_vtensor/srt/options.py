@@ -31,7 +31,6 @@ HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
 PREFILL_KERNELS = ("auto", "triton", "fa3")
 SHARED_DECODE = ("auto", "off")
-MOVES = ("on", "off")
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
@@ -56,14 +55,12 @@ class Options:
     vtensor_min: str | float = "0.05"
     vtensor_prefill_kernel: str = "auto"
     vtensor_shared_decode: str = "auto"
-    vtensor_moves: str = "off"
 
     def __post_init__(self) -> None:
         for option, value, choices in (
             ("--kv-backend", self.kv_backend, KV_BACKENDS),
             ("--vtensor-prefill-kernel", self.vtensor_prefill_kernel, PREFILL_KERNELS),
             ("--vtensor-shared-decode", self.vtensor_shared_decode, SHARED_DECODE),
-            ("--vtensor-moves", self.vtensor_moves, MOVES),
         ):
             if value not in choices:
                 raise Refused(f"{option} {value!r} is unknown: choose from {', '.join(choices)}")
@@ -196,12 +193,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SHARED_DECODE,
         default=argparse.SUPPRESS,
         help="auto: decode steps whose requests share a prefix read it once where that is faster, on an NVIDIA GPU.",
-    )
-    group.add_argument(
-        "--vtensor-moves",
-        choices=MOVES,
-        default=argparse.SUPPRESS,
-        help="Whether free pages are moved to where contexts grow, so that these stay contiguous in a full cache too.",
     )
 
 

@@ -1,7 +1,7 @@
 """Random histories on the real scheduler: conversations go on, branch, repeat, are aborted, in a pool too small.
 
 Before each batch the harness checks that what it reads is its requests' own, and has memory. Addresses are plenty, or
-always short; pages move, or stay in their frames for life.
+always short.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ STEPS = st.lists(
     ("page_size", "examples", "placing"),
     [
         (1, 10, {}),
-        (16, 50, {}),
-        (16, 30, {"environment": FEW_FRAMES}),
-        (16, 40, {"vtensor_moves": "on"}),
-        (16, 30, {"vtensor_moves": "on", "environment": FEW_FRAMES}),
+        (16, 80, {}),
+        (16, 50, {"environment": FEW_FRAMES}),
     ],
-    ids=["page1", "page16", "few-frames", "moves", "moves-few-frames"],
+    ids=["page1", "page16", "few-frames"],
 )
 def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placing):
     limits = {"max_total_tokens": 640, "max_running_requests": 8, "chunked_prefill_size": 64}
@@ -81,11 +79,8 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placi
     with having(ours, AWAITED_TOKENS=8):
         run()
     gained = {key: value - before[key] for key, value in ours.stats().items() if isinstance(value, int)}
-    print(
-        {key: gained[key] for key in ("pages_allocated", "pages_with_memory", "pages_moved", "pages_created_at_once")}
-    )
+    print({key: gained[key] for key in ("pages_allocated", "pages_with_memory", "pages_created_at_once")})
     print(f"{gained['context_runs'] / gained['contexts']:.2f} runs a context, {gained['broken_runs']} broken ones")
-    assert (gained["pages_moved"] > 0) == ("vtensor_moves" in placing)
     assert gained["pages_with_memory"] > 0
     if "environment" in placing:
         assert gained["extents_halved"] > 0

@@ -31,7 +31,7 @@ def test_a_thousand_requests_leave_nothing(schedulers, page_size):
         ours.check()
     assert ours.flush()
     after = ours.stats()
-    for key in ("pages_owned", "stale_mappings", "requests", "tree_tokens"):
+    for key in ("pages_owned", "pages_stuck", "requests", "tree_tokens"):
         assert after[key] == before[key] == 0, key
     ours.check()
     assert after["pages_allocated"] > 1000

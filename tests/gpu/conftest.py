@@ -73,7 +73,6 @@ def flashinfer(request, models):
 #: What ours is told, and SGLang's own kernel on the other side.
 PAIRS = {
     "auto": ({}, "fa3"),
-    "moves": ({"vtensor_moves": "on"}, "fa3"),
     "ours": ({"vtensor_prefill_kernel": "triton"}, "fa3"),
     "fa3": ({"attention_backend": "fa3"}, "fa3"),
     "triton": ({"attention_backend": "triton"}, "triton"),

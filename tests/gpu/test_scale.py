@@ -89,7 +89,7 @@ def test_thousands_of_requests(models, record_property):
         "aborts": aborted,
         "retractions": retracted,
         "pages_allocated": stats["pages_allocated"],
-        "maps": stats["maps"],
+        "pages_created": stats["pages_created"],
         "pages_with_memory": stats["pages_with_memory"],
     }.items():
         record_property(name, value)

@@ -90,43 +90,6 @@ def test_every_layer_by_slot_is_memory_of_its_own(vmm):
     memory.close()
 
 
-def test_a_page_moves_while_batches_in_flight_read_it(vmm):
-    """What is queued reads the page where it was; what is queued behind writes it where it is now. Nothing waits, and
-    the old mapping goes when its readers are done."""
-    memory = KVMemory(vmm, layout(vmm), capacity_pages=2, max_tokens=512, worker=False, moves=True)
-    keys, _ = memory.layer_views(0)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    ((old, other),) = memory.allocate([Ask(None, 2)])
-    for number in range(5):
-        keys[old * 128 : old * 128 + 128] = float(number)
-        results = [a @ a for _ in range(20)]  # some 30 ms of work
-        seen = keys[old * 128 : old * 128 + 128].clone()
-        epoch = memory.launch()
-        event = torch.cuda.Event()
-        event.record()
-        memory.free([old])
-        ((new,),) = memory.allocate([Ask(other, 1)])
-        assert (new != old) == (memory.backing.stale > 0)
-        keys[new * 128 : new * 128 + 128] = -1.0
-        assert not event.query(), "moving waited for the kernels"
-        while memory.housekeep():
-            pass
-        if new != old:
-            assert memory.backing.stale == 1, "unmapped under a batch in flight"
-        torch.cuda.synchronize()
-        memory.complete(epoch)
-        while memory.housekeep():
-            pass
-        assert memory.backing.stale == 0
-        assert (seen == number).all()
-        assert (keys[new * 128 : new * 128 + 128] == -1).all()
-        del results
-        memory.check_integrity()
-        old = new
-    assert memory.backing.moved >= 1
-    memory.close()
-
-
 def test_mapping_goes_on_beside_running_kernels(vmm):
     """The worker backs and trims while kernels run: nothing waits for the device, and the kernels' result is right."""
     memory = KVMemory(vmm, layout(vmm), capacity_pages=200, max_tokens=2048, reserve_pages=0, idle_seconds=1e9)

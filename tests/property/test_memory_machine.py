@@ -41,8 +41,8 @@ class Request:
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    @initialize(moves=st.booleans(), lanes=st.sampled_from([7, 16, 200]), sides=st.sampled_from([1, 2]))
-    def begin(self, moves: bool, lanes: int, sides: int) -> None:
+    @initialize(lanes=st.sampled_from([7, 16, 200]), sides=st.sampled_from([1, 2]))
+    def begin(self, lanes: int, sides: int) -> None:
         for logger in LOGGERS:
             logger.setLevel(logging.CRITICAL)  # hundreds of histories fail hundreds of calls, each of which is said
         self.sides = SIDES[:sides]
@@ -56,7 +56,6 @@ class MemoryMachine(RuleBasedStateMachine):
             reserve_pages=2,
             idle_seconds=0.0,
             worker=False,
-            moves=moves,
             num_frames=lanes * 8,
         )
         self.memory.worker.retry_seconds = 0.0
@@ -124,9 +123,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def page(self, side: int, frame: int) -> Handle | None:
         """What is mapped at a frame."""
-        backing = self.memory.backings[side]
-        stale = backing._stale.get(frame)
-        return backing._pages.get(frame) if stale is None else stale.page
+        return self.memory.backings[side]._pages.get(frame)
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
@@ -264,7 +261,7 @@ class MemoryMachine(RuleBasedStateMachine):
         while self.memory.housekeep():
             pass
         assert self.memory.owned == 0
-        assert all(backing.pages == 1 and not backing.stale for backing in self.memory.backings)
+        assert all(backing.pages == 1 for backing in self.memory.backings)
         self.memory.close()
         assert self.vmm.created_bytes == 0
 

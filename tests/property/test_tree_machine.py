@@ -3,10 +3,10 @@
 The KV of a token depends on its namespace and on all tokens up to it, and on nothing else. So the model of the whole
 cache is one function: `content(namespace, tokens[: i + 1])`. Requests write it by slot; whatever the tree then says is
 cached, and whatever a batch reads by SGLang's table of slots or by runs, must read back as exactly that, through
-splits, duplicates, evictions, retractions and moves. And what a batch reads stays where it reads it until that batch is
+splits, duplicates, evictions and retractions. And what a batch reads stays where it reads it until that batch is
 done.
 
-With many addresses and with so few that they are always short, with pages that move and with fixed ones.
+With many addresses and with so few that they are always short.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ class TreeMachine(RuleBasedStateMachine):
         page_tokens=st.sampled_from([1, 4, 8]),
         policy=st.sampled_from(POLICIES),
         scarce=st.booleans(),
-        moves=st.booleans(),
     )
-    def build(self, page_tokens: int, policy: str, scarce: bool, moves: bool) -> None:
+    def build(self, page_tokens: int, policy: str, scarce: bool) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -88,7 +87,6 @@ class TreeMachine(RuleBasedStateMachine):
             reserve_pages=2,
             idle_seconds=0.0,
             worker=False,
-            moves=moves,
             num_frames=capacity * 3 // 2 if scarce else lane * 64,
             lane_frames=lane,
         )
@@ -145,8 +143,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     def page(self, frame: int) -> Handle | None:
         """What is mapped at a frame."""
-        stale = self.memory.backing._stale.get(frame)
-        return self.memory.backing._pages.get(frame) if stale is None else stale.page
+        return self.memory.backing._pages.get(frame)
 
     def write(self, req: SimpleNamespace, upto: int) -> None:
         """The KV of the tokens up to there, by slot."""
@@ -240,7 +237,6 @@ class TreeMachine(RuleBasedStateMachine):
                 if self.wrote[page] <= epoch:
                     assert got[n * size : n * size + size] == expected[n * size : n * size + size]
             READS["again"] += 1
-            READS["in a stale frame"] += any(frame in self.memory.backing._stale for frame in pages)
 
     @rule(
         which=WHICH,
@@ -414,9 +410,8 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.memory.owned == 0
         self.memory.complete(self.memory.launch())
         self.housekeep(1000)
-        assert (self.memory.ready, self.memory.backing.stale) == (2, 0), "the reserve"
+        assert self.memory.ready == 2, "the reserve"
         self.memory.check_integrity()
-        READS["moved"] += self.memory.backing.moved + self.memory.backing.moved_ahead
         self.memory.close()
 
 
@@ -494,5 +489,3 @@ def test_busy_histories():
     print(f"reads: {dict(READS)}")
     assert READS["one run"] > 1000
     assert READS["several runs"] > 1000
-    assert READS["moved"] > 1000
-    assert READS["in a stale frame"] > 100

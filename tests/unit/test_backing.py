@@ -17,10 +17,10 @@ SIZE, CAPACITY = 4096, 8
 class Frames:
     """A backing, with owners of its frames."""
 
-    def __init__(self, *, device_pages: int | None = None, moves: bool = True, capacity: int = CAPACITY) -> None:
+    def __init__(self, *, device_pages: int | None = None, capacity: int = CAPACITY) -> None:
         self.vmm = FaultyVirtualMemory(capacity_bytes=None if device_pages is None else device_pages * SIZE)
         self.placement = Placement(64, 8)
-        self.backing = Backing(self.vmm, self.placement, SIZE, capacity, moves=moves)
+        self.backing = Backing(self.vmm, self.placement, SIZE, capacity)
         self.used: set[int] = set()
 
     def take(self, count: int, after: int | None = None) -> list[int] | None:
@@ -44,16 +44,9 @@ class Frames:
     def stamp(self, frame: int) -> None:
         self.byte(frame).fill_(frame)
 
-    def unmap(self, *, fails: bool = False) -> bool:
+    def back(self, frame: int) -> bool:
         """A turn of the worker's."""
-        stale = self.backing.begin_unmap()
-        if stale is not None and not fails:
-            self.backing.unmap(stale)
-            self.backing.finish_unmap(stale)
-        return stale is not None
-
-    def back(self, frame: int, *, move: bool) -> bool:
-        ahead = self.backing.begin_back(frame, move=move)
+        ahead = self.backing.begin_back(frame)
         if ahead is None:
             return False
         try:
@@ -108,87 +101,11 @@ def test_a_frame_keeps_its_page_and_what_is_in_it(frames):
     there = frames.take(3)
     frames.give(there)
     assert (frames.backing.pages, frames.backing.free, frames.backing.used) == (4, 3, 0)
-    maps = frames.backing.maps
     assert frames.placement.place(None, 3) == there
     assert frames.backing.take(there)
     frames.used |= set(there)
-    assert (frames.backing.maps, frames.backing.had_memory) == (maps, 3)
+    assert (frames.backing.creates, frames.backing.had_memory) == (3, 3)
     assert all(frames.byte(frame).item() == frame for frame in there)
-
-
-def test_the_page_that_was_free_the_longest_is_moved(frames):
-    there = full(frames)
-    for n, frame in enumerate((40, 41), start=1):
-        frames.placement.take([frame])
-        assert frames.backing.take([frame])
-        frames.used.add(frame)
-        assert [frames.backing.has_page(frame) for frame in there] == [False] * n + [True] * (CAPACITY - n)
-    assert frames.backing.moved == 2
-
-
-def moved(frames: Frames, epoch: int) -> tuple[int, int]:
-    """A page is moved: from which frame, and to which one. Batches up to `epoch` may read it where it was."""
-    (source,) = frames.take(1)
-    frames.give([source], epoch)
-    target = elsewhere(frames)
-    frames.placement.take([target])
-    assert frames.backing.take([target])
-    frames.used.add(target)
-    return source, target
-
-
-def test_a_moved_page_is_in_both_frames_until_its_readers_are_done(frames):
-    source, target = moved(frames, epoch=3)
-    frames.byte(target).fill_(77)
-    assert frames.byte(source).item() == 77, "one page"
-    assert (frames.backing.stale, frames.backing.pages) == (1, 2)
-    for completed in (0, 2):
-        frames.backing.completed = completed
-        assert frames.backing.begin_unmap() is None, "a batch in flight may read it there"
-    assert frames.byte(source).item() == 77
-    frames.backing.completed = 3
-    assert frames.unmap()
-    assert frames.backing.stale == 0
-    assert frames.byte(target).item() == 77
-
-
-def test_nobody_is_placed_in_a_stale_frame(frames):
-    source, _ = moved(frames, epoch=1)
-    assert frames.placement.state(source) == FrameState.ASIDE
-    rest = frames.placement.place(None, frames.placement.count(FrameState.VACANT))
-    assert source not in rest
-    frames.placement.free(rest)
-    frames.backing.completed = 1
-    frames.unmap()
-    assert frames.placement.is_vacant(source)
-
-
-def test_a_page_moves_on_while_readers_of_both_its_frames_are_in_flight(frames):
-    _, second = moved(frames, epoch=1)
-    frames.give([second], 2)
-    third = elsewhere(frames)
-    frames.placement.take([third])
-    assert frames.backing.take([third])
-    frames.used.add(third)
-    assert frames.backing.stale == 2
-    frames.check()
-    frames.backing.completed = 1
-    assert frames.unmap()
-    assert not frames.unmap()
-    assert frames.byte(second).item() == frames.byte(third).item()
-    frames.backing.completed = 2
-    assert frames.unmap()
-
-
-def test_a_page_with_a_stale_mapping_is_not_released(frames):
-    source, target = moved(frames, epoch=1)
-    frames.give([target])
-    assert frames.backing.trim(0) == 0, "its handle would keep its memory"
-    frames.backing.completed = 1
-    assert frames.backing.trim(0) == 0
-    frames.unmap()
-    assert frames.backing.trim(0) == 1
-    assert not frames.backing.has_page(source)
 
 
 def test_what_is_trimmed_is_the_longest_free(frames):
@@ -224,17 +141,17 @@ def test_the_capacity_bounds_the_pages(frames):
     assert frames.backing.creatable == 0
     assert frames.take(1) is None
     assert frames.backing.refusal is None, "the driver was not asked"
-    assert not frames.back(elsewhere(frames), move=False)
+    assert not frames.back(elsewhere(frames))
 
 
 def test_pages_in_hand_are_pages(frames):
     frames.take(CAPACITY - 1)
-    ahead = frames.backing.begin_back(elsewhere(frames), move=False)
+    ahead = frames.backing.begin_back(elsewhere(frames))
     assert (frames.backing.creatable, frames.backing.in_hand) == (0, 1)
     assert frames.take(1) is None
     frames.backing.back(ahead)
     frames.backing.finish_back(ahead)
-    assert frames.take(1) is not None, "it is moved"
+    assert frames.take(1) is not None, "it makes room for another"
 
 
 def test_after_a_refusal_nobody_has_anything_and_what_was_made_stays(frames):
@@ -268,40 +185,6 @@ def test_pages_that_cannot_be_cleared_are_none(frames):
     assert frames.vmm.seen["wait_cleared"] == seen + 1, "waited for all of them at once"
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_refused_move_changes_nothing(frames, at):
-    full(frames, epoch=1)
-    target = list(range(40, 43))
-    frames.placement.take(target)
-    frames.vmm.fail_calls, frames.vmm.fail_at = ("map",), at
-    before = {frame for frame in range(64) if frames.backing.has_page(frame)}
-    assert not frames.backing.take(target)
-    frames.placement.free(target)
-    frames.check()
-    after = {frame for frame in range(64) if frames.backing.has_page(frame)}
-    assert len(after) == len(before) == CAPACITY + 1
-    assert after - before == set(target[: at - 1]), "what was moved stays moved"
-    assert frames.backing.stale == at - 1
-    frames.placement.take(target)
-    assert frames.backing.take(target)
-    frames.used |= set(target)
-
-
-def test_a_driver_that_refused_a_move_and_does_the_next_one_is_not_short(frames):
-    full(frames)
-    frames.vmm.fail_calls, frames.vmm.fail_at = ("map",), 1
-    frames.placement.take([40])
-    assert not frames.backing.take([40])
-    assert frames.backing.refusal is not None
-    assert frames.backing.take([40])
-    frames.used.add(40)
-    assert frames.backing.refusal is None, "there is no page to be created that could tell"
-    frames.vmm.fail_at = 1
-    with pytest.raises(VMMError):
-        frames.back(41, move=True)
-    assert frames.back(41, move=True)
-
-
 @pytest.mark.parametrize("call", ["unmap", "release"])
 @pytest.mark.parametrize("at", ["take", "back"])
 def test_a_page_that_is_half_made_and_not_taken_back_is_stuck(frames, call, at):
@@ -316,7 +199,7 @@ def test_a_page_that_is_half_made_and_not_taken_back_is_stuck(frames, call, at):
         assert frames.take(1) is None
     else:
         with pytest.raises(VMMError, match="INJECTED"):
-            frames.back(8, move=False)
+            frames.back(8)
     assert frames.backing.stuck == 1
     frames.check()
     setattr(frames.vmm, call, original)
@@ -336,7 +219,7 @@ def test_a_page_made_ahead_that_fails_is_given_back_whatever_it_raises(frames, c
 
     setattr(frames.vmm, call, fails)
     with pytest.raises(type(error)):
-        frames.back(8, move=False)
+        frames.back(8)
     assert frames.backing.in_hand == 0
     setattr(frames.vmm, call, original)
     frames.check()
@@ -345,39 +228,13 @@ def test_a_page_made_ahead_that_fails_is_given_back_whatever_it_raises(frames, c
     assert frames.placement.is_vacant(8)
 
 
-def test_a_page_that_fails_to_be_moved_ahead_is_where_it_was(frames):
-    there = full(frames, epoch=2)
-    frames.vmm.fail_calls, frames.vmm.fail_at = ("map",), 1
-    with pytest.raises(VMMError):
-        frames.back(40, move=True)
-    assert frames.backing.stale == 0
-    assert frames.placement.is_vacant(there[0])
-    frames.check()
-    assert frames.backing.trim(0) == 0, "its epoch is what it was"
-    frames.backing.completed = 2
-    assert frames.backing.trim(CAPACITY - 1) == 1
-    assert not frames.backing.has_page(there[0]), "and it is still the longest free"
-
-
 def test_nobody_is_placed_where_memory_is_on_its_way(frames):
-    full(frames)
-    ahead = frames.backing.begin_back(40, move=True)
+    ahead = frames.backing.begin_back(40)
     assert frames.placement.state(40) == FrameState.ASIDE
-    assert frames.placement.state(ahead.stale.frame) == FrameState.ASIDE
     frames.backing.back(ahead)
     frames.backing.finish_back(ahead)
     assert frames.placement.is_vacant(40)
-    assert frames.backing.moved_ahead == 1
-
-
-def test_a_page_moved_ahead_is_the_last_one_to_be_moved_away(frames):
-    there = full(frames)
-    frames.back(40, move=True)
-    frames.placement.take(range(41, 40 + CAPACITY))
-    assert frames.backing.take(range(41, 40 + CAPACITY))
-    frames.used |= set(range(41, 40 + CAPACITY))
-    assert frames.backing.has_page(40)
-    assert not any(frames.backing.has_page(frame) for frame in there)
+    assert (frames.backing.free, frames.backing.created) == (1, 0)
 
 
 @pytest.mark.parametrize("call", ["unmap", "release"])
@@ -406,47 +263,29 @@ def test_a_stuck_page_waits_until_it_is_due(frames):
     assert frames.again()
 
 
-def test_a_stale_mapping_that_fails_to_go_waits_until_it_is_due_and_holds_up_no_other(frames):
-    one, other = frames.take(1), frames.take(1)
-    frames.give(one)
-    frames.give(other)
-    frames.placement.take([40, 41])
-    assert frames.backing.take([40, 41])
-    frames.used |= {40, 41}
-    assert frames.unmap(fails=True)
-    assert frames.backing.stale == 2
-    assert frames.backing.begin_unmap(lambda frame: frame != one[0]).frame == other[0]
-    assert frames.unmap()
-    assert frames.unmap()
-    assert not frames.unmap()
-
-
 def test_a_full_device_is_an_answer():
     frames = Frames(device_pages=4)
     assert frames.take(5) is None
     assert isinstance(frames.backing.refusal, OutOfMemory)
     there = frames.take(3)
     with pytest.raises(OutOfMemory):
-        frames.back(elsewhere(frames), move=False)
+        frames.back(elsewhere(frames))
     frames.give(there)
     frames.check()
     assert len(frames.take(2)) == 2
 
 
-def test_a_page_with_a_fixed_frame_never_moves():
-    frames = Frames(moves=False)
+def test_a_page_keeps_its_frame(frames):
     there = full(frames)
-    assert not frames.back(40, move=True)
+    assert not frames.back(40)
     frames.placement.take([40])
     assert frames.backing.take([40]), "one is given back, and another one is created"
     frames.used.add(40)
-    assert (frames.backing.moved, frames.backing.stale, frames.backing.releases) == (0, 0, 1)
+    assert frames.backing.releases == 1
     assert not frames.backing.has_page(there[0])
-    frames.check()
 
 
-def test_a_fixed_page_that_is_read_yet_is_not_given_back_for_another():
-    frames = Frames(moves=False)
+def test_a_page_that_is_read_yet_is_not_given_back_for_another(frames):
     full(frames, epoch=1)
     frames.placement.take([40])
     assert not frames.backing.take([40])
@@ -456,12 +295,10 @@ def test_a_fixed_page_that_is_read_yet_is_not_given_back_for_another():
     frames.placement.take([40])
     assert frames.backing.take([40])
     frames.used.add(40)
-    frames.check()
 
 
 @pytest.mark.parametrize("call", ["unmap", "release"])
-def test_a_fixed_page_that_is_not_taken_back_makes_no_room_for_another(call):
-    frames = Frames(moves=False)
+def test_a_page_that_is_not_taken_back_makes_no_room_for_another(frames, call):
     full(frames)
     frames.vmm.fail_calls, frames.vmm.fail_at = (call,), 1
     frames.placement.take([40])
@@ -482,7 +319,7 @@ def test_the_newest_free_frames_are_vacant_ones(frames):
     frames.placement.free([there[-2]])
 
 
-def test_close_returns_everything_used_stale_or_stuck(frames):
+def test_close_returns_everything_used_free_or_stuck(frames):
     there = full(frames)
     frames.take(2, after=frames.take(1)[0])
     frames.placement.take([40])

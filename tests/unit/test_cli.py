@@ -22,8 +22,13 @@ RANK |= {"pages_live": 12_345_678, "pages_cached": 23_456_789, "pages_kept": 34_
 RANK |= {"pages_owned": 35_802_467, "pages_backed": 81_481_369, "backed_bytes": 81_481_369 * PAGE}
 RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
 RANK |= {"pages_allocated": 56_789_012, "pages_in_place": 45_678_012, "pages_with_memory": 34_567_012}
-RANK |= {"pages_moved": 23_456_012, "pages_created_at_once": 12_345_012, "contexts": 10_000_000}
-RANK |= {"context_runs": 19_100_000, "context_runs_most": 67_890_123, "maps": 89_012_345, "unmaps": 90_123_456}
+RANK |= {"pages_created_at_once": 12_345_012, "contexts": 10_000_000}
+RANK |= {
+    "context_runs": 19_100_000,
+    "context_runs_most": 67_890_123,
+    "pages_created": 89_012_345,
+    "pages_released": 90_123_456,
+}
 RANK |= {"prefix_tokens_served": 11_223_344, "prompt_tokens": 22_334_455, "scheduling_seconds": 12_345_678.9}
 RANK |= {"worker_seconds": 23_456_789.1, "dp_rank": 0}
 RANK |= {"weights_bytes": 22_334_455 * PAGE, "device_free_bytes": 33_445_566 * PAGE, "device_bytes": 99_999_999 * PAGE}
@@ -39,7 +44,7 @@ def lines(shown, width):
 
 
 def top_view(rank):
-    return view(Sample(URL, 1.0, [rank]), Sample(URL, 0.0, [rank | {"maps": 0}]))
+    return view(Sample(URL, 1.0, [rank]), Sample(URL, 0.0, [rank | {"pages_created": 0}]))
 
 
 @pytest.mark.parametrize("shown", [top_view(RANK), stats_table(RANK, URL)], ids=["top", "stats"])
@@ -62,7 +67,7 @@ def test_top_says_what_each_number_is():
         "limit 171,199.85 GiB",
         "requests 12,345,678",
         "runs a context 1.91",
-        "maps/s 89,012,345",
+        "pages created/s 89,012,345",
         "44,556,677",
     ):
         assert phrase in words, phrase
@@ -79,7 +84,7 @@ def test_stats_says_what_each_number_is():
         "limit 87,654,321 175,308,644.0 MiB",
         "of a capacity of 98,765,432 197,530,866.0 MiB",
         "pages handed out 56,789,012, 45,678,012 of them in place",
-        "their memory 34,567,012 had it, 23,456,012 moved, 12,345,012 new",
+        "their memory 34,567,012 had it, 12,345,012 new",
         "runs of a context 1.91, 67,890,123 at most",
     ):
         assert row in rows, rows

@@ -205,7 +205,7 @@ def test_free_all_forgets_everything():
     memory.free_all()
     done(memory)
     stats = memory.stats()
-    assert (stats["pages_owned"], stats["pages_kept"], stats["stale_mappings"]) == (0, 0, 0)
+    assert (stats["pages_owned"], stats["pages_kept"]) == (0, 0)
     assert len(take(memory, 16)) == 16
     memory.check_integrity()
 
@@ -289,19 +289,18 @@ def test_a_side_that_is_short_makes_pages_missing():
     assert memory.missing_pages() == 16, "the other side has some, which help nobody"
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_both_sides_get_memory_where_a_request_comes_to_next(moves):
-    memory = make(sides=[LAYOUT, WINDOW], reserve_pages=2, moves=moves, num_frames=8 * 40)
+def test_both_sides_get_memory_where_a_request_comes_to_next():
+    memory = make(sides=[LAYOUT, WINDOW], reserve_pages=2, num_frames=8 * 40)
     frames = take(memory, 2)
     done(memory)
     assert all(backing.has_page(frames[-1] + 1) for backing in memory.backings)
 
 
-# Fixed frames.
+# A full cache.
 
 
-def test_fixed_frames_of_a_batch_are_where_free_pages_are():
-    memory = make(moves=False, num_frames=128)
+def test_the_frames_of_a_batch_are_where_free_pages_are():
+    memory = make(num_frames=128)
     memory.free(take(memory, 10))
     memory.free(take(memory, 4))
     memory.complete(memory.launch())
@@ -311,13 +310,12 @@ def test_fixed_frames_of_a_batch_are_where_free_pages_are():
     one, other = memory.allocate([Ask(None, 4), Ask(None, 4)])
     assert (len(one), len(other)) == (4, 4)
     assert tail.frame is not None
-    assert memory.backing.moved == 0
     memory.check_integrity()
 
 
-def test_a_batch_of_fixed_frames_gets_what_the_limit_allows():
+def test_a_batch_gets_what_the_limit_allows():
     """Some free pages, some that may be created, and neither are enough by themselves."""
-    memory = make(moves=False)
+    memory = make()
     memory.free(take(memory, 5))
     assert len(take(memory, 1)) == 1
     done(memory)
@@ -326,8 +324,8 @@ def test_a_batch_of_fixed_frames_gets_what_the_limit_allows():
     memory.check_integrity()
 
 
-def test_sides_of_fixed_frames_whose_free_pages_lie_apart_are_no_shortage_for_ever():
-    memory = make(sides=[LAYOUT, WINDOW], moves=False, capacity_pages=4, max_tokens=32)
+def test_sides_whose_free_pages_lie_apart_are_no_shortage_for_ever():
+    memory = make(sides=[LAYOUT, WINDOW], capacity_pages=4, max_tokens=32)
     one = take(memory, 4)
     memory.let_go(1, one[:2])
     memory.complete(memory.launch())
@@ -418,42 +416,14 @@ def test_the_reserve_is_where_requests_come_to_next():
     done(memory)
     assert memory.backing.has_page(frames[-1] + 1)
     assert memory.ready == 3, "what is had ahead is part of the reserve"
-    maps = memory.backing.maps
+    created = memory.backing.creates
     assert go_on(memory, frames) == [frames[-1] + 1]
-    assert memory.backing.maps == maps
+    assert memory.backing.creates == created
     assert memory.stats()["pages_with_memory"] == 1
     begin = take(memory, 2)
-    assert memory.backing.maps == maps, "and where they begin"
+    assert memory.backing.creates == created, "and where they begin"
     memory.check_integrity()
     assert begin
-
-
-def test_a_full_cache_moves_ahead_what_is_free_and_nobodys_next():
-    memory = make(reserve_pages=2)
-    running, other = take(memory, 2), take(memory, 13)
-    memory.free(other[-3:])
-    done(memory)
-    assert memory.backing.has_page(running[-1] + 1)
-    assert memory.stats()["pages_moved_ahead"] + memory.stats()["pages_created"] >= 16
-    for _ in range(3):
-        running += go_on(memory, running)
-        done(memory)
-    assert memory.backing.moved == 0, "each was there before it was needed"
-    memory.check_integrity()
-
-
-def test_frames_of_requests_that_are_over_hold_up_no_moves():
-    """Each conversation leaves memory behind its last frame; that is as free as any other."""
-    memory = make(capacity_pages=8, num_frames=512)
-    memory.free(take(memory, 8))
-    for _ in range(12):
-        (frame,) = take(memory, 1)
-        done(memory)
-        memory.free([frame])
-        memory.placement.set_aside(frame)  # the next one begins elsewhere
-    running = take(memory, 1)
-    done(memory)
-    assert memory.backing.has_page(running[-1] + 1)
 
 
 def test_the_allowance_gives_back_what_is_free_and_lets_what_runs_grow():
@@ -691,25 +661,6 @@ def test_who_goes_on_waits_for_the_frame_that_the_worker_is_giving_memory(slow):
     memory.check_integrity()
 
 
-def test_nobody_is_placed_where_the_worker_unmaps(slow):
-    vmm, slow_down, begun, go = slow
-    memory = make(vmm, capacity_pages=4)
-    frames = take(memory, 4)
-    occupy(memory, frames)
-    take(memory, 2)
-    leave(memory, frames)
-    memory.complete(memory.launch())
-    assert memory.backing.stale == 2
-    slow_down("unmap")
-    worker_thread, _ = in_thread(memory.housekeep)
-    assert begun.wait(10)
-    assert not set(take(memory, 2)) & set(frames[:2])
-    go.set()
-    worker_thread.join(10)
-    assert memory.backing.unmaps == 1
-    memory.check_integrity()
-
-
 def test_a_thread_that_polls_gives_way_to_the_worker():
     """What an idle server's event loop does: it asks a socket, and others get the interpreter for moments only."""
     socket = zmq.Context.instance().socket(zmq.PULL)
@@ -797,9 +748,8 @@ def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
     without.give_way()
 
 
-@pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("lanes", [3, 64])
-def test_a_worker_and_a_scheduling_thread_race(moves, lanes):
+def test_a_worker_and_a_scheduling_thread_race(lanes):
     """Batches run while others are made: each reads its pages again when it is done, and finds what was there."""
     rng = random.Random(lanes)
     vmm = FaultyVirtualMemory(capacity_bytes=22 * (LAYOUT.page_bytes + WINDOW.page_bytes))
@@ -809,7 +759,6 @@ def test_a_worker_and_a_scheduling_thread_race(moves, lanes):
         capacity_pages=24,
         reserve_pages=4,
         idle_seconds=0.0,
-        moves=moves,
         worker=True,
         num_frames=lanes * 16,
         lane_frames=16,
@@ -940,21 +889,19 @@ def moving_limits(memory):
     write(frames, 100)
     read(frames, 100)
     occupy(memory, frames)
-    if not memory.backing.moves:
-        memory.complete(memory.launch())  # what is read yet is given back for no other page
-    moved = insist(take, memory, 8)
-    write(moved, 200)
+    memory.complete(memory.launch())  # what is read yet is given back for no other page
+    others = insist(take, memory, 8)
+    write(others, 200)
     checked()
-    read(moved, 200)
+    read(others, 200)
     leave(memory, frames)
-    memory.free(moved)
+    memory.free(others)
     checked()
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_a_failure_at_every_call_of_the_driver_while_the_limit_moves(moves):
+def test_a_failure_at_every_call_of_the_driver_while_the_limit_moves():
     def build(vmm):
-        memory = make(vmm, reserve_pages=2, idle_seconds=0.0, moves=moves)
+        memory = make(vmm, reserve_pages=2, idle_seconds=0.0)
         memory.worker.retry_seconds = 0.0
         return memory
 

@@ -26,10 +26,10 @@ def test_gauges_are_set_and_counters_grow(monkeypatch):
     assert all(told(f"{name}_total") == stats[key] for name, (key, _) in COUNTERS.items())
     stats = {key: value + 2 for key, value in stats.items()}
     metrics.update()
-    assert told("vtensor_maps_total") == stats["maps"] - 2, "once a second is enough"
+    assert told("vtensor_pages_created_total") == stats["pages_created"] - 2, "once a second is enough"
     monkeypatch.setattr(metrics, "_due", 0.0)
     metrics.update()
-    assert told("vtensor_maps_total") == stats["maps"]
+    assert told("vtensor_pages_created_total") == stats["pages_created"]
     assert told("vtensor_bytes", kind="backed") == stats["backed_bytes"]
 
 

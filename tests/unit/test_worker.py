@@ -12,7 +12,7 @@ import pytest
 from sglang_vtensor import worker
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
-from tests.unit.test_memory import go_on, leave, make, occupy, take
+from tests.unit.test_memory import go_on, make, take
 from tests.waiting import wait_for
 
 PAGES = 16
@@ -31,16 +31,12 @@ def serving(vmm, **kwargs):
 
 
 def peak(memory):
-    """Requests take every page, some by moves, and end."""
+    """Requests take every page, and end."""
     with memory.paused():
         frames = take(memory, PAGES)
         assert frames is not None
         memory.complete(memory.launch())
-        occupy(memory, frames[:6])
-        moved = take(memory, 4)
-        assert moved is not None
-        leave(memory, frames[:6])
-    memory.free(frames[6:] + moved)
+    memory.free(frames)
     memory.complete(memory.launch())
 
 
@@ -85,7 +81,7 @@ def test_a_call_that_fails_once_is_tried_again(call, at, error, caplog):
         wait_for(given_back)
         memory.check_integrity()
         stats = memory.stats()
-        assert (memory.backing.in_hand, stats["pages_stuck"], stats["stale_mappings"]) == (0, 0, 0)
+        assert (memory.backing.in_hand, stats["pages_stuck"]) == (0, 0)
         assert stats["worker_failures"] == 1
         peak(memory)
         wait_for(lambda: memory.backed == 1)
@@ -161,23 +157,18 @@ def test_a_mapping_that_the_driver_never_takes_away_holds_up_nothing_else(caplog
         memory.worker.retry_seconds = 3600.0  # nothing but the bad ones waits for that
         with memory.paused():
             frames = take(memory, PAGES)
-            memory.complete(memory.launch())
-            occupy(memory, frames[:5])
-            moved = take(memory, 5)
-            leave(memory, frames[:5])
             bad = [memory.backing.address(frame) for frame in frames[:3]]
             vmm.unmap = refuses_some
-        memory.free(frames[5:] + moved)
+        memory.free(frames)
         memory.allow(0)  # as a server that falls asleep
         memory.complete(memory.launch())
-        # The padding page, and those that are mapped in the frames that they were moved from.
-        wait_for(lambda: memory.backed == 4 and memory.backing.stale == 3)
+        wait_for(lambda: memory.backed == 4 and memory.backing.stuck == 3)
         memory.check_integrity()
         assert len([record for record in caplog.records if "tries it again" in record.message]) == 1, "said once"
         bad = []
         memory.worker._again_at.clear()  # an hour goes by
         memory.worker.wake()
-        wait_for(lambda: memory.backed == 1 and not memory.backing.stale)
+        wait_for(lambda: memory.backed == 1)
         memory.check_integrity()
 
 
@@ -246,23 +237,4 @@ def test_a_request_goes_on_elsewhere_where_the_worker_does_not_let_go_of_its_fra
         memory.free(more)
         go.set()
         wait_for(lambda: memory.backing.in_hand == 0)
-        memory.check_integrity()
-
-
-def test_a_moved_page_that_is_on_its_way_is_not_moved_twice(hanging):
-    vmm, hang, begun, go = hanging
-    with serving(vmm, capacity_pages=4, idle_seconds=1000.0) as memory:
-        with memory.paused():
-            frames = take(memory, 4)
-            occupy(memory, frames[2:])  # two pages are free
-            memory.chores._hints.append(frames[1] + 40)
-            hang("map")
-        assert begun.wait(10)
-        assert take(memory, 2) is None
-        assert len(take(memory, 1)) == 1
-        go.set()
-        wait_for(lambda: memory.backing.in_hand == 0)
-        leave(memory, frames[2:])
-        memory.check_integrity()
-        assert len(take(memory, 1)) == 1
         memory.check_integrity()
