@@ -296,7 +296,7 @@ class Draws:
 def busy_history(rng: random.Random) -> None:
     """A long history in which batches fly for long, and the worker and the driver's failures come in between."""
     machine, data = MemoryMachine(), Draws(rng)
-    machine.begin(rng.random() < 0.6, rng.choice([7, 16, 200]), rng.choice([1, 2]))
+    machine.begin(rng.choice([7, 16, 200]), rng.choice([1, 2]))
 
     def fail() -> int | None:
         return rng.randint(1, 6) if rng.random() < 0.15 else None

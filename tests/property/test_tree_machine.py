@@ -437,7 +437,7 @@ class TestTree(TreeMachine.TestCase):
 def busy_history(rng: random.Random) -> None:
     """A long history in which much is shared, evicted and read: every rule is as likely as a server makes it."""
     machine = TreeMachine()
-    machine.build(rng.choice([1, 1, 4, 8]), rng.choice(POLICIES), rng.random() < 0.5, rng.random() < 0.7)
+    machine.build(rng.choice([1, 1, 4, 8]), rng.choice(POLICIES), rng.random() < 0.5)
 
     def which() -> int:
         return rng.randrange(12)

@@ -531,19 +531,6 @@ def test_the_worker_finds_out_that_the_device_gives_again():
     assert not memory.short
 
 
-def test_a_move_that_is_refused_once_is_no_shortage_for_ever():
-    vmm = FaultyVirtualMemory()
-    memory = make(vmm)
-    memory.worker.retry_seconds = 0.0
-    occupy(memory, take(memory, 16))
-    vmm.fail_calls, vmm.fail_at = ("map",), 1
-    assert take(memory, 3) is None
-    assert memory.short
-    assert memory.missing_pages() == 0
-    assert len(take(memory, 3)) == 3
-    assert not memory.short
-
-
 # What the worker does.
 
 

@@ -57,7 +57,8 @@ MEASURED = {
     "mapping_share": 0.01,
     "kv_tokens": 1024,
 }
-OURS = {"worker_seconds": 0.5, "prefix_maps_on_continue": 0}
+OURS = {"worker_seconds": 0.5, "worker_driver_seconds": 0.25, "contexts": 10, "context_runs": 19, "broken_runs": 1}
+OURS |= {"pages_allocated": 20, "pages_with_memory": 15}
 
 
 def measured(rates, *, run="a", workload="chat", first=1, **head):
@@ -78,7 +79,9 @@ def test_ratios_are_taken_within_rounds_and_the_stronger_peer_counts():
     assert [summary[f"chat_vs_fa3{end}"] for end in ("", "_least", "_most")] == [1.1, 0.9, 1.2]
     assert [summary[f"chat_vs_best{end}"] for end in ("", "_least", "_most")] == [1.1, 0.9, 1.2]
     assert summary["chat_vs_fa3-page128"] == pytest.approx(110 / 60)
-    assert summary["worker_share_worst"] == 0.25
+    assert (summary["worker_share_worst"], summary["worker_driver_share_worst"]) == (0.25, 0.125)
+    assert (summary["runs_per_context_chat"], summary["broken_runs_chat"]) == (1.9, 3)
+    assert summary["pages_with_memory_chat"] == 0.75
 
 
 def test_there_is_no_best_where_one_peer_was_not_measured():
