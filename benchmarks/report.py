@@ -268,6 +268,8 @@ TABLES = {
     "serving": serving,
     "serving_triton": serving,  # Triton attention too, in another run: ratios are its own
     "prefix": prefix,
+    "moves": prefix,
+    "prefix_segments": prefix,
     "prefix_0517": prefix,
     "prefill": prefill,
     "shared_decode": shared_decode,
