@@ -16,12 +16,22 @@ the lock, and finish.
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglang_vtensor.placement import Placement
 from sglang_vtensor.vmm import Handle, VirtualMemory, VMMError
+
+
+class Free(NamedTuple):
+    """Of a page that nobody uses: the epoch of its last reader, and since when (`time.monotonic`)."""
+
+    epoch: int
+    since: float
 
 
 @dataclass(eq=False, slots=True)
@@ -63,8 +73,8 @@ class Backing:
         #: Of the frames that were taken, those that had memory, and those that got a new page.
         self.had_memory = self.created = 0
         self._pages: dict[int, Handle] = {}  # by frame: what is mapped there, to stay
-        #: Frames whose pages nobody uses, the longest so first, with the epoch of the last reader.
-        self._free: OrderedDict[int, int] = OrderedDict()
+        #: Frames whose pages nobody uses, the longest so first.
+        self._free: OrderedDict[int, Free] = OrderedDict()
         self._leaving: list[Leaving] = []  # the driver did not take them back when it was last asked to
         self._in_hand = 0  # pages that are created, moved or given back without the lock at this moment
         self._pages[0] = self._new_page(0)
@@ -129,7 +139,7 @@ class Backing:
         created = self._get(missing)
         if created < len(missing):
             self._free.update(had)
-            self._free.update(dict.fromkeys(missing[:created], 0))
+            self._free.update(dict.fromkeys(missing[:created], Free(0, time.monotonic())))
             return False
         self.had_memory += len(had)
         return True
@@ -163,9 +173,10 @@ class Backing:
 
     def give(self, frames: Iterable[int], epoch: int) -> None:
         """Nobody uses these frames any more, but for batches up to `epoch`. Their pages stay there, and are free."""
+        free = Free(epoch, time.monotonic())
         for frame in frames:
             assert self.uses(frame), f"frame {frame} is not used"
-            self._free[frame] = epoch
+            self._free[frame] = free
 
     # The driver.
 
@@ -234,21 +245,23 @@ class Backing:
         if not ahead.done:
             self._stick(ahead.new)
             return
-        self._pages[ahead.frame], self._free[ahead.frame] = ahead.new.page, 0
+        self._pages[ahead.frame], self._free[ahead.frame] = ahead.new.page, Free(0, time.monotonic())
         self.creates += 1
         self.refusal = None
 
     # For the worker: memory that is given back.
 
-    def begin_trim(self, keep: int) -> Leaving | None:
+    def begin_trim(self, keep: int, since: float = math.inf) -> Leaving | None:
         """Take in hand the page that is free the longest and may go; None if `keep` or fewer are free, or none may.
 
-        A page stays while a batch may still read it.
+        A page stays while a batch may still read it, and if it was used later than `since`.
         """
         if len(self._free) <= keep:
             return None
-        for frame, epoch in self._free.items():
-            if epoch <= self.completed:
+        for frame, free in self._free.items():
+            if free.since > since:
+                return None
+            if free.epoch <= self.completed:
                 del self._free[frame]
                 self.placement.set_aside(frame)
                 self._in_hand += 1

@@ -102,8 +102,8 @@ class Chores:
 
     def _trim(self, backing: Backing) -> bool:
         with self.worker.lock:
-            keep = self.memory.kept_now(backing, device_low=self._device_low)
-            leaving = backing.begin_trim(keep) or backing.begin_again(self.worker.due)
+            kept = self.memory.kept_now(backing, device_low=self._device_low)
+            leaving = backing.begin_trim(*kept) or backing.begin_again(self.worker.due)
             if leaving is None:
                 return False
             self.worker.took()

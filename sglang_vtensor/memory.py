@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ class KVMemory:
     """`capacity_pages` is what requests and nodes may own together (the padding page comes on top); `max_tokens` the
     longest context. `sides` are the kinds of memory of a frame, with equal `page_tokens`; the first one is that of all
     tokens. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the pages they
-    are filling; free pages beyond them go back to the driver after `idle_seconds`. `num_frames` is for tests: so many,
-    rounded to lanes.
+    are filling; free pages beyond them that nobody needed for `idle_seconds` go back to the driver. `num_frames` is for
+    tests: so many, rounded to lanes.
     With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
     """
 
@@ -126,7 +127,6 @@ class KVMemory:
         self.chores = Chores(self, self.worker)
         self._lock = self.worker.lock
         self._regions: list[torch.Tensor] = []
-        self._used_at = time.monotonic()
         self._retry_at = self._warn_at = 0.0
         if worker:
             self.worker.start()
@@ -223,9 +223,10 @@ class KVMemory:
             self._forget_until(max(0, self.available_pages() - total))
             until = patience()
             placed = self._attempt(asks)
+            if placed is None and self.short and total <= min(backing.free for backing in self.backings):
+                placed = self._attempt(asks)  # where pages are, as the driver gives no others
             while placed is None and any(backing.in_hand for backing in self.backings) and self.worker.wait(until):
                 placed = self._attempt(asks)
-            self._used_at = time.monotonic()
             if placed is None:
                 return None
             self.counts["allocated"] += total
@@ -250,9 +251,8 @@ class KVMemory:
         return None
 
     def _place(self, ask: Ask, before: Sequence[int]) -> list[int] | None:
-        """Frames for one request, beside those that were placed `before` for others of its batch. Those without memory
-        are given up for others that have some, if no more pages may be created, or more are free than are kept ready.
-        """
+        """Frames for one request, beside those that were placed `before` for others of its batch. Where no more pages
+        may be created, or the driver gives none, those without memory are given up for others that have some."""
         frames = self.placement.place(ask.after, ask.count, own=ask.own)
         if frames is None:
             return None
@@ -261,10 +261,12 @@ class KVMemory:
         if not lacking:
             return frames
         had = sum(map(self.backing.has_page, before))
-        spare = self.backing.free - had - len(there)
-        if lacking + len(before) - had <= self.backing.creatable:
-            spare -= self.kept_ready
-        if spare < lacking or len(others := self.backing.newest_vacant(lacking)) < lacking:
+        if not self.short and lacking + len(before) - had <= self.backing.creatable:
+            return frames
+        if (
+            self.backing.free - had - len(there) < lacking
+            or len(others := self.backing.newest_vacant(lacking)) < lacking
+        ):
             return frames
         self.placement.free(set(frames).difference(there))
         self.placement.take(others)
@@ -425,11 +427,11 @@ class KVMemory:
         wanted = min(max(wanted, backing.free + 1), available)
         return backing.free < wanted and time.monotonic() >= self._retry_at
 
-    def kept_now(self, backing: Backing, *, device_low: bool) -> int:
-        """Free pages that do not go back to the driver now."""
+    def kept_now(self, backing: Backing, *, device_low: bool) -> tuple[int, float]:
+        """How many free pages do not go back to the driver now, and since when one must have been free to go."""
         if self.over(backing) or device_low:
-            return 0
-        return backing.free if time.monotonic() - self._used_at < self.idle_seconds else self.kept_ready
+            return 0, math.inf
+        return self.kept_ready, time.monotonic() - self.idle_seconds
 
     def housekeep(self) -> bool:
         """One turn of the worker's. True if it did something, and there may be more."""

@@ -385,22 +385,24 @@ class Placement:
 
     def check_integrity(self) -> None:
         """Each frame is in one state, each extent in one list, and all counts agree."""
-        assert self._counts == [self._states.count(state) for state in FrameState]
-        ends = 0
+        ends = used = 0
         for extent in sorted(self._extents.values(), key=lambda extent: extent.start):
             assert extent.start == ends, f"a gap before {extent}"
             assert extent.start % extent.size == 0
             ends = extent.end
             here = self._states[extent.start : extent.end]
             assert extent.used == here.count(FrameState.OWNED) + here.count(FrameState.KEPT), extent
+            used += extent.used
             of_size = self._free.get(extent.size, OrderedDict())
             assert (of_size.get(extent.start) is extent) == (not extent.used), extent
             roomy = [size for size, some in self._roomy.items() if extent.start in some]
             assert roomy in ([], [extent.size] if extent.used else []), extent
         assert ends == self._next_lane * self.lane_frames
         assert sum(map(len, self._free.values())) == sum(not extent.used for extent in self._extents.values())
-        beyond = self._states[ends:]
-        assert beyond.count(FrameState.VACANT) + beyond.count(FrameState.ASIDE) == len(beyond), "used before it began"
+        assert used == self._counts[FrameState.OWNED] + self._counts[FrameState.KEPT]
+        assert sum(self._counts) == self.num_frames
+        # What nobody began in is far more than the rest.
+        assert self._states.find(bytes([FrameState.OWNED]), ends) < 0, "owned before it began"
         assert self._states[0] == FrameState.OWNED
         aside = [self._states[frame] for frame in self._aside]
         assert aside.count(FrameState.ASIDE) == self._counts[FrameState.ASIDE], "a frame is aside, and nothing keeps it"

@@ -160,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtensor-idle-seconds",
         type=float,
         default=argparse.SUPPRESS,
-        help="Free pages beyond the reserve go back to the driver when no page was needed for this long.",
+        help="Free pages beyond the reserve go back to the driver when nobody needed them for this long.",
     )
     group.add_argument(
         "--vtensor-cache-idle-seconds",

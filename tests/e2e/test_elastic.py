@@ -65,7 +65,7 @@ def settle(scheduler, patience=5.0):
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
     scheduler.on_idle()
     deadline = time.monotonic() + patience
-    while memory.over() and time.monotonic() < deadline:
+    while memory.over(memory.backing) and time.monotonic() < deadline:
         time.sleep(0.005)
     memory.check_integrity()
 

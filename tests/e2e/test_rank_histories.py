@@ -35,7 +35,7 @@ def join(scheduler: Any, number: int, store: str) -> None:
     """Make the scheduler one of two ranks, and have it note each vote, and how things stand before each batch."""
     import torch.distributed as dist
 
-    from sglang_vtensor import manager
+    from sglang_vtensor import worker
     from sglang_vtensor.srt import radix_cache
 
     runtime = scheduler.token_to_kv_pool_allocator.runtime
@@ -43,7 +43,7 @@ def join(scheduler: Any, number: int, store: str) -> None:
     runtime.use_group(dist.ProcessGroupGloo(dist.FileStore(store, 2), number, 2, timedelta(seconds=10)))
     assert runtime.several_ranks
     radix_cache.AWAITED_TOKENS = 16  # contexts are short here
-    manager.PATIENCE_SECONDS = 0.02  # what `worker_holds` does not let go of is soon done without
+    worker.PATIENCE_SECONDS = 0.02  # what `worker_holds` does not let go of is soon done without
     scheduler.noted = []
     agree, launch = runtime.agree, scheduler.run_batch
 

@@ -46,7 +46,7 @@ def server(models, tmp_path_factory):
 def test_the_chat_of_the_demo(server):
     rows = demo.chat(Console(quiet=True), server, 3)
     assert all(row["cached"] > 0 for row in rows if row["turn"] > 1)
-    assert all(row["segment"] == "adopted" for row in rows if row["turn"] > 1)
+    assert all(row["in_place"] == row["new"] for row in rows if row["turn"] > 1), "each turn goes on in place"
     assert rows[1]["shared"] > 0, "the second user shares the system prompt"
     assert all(row["first"] > 0 for row in rows)
     demo.turns_table(rows)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import zmq
 
+from sglang_vtensor import backing as backing_module
 from sglang_vtensor import chores, worker
 from sglang_vtensor import memory as memory_module
 from sglang_vtensor.layout import KVLayout
@@ -296,6 +297,20 @@ def test_both_sides_get_memory_where_a_request_comes_to_next():
     assert all(backing.has_page(frames[-1] + 1) for backing in memory.backings)
 
 
+def test_contexts_are_one_run_while_pages_may_be_created():
+    """Also where pages are free elsewhere: those in reserve, and what others left."""
+    memory = make(capacity_pages=60, reserve_pages=4, num_frames=512)
+    memory.free(take(memory, 10))
+    requests = [take(memory, 2) for _ in range(5)]
+    for _ in range(5):
+        placed = memory.allocate([Ask(request[-1], 1, own=True) for request in requests])
+        for request, frames in zip(requests, placed, strict=True):
+            request += frames
+        done(memory)
+    assert all(len(list(runs_of(request))) == 1 for request in requests)
+    memory.check_integrity()
+
+
 # A full cache.
 
 
@@ -476,17 +491,39 @@ def test_what_is_idle_goes_back_when_somebody_else_needs_the_device(monkeypatch)
 def test_free_pages_beyond_the_reserve_stay_until_they_are_idle(monkeypatch):
     now = 1000.0
     clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now)
-    monkeypatch.setattr(memory_module, "time", clock)
+    for module in (memory_module, backing_module):
+        monkeypatch.setattr(module, "time", clock)
     memory = make(reserve_pages=2, idle_seconds=5.0)
-    memory.free(take(memory, 8))
+    first, later = take(memory, 4), take(memory, 4)
+    memory.free(first)
+    now += 3.0
+    memory.free(later)
     done(memory)
     assert memory.ready == 8
+    now += 2.0
+    frames = take(memory, 1)  # one of the later ones; what nobody needed for so long goes back nevertheless
+    done(memory)
+    assert memory.ready == 3
     now += 5.0
     done(memory)
     assert memory.ready == 2
+    assert frames
 
 
 # Running out.
+
+
+def test_where_the_driver_gives_no_more_free_pages_are_used_wherever_they_are():
+    vmm = FaultyVirtualMemory(capacity_bytes=9 * LAYOUT.page_bytes)  # 8, and the padding page
+    memory = make(vmm, num_frames=512)
+    first, other = take(memory, 6), take(memory, 2)
+    memory.free(first[:4])
+    (more,) = memory.allocate([Ask(other[-1], 3, own=True)])
+    assert set(more) <= set(first[:4]), "the frames behind have no memory, and get none"
+    assert memory.short
+    assert take(memory, 1) is not None
+    assert take(memory, 1) is None
+    memory.check_integrity()
 
 
 def test_a_full_device_is_an_answer_and_is_said_once(caplog):
