@@ -35,7 +35,6 @@ RUN_FIELDS = tl.constexpr(3)
 RUN_START, RUN_END, RUN_SHIFT = map(tl.constexpr, range(3))
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_vtensor.kernels.attend import ITEM_FIELDS, ITEM_HIGH, ITEM_LOW, MERGE_FIELDS, RUN_FIELDS
+from sglang_vtensor.kernels.attend import ITEM_HIGH, ITEM_LOW, RUN_FIELDS
 
 #: What a tile of rows costs beside its keys, and a part of one, and what the merge costs, in tiles of keys: estimates.
 PROGRAM_COST = 1.5
@@ -23,6 +23,8 @@ PART_COST = 2.5
 MERGE_COST = 3.0
 #: A part is at least so many tiles of keys.
 SMALLEST_PART = 2
+#: Numbers of int32 in 16 bytes.
+ALIGNED = 4
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,18 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """Work items, merges and runs (see `attend`) on the device, int32, and how many parts the items fill. For the
-    kernel for Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV heads plus a head.
-    """
+    """How many parts the work items fill, and the rows of q; and work items, merges and runs (see `attend`), int32 on
+    the device. In the kernel for Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV
+    heads plus a head."""
 
     config: Config
+    parts: int
+    rows: int
     work: torch.Tensor
     merges: torch.Tensor
     runs: torch.Tensor
     lists: torch.Tensor
     schedule: torch.Tensor
-    parts: int
-    rows: int
 
 
 def divide(costs: np.ndarray, programs_each: int, slots: int) -> np.ndarray:
@@ -179,27 +181,28 @@ def plan_prefill(
     if len(work):
         work = work[_order(part_high - part_low, of, part_low)]
     merges = np.stack([starts[:-1][request], new_tokens[request], tile, first_part, parts], axis=1)[divided]
-    arrays = [work, merges, table]
+    lists = schedule = np.empty(0, dtype=np.int64)
     if config.hopper and len(work):
         keys = work[:, ITEM_HIGH.value] - work[:, ITEM_LOW.value]
         owner, load = _assign(np.repeat(keys / block_n + PROGRAM_COST, kv_heads), slots)
         lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
-        arrays += [lists, np.argsort(owner, kind="stable")]
-    on_device = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]).astype(np.int32))
+        schedule = np.argsort(owner, kind="stable")
+    arrays = _transfer([work, merges, table, lists, schedule], device)
+    return Plan(config, int(parts[divided].sum()), int(starts[-1]), *arrays)
+
+
+def _transfer(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[torch.Tensor]:
+    """The arrays on the device, int32, by one copy that nothing waits for.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not, and that would be
+    while serving, as lengths decide where an array behind another one begins.
+    """
+    padded = [np.pad(array.reshape(-1), (0, -array.size % ALIGNED)) for array in arrays]
+    packed = torch.from_numpy(np.concatenate(padded).astype(np.int32))
     if torch.device(device).type == "cuda":
-        on_device = on_device.pin_memory().to(device, non_blocking=True)
-    placed = list(on_device.split([array.size for array in arrays]))
-    placed += [on_device[:0]] * (5 - len(placed))
-    return Plan(
-        config,
-        placed[0].view(-1, ITEM_FIELDS.value),
-        placed[1].view(-1, MERGE_FIELDS.value),
-        placed[2].view(-1, RUN_FIELDS.value),
-        placed[3],
-        placed[4],
-        int(parts[divided].sum()),
-        int(starts[-1]),
-    )
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    places = packed.split([array.size for array in padded])
+    return [place[: array.size].view(array.shape) for place, array in zip(places, arrays, strict=True)]
 
 
 def _table(runs: Sequence[Sequence[tuple[int, int]]], context: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,9 @@ from sglang_vtensor.kernels.launch import check, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 
+#: Slots are int32 in the kernels, and for the copy engine.
+SLOTS = 1 << 31
+
 __all__ = ["Config", "Plan", "compile_prefill", "plan_prefill", "prefix_prefill"]
 
 
@@ -26,7 +29,7 @@ def plan_prefill(
     kv_heads: int,
     head_dim: int,
     device: torch.device | str,
-    page_tokens: int = 1,
+    page_tokens: int,
     config: Config | None = None,
 ) -> Plan:
     """How a ragged batch is divided over the GPU; the same for all layers of one geometry.
@@ -39,10 +42,15 @@ def plan_prefill(
     """
     group = q_heads // kv_heads
     for request, some in enumerate(runs):
-        if any(first < 0 for first, _ in some) or any(tokens % page_tokens or not tokens for _, tokens in some[:-1]):
+        if any(first < 0 or tokens < 1 or first + tokens > SLOTS for first, tokens in some):
             raise ValueError(
-                f"request {request} has runs {list(some)}: first slots of 0 or more, and whole pages of {page_tokens} "
-                "tokens in all but the last, wanted"
+                f"request {request} has runs {list(some)}: at least 1 token in each, in slots 0 to {SLOTS - 1}, "
+                "wanted; leave out runs without tokens"
+            )
+        if any(tokens % page_tokens for _, tokens in some[:-1]):
+            raise ValueError(
+                f"request {request} has runs {list(some)}: whole pages of {page_tokens} tokens in all but the last "
+                "wanted; divide contexts at page bounds"
             )
     if config is None:
         contexts = [sum(tokens for _, tokens in some) for some in runs]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided
@@ -109,6 +109,8 @@ def test_every_key_of_every_row_is_planned_once(lengths, group, kv_heads, slots,
     rng = random.Random(seed)
     runs = [[(rng.randrange(1 << 20) * 128, n) for n in divided(context, 128, 0.5, rng)] for context in contexts]
     plan = _plan(new, runs, group=group, kv_heads=kv_heads, config=config, slots=slots, device="cpu")
+    for array in (plan.work, plan.merges, plan.runs, plan.lists, plan.schedule):
+        assert array.storage_offset() % ALIGNED == 0, "a kernel would be compiled again for such a pointer"
     of = {}  # the request of each run of the plan
     for request, some in enumerate(runs):
         position = 0
@@ -158,13 +160,28 @@ def test_a_program_goes_through_a_list(config, monkeypatch):
 
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1, occupancy=16), *CONFIGS[1:]], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_long_contexts_aredividedd_and_merged(sinks, config):
+def test_long_contexts_are_divided_and_merged(sinks, config):
     lengths = [700, 30, 411] if config.block_n < 64 else [7000, 300, 4110]
     batch = Batch.random([3, 1, 2], lengths, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4, page=PAGE)
     sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
     out, plan = run(batch, sinks=sink, config=config)
     assert plan.parts > 4
     assert_close(out, batch.expected(sinks=sink))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_a_request_reads_its_own_runs_alone(only, config):
+    """The others' keys and values, before, between and behind its runs, are NaN."""
+    contexts, new = [5 * PAGE + 3, 7 * PAGE, 3 * PAGE + PAGE // 2], [3, 2 * PAGE, 40]
+    batch = Batch.random(new, contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=5, page=PAGE)
+    rows = slice(sum(new[:only]), sum(new[: only + 1]))
+    expected = batch.expected()[rows]
+    for other in {0, 1, 2} - {only}:
+        batch.k[batch.slots(other)] = batch.v[batch.slots(other)] = float("nan")
+    out, _ = run(batch, config=config)
+    assert_close(out[rows], expected)
+    assert sum(row.isnan().all().item() for row in out) == sum(new) - new[only]
 
 
 def test_head_dim_256():
@@ -211,7 +228,7 @@ def test_outputs_and_inputs_may_have_any_stride():
     wide[:, ::2] = batch.q
     batch.q = wide[:, ::2]
     out = torch.full((9, 4, 3, 64), float("nan"), dtype=batch.q.dtype, device=DEVICE)
-    plan = plan_prefill([9], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+    plan = plan_prefill([9], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE, page_tokens=1)
     prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale, out=out[:, :, 1])
     assert_close(out[:, :, 1], batch.expected())
     assert out[:, :, ::2].isnan().all(), "something else was written"
@@ -219,7 +236,7 @@ def test_outputs_and_inputs_may_have_any_stride():
 
 def test_what_does_not_fit_is_refused_before_the_launch():
     batch = Batch.random([4], [9], q_heads=4, kv_heads=2, dim=64)
-    plan = plan_prefill([4], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE)
+    plan = plan_prefill([4], batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE, page_tokens=1)
 
     def call(**changes):
         given = {"q": batch.q, "k": batch.k, "v": batch.v, "plan": plan} | changes
@@ -243,11 +260,16 @@ def test_what_does_not_fit_is_refused_before_the_launch():
     with pytest.raises(ValueError, match="request 1 has 5 new tokens in a context of 4"):
         plan_of([1, 5], [[(0, 1)], [(128, 4)]])
     with pytest.raises(
-        ValueError, match=r"request 0 has runs \[\(0, 100\), \(256, 4\)\]: .* whole pages of 128 tokens"
+        ValueError, match=r"request 0 has runs \[\(0, 100\), \(256, 4\)\]: whole pages of 128 tokens in all but"
     ):
         plan_of([1], [[(0, 100), (256, 4)]])
-    with pytest.raises(ValueError, match=r"request 0 has runs \[\(-128, 4\)\]: first slots of 0 or more"):
+    with pytest.raises(
+        ValueError, match=r"request 0 has runs \[\(-128, 4\)\]: at least 1 token in each, in slots 0 to"
+    ):
         plan_of([1], [[(-128, 4)]])
+    for empty in ([(0, 128), (256, 0)], [(0, 128), (256, -3)], [((1 << 31) - 128, 129)]):
+        with pytest.raises(ValueError, match="wanted; leave out runs without tokens"):
+            plan_of([1], [empty])
     with pytest.raises(ValueError, match=r"pages of 8 tokens: a tile would cross two runs"):
         plan_of([1], [[(0, 8), (64, 4)]], page=8)
 
