@@ -38,12 +38,14 @@ import triton
 from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.launch import DIMS, base_two, check, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
-from sglang_vtensor.kernels.shared_attend import _pieces, _together
+from sglang_vtensor.kernels.shared_attend import _pieces
+from sglang_vtensor.kernels.shared_merge import _together
 from sglang_vtensor.kernels.shared_plan import (
     ARRANGED,
     COST,
     FOUND,
     LEVELS,
+    LINE_FIELDS,
     LOCATED,
     SHORTEST,
     TEAM_FIELDS,
@@ -111,14 +113,14 @@ class SharedDecoder:
         self.members[DEPTH * self.rows :] = torch.arange(self.rows)
         self.ranks = buffer(DEPTH * self.rows)
         self.starts = buffer(max_requests)
-        self.units = buffer(2 * self.rows, UNIT_FIELDS)
+        self.units = buffer(2 * self.rows, UNIT_FIELDS.value)
         self.numbers = buffer(2 * self.rows)
         # A request has one partial result of each level and each share that ends within one, or of each team.
         self.most = 2 * self.teams + DEPTH + 1
         self.parts = buffer(self.rows)
         self.places = buffer(self.rows, self.most)
-        self.work = buffer(self.teams, TEAM_FIELDS)
-        self.line = buffer(4)
+        self.work = buffer(self.teams, TEAM_FIELDS.value)
+        self.line = buffer(LINE_FIELDS.value)
         self.own_rows = (self.max_tiles + 2 * self.teams) * kv_heads * self.config.block_m
         parts = self.own_rows + (self.rows + self.teams) * kv_heads * self.own
         self.part_out = buffer(parts * self.padded, dtype=torch.float32)

@@ -11,13 +11,19 @@ from sglang_vtensor.sharing import DEPTH
 
 #: What a tile of rows costs beside its keys, and the shortest share, in tiles of keys: measured, and an estimate.
 COST, SHORTEST = 1, 4
-#: What `_divide` says of a unit. Where it begins on the line, or -1 less its first team if its tiles are side by side;
-#: its tiles of keys; tiles of rows of the units before it on the line; its first and one past its last token; where its
-#: requests begin in `members`, the first of which is read, and how many there are.
-UNIT_FIELDS = 7
-#: And of a team: its part of the line, from and to, and the unit there; the unit of which it has a tile beside others,
-#: or -1, which tile, and its part of that, from and to; and its number among the teams that have a part of the line.
-TEAM_FIELDS = 8
+#: Of a unit: where it begins on the line, or -1 less its first team if its tiles are side by side; its tiles of keys;
+#: the tiles of rows of the units before it on the line; its first token, and one past its last one; where its requests
+#: begin in `members`, the first of which is read for all; and how many there are.
+UNIT_FIELDS = tl.constexpr(7)
+UNIT_BEGIN, UNIT_TILES, UNIT_BEFORE, UNIT_LOW, UNIT_HIGH, UNIT_MEMBERS, UNIT_COUNT = map(tl.constexpr, range(7))
+#: Of a team: its part of the line, from and to, and the unit there; the unit of which it has a tile beside others, or
+#: -1, which tile, and its part of that, from and to; and its number among the teams that have a part of the line.
+TEAM_FIELDS = tl.constexpr(8)
+TEAM_AT, TEAM_END, TEAM_UNIT, TEAM_BESIDE, TEAM_TILE, TEAM_FROM, TEAM_TO, TEAM_TURN = map(tl.constexpr, range(8))
+#: Of all: what a team has to do at most; the tiles of rows of shared runs on the line; the teams that have tiles side
+#: by side; and what these have left of their shares.
+LINE_FIELDS = tl.constexpr(4)
+LINE_SHARE, LINE_RUN_TILES, LINE_BESIDE, LINE_LEFT = map(tl.constexpr, range(4))
 #: Rows whose order one program of `_arrange` finds; requests whose partial results one of `_locate` finds.
 ARRANGED, LOCATED = 32, 8
 #: Pages of a request that one program of `_find_pages` looks up, at most.
@@ -144,31 +150,31 @@ def _divide(
     in_line = tl.sum(narrow.to(tl.int32))
     number = tl.where(narrow, narrows, in_line + tl.cumsum(beside.to(tl.int32), 0)) - 1
     at = team * share - used
-    work = teams_ptr + team * 8
-    tl.store(work, at)
-    tl.store(work + 1, tl.minimum(at + share - used_here, tl.sum(cost)))
-    tl.store(work + 2, tl.sum((narrow & (end <= at)).to(tl.int32)))
-    tl.store(work + 3, tl.sum(tl.where(mine, number + 1, 0)) - 1)
-    tl.store(work + 4, tl.sum(tl.where(mine, (team - column) % width, 0)))
-    tl.store(work + 5, tl.sum(tl.where(mine, inside, 0)))
-    tl.store(work + 6, tl.sum(tl.where(mine, stop, 0)))
-    tl.store(work + 7, team - without)
+    work = teams_ptr + team * TEAM_FIELDS
+    tl.store(work + TEAM_AT, at)
+    tl.store(work + TEAM_END, tl.minimum(at + share - used_here, tl.sum(cost)))
+    tl.store(work + TEAM_UNIT, tl.sum((narrow & (end <= at)).to(tl.int32)))
+    tl.store(work + TEAM_BESIDE, tl.sum(tl.where(mine, number + 1, 0)) - 1)
+    tl.store(work + TEAM_TILE, tl.sum(tl.where(mine, (team - column) % width, 0)))
+    tl.store(work + TEAM_FROM, tl.sum(tl.where(mine, inside, 0)))
+    tl.store(work + TEAM_TO, tl.sum(tl.where(mine, stop, 0)))
+    tl.store(work + TEAM_TURN, team - without)
     if team == 0:
         lined = tl.where(narrow, tile_rows, 0)
-        unit = units_ptr + number * 7
-        tl.store(unit, tl.where(beside, -1 - column, end - cost), mask=there)
-        tl.store(unit + 1, tiles, mask=there)
-        tl.store(unit + 2, tl.cumsum(lined, 0) - lined, mask=there)
-        tl.store(unit + 3, low, mask=there)
-        tl.store(unit + 4, high, mask=there)
-        tl.store(unit + 5, start, mask=there)
-        tl.store(unit + 6, count, mask=there)
+        unit = units_ptr + number * UNIT_FIELDS
+        tl.store(unit + UNIT_BEGIN, tl.where(beside, -1 - column, end - cost), mask=there)
+        tl.store(unit + UNIT_TILES, tiles, mask=there)
+        tl.store(unit + UNIT_BEFORE, tl.cumsum(lined, 0) - lined, mask=there)
+        tl.store(unit + UNIT_LOW, low, mask=there)
+        tl.store(unit + UNIT_HIGH, high, mask=there)
+        tl.store(unit + UNIT_MEMBERS, start, mask=there)
+        tl.store(unit + UNIT_COUNT, count, mask=there)
         tl.store(numbers_ptr + lane, tl.where(there, number, -1))
-        tl.store(line_ptr, share)
-        tl.store(line_ptr + 1, tl.sum(tl.where(run, lined, 0)))
-        tl.store(line_ptr + 2, tl.sum(columns))
+        tl.store(line_ptr + LINE_SHARE, share)
+        tl.store(line_ptr + LINE_RUN_TILES, tl.sum(tl.where(run, lined, 0)))
+        tl.store(line_ptr + LINE_BESIDE, tl.sum(columns))
         all_used = tl.where(beside, full * share + tile_rows * rest, 0)
-        tl.store(line_ptr + 3, tl.sum(columns) * share - tl.sum(all_used))
+        tl.store(line_ptr + LINE_LEFT, tl.sum(columns) * share - tl.sum(all_used))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -208,33 +214,33 @@ def _locate(
     lane = tl.where(work & (level == DEPTH), ROWS + row, lane)
     # Its own is nothing where a context ends with a shared run.
     number = tl.load(numbers_ptr + lane, mask=lane >= 0, other=-1)
-    unit = units_ptr + number * 7
-    begin = tl.load(unit, mask=number >= 0, other=0)
-    tiles = tl.load(unit + 1, mask=number >= 0, other=0)
+    unit = units_ptr + number * UNIT_FIELDS
+    begin = tl.load(unit + UNIT_BEGIN, mask=number >= 0, other=0)
+    tiles = tl.load(unit + UNIT_TILES, mask=number >= 0, other=0)
     tile = rank // EACH
-    tile_rows = (tl.load(unit + 6, mask=number >= 0, other=0) + EACH - 1) // EACH
-    share = tl.load(line_ptr)
-    columns = tl.load(line_ptr + 2)
+    tile_rows = (tl.load(unit + UNIT_COUNT, mask=number >= 0, other=0) + EACH - 1) // EACH
+    share = tl.load(line_ptr + LINE_SHARE)
+    columns = tl.load(line_ptr + LINE_BESIDE)
     # On the line: from the team that has the first key to the one that has the last. Only teams that have tiles side by
     # side have less of the line than a whole share, or nothing, and are then not counted.
     first = begin + tile * (tiles + COST) + COST
     last = first + tiles - 1
-    beyond = tl.load(line_ptr + 3)
+    beyond = tl.load(line_ptr + LINE_LEFT)
     team = tl.maximum(first - beyond, 0) // share
     last_team = tl.maximum(last - beyond, 0) // share
     for i in range(0, columns):
-        end = tl.load(teams_ptr + i * 8 + 1)
-        counts = end > tl.load(teams_ptr + i * 8)
+        end = tl.load(teams_ptr + i * TEAM_FIELDS + TEAM_END)
+        counts = end > tl.load(teams_ptr + i * TEAM_FIELDS + TEAM_AT)
         team += (counts & (end <= first)).to(tl.int32)
         last_team += (counts & (end <= last)).to(tl.int32)
     on_line = begin >= 0
-    part = tl.load(unit + 2, mask=number >= 0, other=0) + tile + team
+    part = tl.load(unit + UNIT_BEFORE, mask=number >= 0, other=0) + tile + team
     count = tl.where(on_line, last_team - team + 1, (tiles + COST + share - 1) // share)
     count = tl.where(number >= 0, count, 0)
     before = tl.cumsum(count, 1) - count
     tl.store(parts_ptr + row, tl.sum(count, 1)[:, None], mask=row < rows)
     in_run = tl.where(on_line, TEAMS + part, -1 - begin + tile) * (KV_HEADS * BLOCK_M) + rank % EACH * GROUP
-    in_own = own_rows + (part - tl.load(line_ptr + 1)) * (KV_HEADS * OWN)
+    in_own = own_rows + (part - tl.load(line_ptr + LINE_RUN_TILES)) * (KV_HEADS * OWN)
     place = tl.where(level < DEPTH, in_run, in_own)
     step = tl.where(level < DEPTH, tl.where(on_line, 1, tile_rows) * (KV_HEADS * BLOCK_M), KV_HEADS * OWN)
     for i in range(0, tl.max(tl.max(count, 1), 0)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from sglang_vtensor.kernels import shared_plan
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_decode import COST, SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
@@ -15,6 +16,8 @@ from tests.kernels.reference import DEVICE, Batch, assert_close
 
 #: Tokens of a page: whole tiles, of 16 keys on the host and of 64 on a GPU.
 PAGE = 16 if DEVICE == "cpu" else 64
+#: What is said of a team's work.
+TEAM = ("AT", "END", "BESIDE", "TILE", "FROM", "TO")
 
 
 @dataclass
@@ -229,23 +232,25 @@ def test_tiles_of_a_run_side_by_side(occupancy):
     decoder = served.decoder(Config(16, 16, 4, 1, False, occupancy))
     out = served.run(decoder)
     assert_close(out, expected)
-    low, high, _, unit, tile, begin, end, _ = decoder.work.T.tolist()
-    units = decoder.units.tolist()
-    share = int(decoder.line[0])
-    beside = [team for team in range(decoder.teams) if unit[team] >= 0]
+    team = {name: decoder.work[:, getattr(shared_plan, f"TEAM_{name}").value].tolist() for name in TEAM}
+    tiles, count = (decoder.units[:, field.value] for field in (shared_plan.UNIT_TILES, shared_plan.UNIT_COUNT))
+    tile_rows = (-(-count // decoder.each)).tolist()
+    share = int(decoder.line[shared_plan.LINE_SHARE.value])
+    beside = [n for n in range(decoder.teams) if team["BESIDE"][n] >= 0]
     # Teams of one part of a run are neighbours, and work on the same keys.
-    for team in beside:
-        first = team - tile[team]
-        rows = -(-units[unit[team]][6] // decoder.each)
+    for n in beside:
+        first = n - team["TILE"][n]
+        rows = tile_rows[team["BESIDE"][n]]
         assert rows > 1
-        assert tile[first : first + rows] == [*range(rows)]
-        for column in (unit, begin, end):
-            assert len(set(column[first : first + rows])) == 1
+        assert team["TILE"][first : first + rows] == [*range(rows)]
+        for name in ("BESIDE", "FROM", "TO"):
+            assert len(set(team[name][first : first + rows])) == 1
     # What they do is all that there is, and nobody does more than a share.
-    done = [end[team] - begin[team] + max(high[team] - low[team], 0) for team in range(decoder.teams)]
+    done = [team["TO"][n] - team["FROM"][n] + max(team["END"][n] - team["AT"][n], 0) for n in range(decoder.teams)]
     assert max(done) <= share
-    assert sum(done) == sum(-(-count // decoder.each) * (keys + COST) for _, keys, _, _, _, _, count in units if keys)
-    assert len(beside) == len({(unit[team], tile[team], begin[team]) for team in beside}) >= (5 if occupancy > 2 else 0)
+    assert sum(done) == sum(rows * (keys + COST) for rows, keys in zip(tile_rows, tiles.tolist(), strict=True) if keys)
+    of = {(team["BESIDE"][n], team["TILE"][n], team["FROM"][n]) for n in beside}
+    assert len(beside) == len(of) >= (5 if occupancy > 2 else 0)
 
 
 def small(**changes):
