@@ -14,9 +14,7 @@ from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.launch import check, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
-
-#: Slots are int32 in the kernels, and for the copy engine.
-SLOTS = 1 << 31
+from sglang_vtensor.layout import SLOTS
 
 __all__ = ["Config", "Plan", "compile_prefill", "plan_prefill", "prefix_prefill"]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+#: SGLang keeps slots, and kernels count tokens, in 32 bits.
+SLOTS = 1 << 31
 #: Page sizes in tokens that are tried, smallest first, when the user names none.
 PAGE_TOKENS = (16, 32, 64, 128, 256, 512)
 #: A page larger than this wastes more in half-filled last pages than small pages cost in mapping calls.

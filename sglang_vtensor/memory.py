@@ -21,7 +21,7 @@ import torch
 
 from sglang_vtensor.backing import Backing
 from sglang_vtensor.chores import Chores
-from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.layout import SLOTS, KVLayout
 from sglang_vtensor.placement import Placement, lane_frames_for
 from sglang_vtensor.tails import Tail, Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 #: Addresses that frames may take, all sides together; reserving 64 TiB was seen to succeed, a process has 128.
 ADDRESS_BYTES = 32 << 40
-#: SGLang keeps slots, and kernels count tokens, in 32 bits.
-SLOTS = 1 << 31
 #: More lanes than contexts that live at a time are of no use, and more frames cost a byte each.
 MOST_LANES, MOST_FRAMES = 4096, 1 << 22
 

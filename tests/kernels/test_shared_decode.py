@@ -16,8 +16,15 @@ from tests.kernels.reference import DEVICE, Batch, assert_close
 
 #: Tokens of a page: whole tiles, of 16 keys on the host and of 64 on a GPU.
 PAGE = 16 if DEVICE == "cpu" else 64
-#: What is said of a team's work.
-TEAM = ("AT", "END", "BESIDE", "TILE", "FROM", "TO")
+
+
+def fields(kind: str, *names: str) -> dict[str, int]:
+    """Where the planner's fields of that kind are."""
+    return {name: getattr(shared_plan, f"{kind}_{name}").value for name in names}
+
+
+UNIT = fields("UNIT", "BEGIN", "TILES", "BEFORE", "LOW", "HIGH", "MEMBERS", "COUNT")
+TEAM = fields("TEAM", "AT", "END", "UNIT", "BESIDE", "TILE", "FROM", "TO", "TURN")
 
 
 @dataclass
@@ -232,8 +239,8 @@ def test_tiles_of_a_run_side_by_side(occupancy):
     decoder = served.decoder(Config(16, 16, 4, 1, False, occupancy))
     out = served.run(decoder)
     assert_close(out, expected)
-    team = {name: decoder.work[:, getattr(shared_plan, f"TEAM_{name}").value].tolist() for name in TEAM}
-    tiles, count = (decoder.units[:, field.value] for field in (shared_plan.UNIT_TILES, shared_plan.UNIT_COUNT))
+    team = {name: decoder.work[:, field].tolist() for name, field in TEAM.items()}
+    tiles, count = (decoder.units[:, UNIT[name]] for name in ("TILES", "COUNT"))
     tile_rows = (-(-count // decoder.each)).tolist()
     share = int(decoder.line[shared_plan.LINE_SHARE.value])
     beside = [n for n in range(decoder.teams) if team["BESIDE"][n] >= 0]

@@ -13,18 +13,10 @@ from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
 from tests.kernels.planner_model import Piece, Planner, Unit, units_of
 from tests.kernels.reference import DEVICE
-from tests.kernels.test_shared_decode import PAGE, paths_of
+from tests.kernels.test_shared_decode import PAGE, TEAM, UNIT, paths_of
 
 #: Each is planned twice. Interpreted, a step takes a fifth of a second, which grows with the teams.
 BATCHES = 100
-
-
-def fields(kind: str, *names: str) -> dict[str, int]:
-    return {name: getattr(shared_plan, f"{kind}_{name}").value for name in names}
-
-
-UNIT = fields("UNIT", "BEGIN", "TILES", "BEFORE", "LOW", "HIGH", "MEMBERS", "COUNT")
-TEAM = fields("TEAM", "AT", "END", "UNIT", "BESIDE", "TILE", "FROM", "TO", "TURN")
 
 
 class Planned:
