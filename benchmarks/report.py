@@ -39,17 +39,18 @@ def host(record: Record) -> str:
         ]
         ratio = record["summary"][f"{part}_vs_torch_native"]
         lines.append(f"| {what} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
-    lines += ["", "| on the scheduling thread, microseconds | SGLang, in Rust | vtensor, in Python |", "|---|---|---|"]
+    lines += ["", "| on the scheduling thread, microseconds | SGLang, core in Rust | in Python | vtensor |"]
+    lines.append("|---" * 4 + "|")
     for name, count in (("100", "100"), ("10k", "10,000")):
-        times = [record["summary"][f"{prefix}turn_us_at_{name}"] for prefix in ("sglang_", "")]
-        ours = record["summary"][f"turn_memory_us_at_{name}"]
+        times = [f"{record['summary'][f'{core}turn_us_at_{name}']:.0f}" for core in ("rust_", "python_", "")]
+        memory = record["summary"][f"turn_memory_us_at_{name}"]
         lines.append(
-            f"| a turn in tree and pools, {count} conversations cached | {times[0]:.0f} | {times[1]:.0f}, of these "
-            f"{ours:.0f} for placing and backing |"
+            f"| a turn in tree and pools, {count} conversations cached | {' | '.join(times)}, of these {memory:.0f} "
+            "for placing and backing |"
         )
     if "grouping_us_256" in record["summary"]:
         took = record["summary"]["grouping_us_256"]
-        lines.append(f"| who shares what, a decode step of 256 requests, two of them new | | {took:.0f} |")
+        lines.append(f"| who shares what, a decode step of 256 requests, two of them new | | | {took:.0f} |")
     return "\n".join([*lines, "", source(record)])
 
 

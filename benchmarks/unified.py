@@ -1,4 +1,5 @@
-"""A turn in the tree and the pools, beside the tree that SGLang 0.5.23 has by default: `UnifiedRadixCache`, in Rust.
+"""A turn in the tree and the pools, beside the tree that SGLang 0.5.23 has by default: `UnifiedRadixCache`, with its
+core in Rust, and with its core in Python.
 
 The turn is that of `benchmarks.turns`, in the life cycle of SGLang 0.5.23: match the text of a conversation, lock, take
 slots, write them to the row; and, when the turn is over, insert the text, free what the tree did not take, unlock,
@@ -13,6 +14,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -41,9 +43,9 @@ class Side(Protocol):
 
 
 class Stock:
-    """SGLang's default tree, with the Rust core, and its paged allocator, on host memory."""
+    """SGLang's default tree, with one of its cores, and its paged allocator, on host memory."""
 
-    def __init__(self, capacity: int, running: int, longest: int) -> None:
+    def __init__(self, capacity: int, running: int, longest: int, *, core: str = "rust") -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -60,12 +62,12 @@ class Stock:
                 token_to_kv_pool_allocator=self.allocator,
                 page_size=PAGE,
                 tree_components=(ComponentType.FULL,),
-                tree_core_backend="rust",
+                tree_core_backend=core,
             )
         )
-        core = type(self.tree.tree_core).__name__
-        if not core.startswith("Rust"):
-            raise RuntimeError(f"SGLang fell back to {core} here: the comparison is with its Rust core")
+        name = type(self.tree.tree_core).__name__
+        if name.startswith("Rust") != (core == "rust"):
+            raise RuntimeError(f"SGLang took {name} here: the comparison is with its core in {core}")
 
     def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
         """The tree gives out whole pages only, so that new tokens begin a page."""
@@ -159,11 +161,12 @@ def measure(
 
 
 def compare() -> dict[str, float]:
-    """For the summary of host.json: a turn with few and with many conversations on both, and theirs over ours."""
+    """For the summary of host.json: a turn with few and with many conversations, and ours over theirs."""
     summary: dict[str, float] = {}
     for conversations, name in ((100, "100"), (10_000, "10k")):
-        took = measure({"ours": Ours, "stock": Stock}, conversations)
-        summary[f"turn_us_at_{name}"], summary[f"sglang_turn_us_at_{name}"] = took["ours"], took["stock"]
-        summary[f"turn_memory_us_at_{name}"] = took["ours memory"]
-        summary[f"turn_vs_rust_{name}"] = took["stock"] / took["ours"]
+        took = measure({"ours": Ours, "rust": Stock, "python": partial(Stock, core="python")}, conversations)
+        summary[f"turn_us_at_{name}"], summary[f"turn_memory_us_at_{name}"] = took["ours"], took["ours memory"]
+        for core, key in (("rust", "rust"), ("python", "python_tree")):
+            summary[f"{core}_turn_us_at_{name}"] = took[core]
+            summary[f"turn_vs_{key}_{name}"] = took["ours"] / took[core]
     return summary

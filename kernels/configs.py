@@ -67,19 +67,24 @@ def prefill(rows: int, context: float, head_dim: int, capability: int, hopper: b
 
 
 def ours_before_fa3(
-    new: Sequence[int], contexts: Sequence[int], q_heads: int, kv_heads: int, head_dim: int, device: str
+    new: Sequence[int],
+    contexts: Sequence[int],
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: str,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> bool:
     """Whether the kernel for Hopper beats FlashAttention-3, over pages of 128 tokens, for such a prefill batch.
 
-    It does with heads of 64; with many short requests of one tile each, which are bound by memory; and where one
-    request would keep a few multiprocessors busy for long after the others have ended, as FlashAttention-3 divides all
-    contexts of a batch alike.
+    It does with heads of 64 over prefixes; and where one request would keep a few multiprocessors busy for long after
+    the others have ended, as FlashAttention-3 divides all contexts of a batch alike.
     """
     if head_dim == 64:
-        return True
+        return sum(contexts) > sum(new)
     tiles = [-(-n * q_heads // kv_heads // 128) * kv_heads for n in new]
     if max(tiles) == kv_heads:
-        return sum(tiles) >= multiprocessors(device) and max(contexts) < SHORT_CONTEXT
+        return False  # one tile each
     keys = [context - n / 2 for n, context in zip(new, contexts, strict=True)]
     work = sum(count * n for count, n in zip(tiles, keys, strict=True))
     return len(new) > 1 and max(keys) * multiprocessors(device) > UNEVEN * work

@@ -114,6 +114,11 @@ class Backing:
     def has_page(self, frame: int) -> bool:
         return frame in self._pages
 
+    def backed_among(self, frames: Sequence[int]) -> int:
+        """How many of these frames have a page."""
+        pages = self._pages
+        return sum(frame in pages for frame in frames)
+
     def uses(self, frame: int) -> bool:
         """Whether the frame's page is used."""
         return frame in self._pages and frame not in self._free

@@ -112,6 +112,7 @@ class KVMemory:
         #: Tokens that the pages of what runs have room for yet, as of the last batch.
         self.unfilled_tokens = 0
         self.launched = 0
+        self._given = 0  # the epoch of what was given up last
         self.counts = dict.fromkeys(
             ("allocated", "shared", "prefix_tokens", "prompt_tokens", "tails_continued", "copies", "copied_tokens"), 0
         )
@@ -237,32 +238,32 @@ class KVMemory:
         self.chores.wait_for({ask.after + 1 for ask in asks if ask.after is not None})
         placed: list[list[int]] = []
         frames: list[int] = []
+        lacking = 0
         for ask in asks:
-            some = self._place(ask, frames) if ask.count else []
+            some = self._place(ask, lacking, len(frames) - lacking) if ask.count else []
             if some is None:
                 break
             placed.append(some)
             frames += some
+            lacking += len(some) - self.backing.backed_among(some)
         if len(placed) == len(asks) and self._take(frames):
             return placed
         self.placement.free(frames)
         return None
 
-    def _place(self, ask: Ask, before: Sequence[int]) -> list[int] | None:
-        """Frames for one request, beside those that were placed `before` for others of its batch. Where no more pages
-        may be created, or the driver gives none, those without memory are given up for others that have some."""
+    def _place(self, ask: Ask, without: int, having: int) -> list[int] | None:
+        """Frames for one request. For others of its batch some were placed, `without` memory and `having` it. Where no
+        more pages may be created, or the driver gives none, those without memory are given up for others that have
+        some."""
         frames = self.placement.place(ask.after, ask.count, own=ask.own)
         if frames is None:
             return None
+        lacking = len(frames) - self.backing.backed_among(frames)
+        if not lacking or (not self.short and lacking + without <= self.backing.creatable):
+            return frames
         there = list(filter(self.backing.has_page, frames))
-        lacking = len(frames) - len(there)
-        if not lacking:
-            return frames
-        had = sum(map(self.backing.has_page, before))
-        if not self.short and lacking + len(before) - had <= self.backing.creatable:
-            return frames
         if (
-            self.backing.free - had - len(there) < lacking
+            self.backing.free - having - len(there) < lacking
             or len(others := self.backing.newest_vacant(lacking)) < lacking
         ):
             return frames
@@ -315,14 +316,17 @@ class KVMemory:
 
     def _give(self, frames: Iterable[int]) -> None:
         for backing in self.backings:
-            backing.give([frame for frame in frames if backing.uses(frame)], self.next_epoch)
+            self._give_side(backing, frames)
+
+    def _give_side(self, backing: Backing, frames: Iterable[int]) -> None:
+        self._given = self.next_epoch
+        backing.give([frame for frame in frames if backing.uses(frame)], self._given)
 
     def let_go(self, side: int, frames: Iterable[int]) -> None:
         """Their owner keeps these frames, and needs one side of them no more; the first side it always needs."""
         assert side, "the first side is that of all tokens"
         with self._timed():
-            backing = self.backings[side]
-            backing.give([frame for frame in frames if backing.uses(frame)], self.next_epoch)
+            self._give_side(self.backings[side], frames)
 
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""
@@ -393,6 +397,14 @@ class KVMemory:
         """The epoch of the batch that is being made: it may read what was freed until it is launched."""
         return self.launched + 1
 
+    def nothing_launched(self) -> None:
+        """Every batch is done, and none is to be launched now: what was given up since the last one is read by nobody,
+        although no next one says so."""
+        if self._given > self.launched:
+            self.launch()
+        if self.launched > self.backing.completed:
+            self.complete(self.launched)
+
     def launch(self) -> int:
         """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it."""
         self.launched += 1
@@ -443,8 +455,7 @@ class KVMemory:
 
     def give_way(self) -> None:
         """Let the worker go on if it may have something to do, for a caller that has nothing more urgent."""
-        with self.clock:
-            self.worker.give_way()
+        self.worker.give_way()
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """The worker does nothing meanwhile (`Worker.paused`)."""

@@ -171,7 +171,10 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
 def secure_decode(runtime: Runtime, tree: Any, reqs: list[Req]) -> bool:
     """Whether the next decode step of these requests has its memory. If so, they hold it already: what
     `alloc_for_decode` hands out is never refused."""
-    return _secure_decode(runtime, tree, reqs, [runtime.sglang.committed(req) for req in reqs])
+    committed, slot = runtime.sglang.committed, runtime.sglang.slot
+    with runtime.memory.clock:
+        records = [runtime.requests[slot(req)] for req in reqs]
+        return _secure_decode(runtime, tree, records, [committed(req) for req in reqs])
 
 
 def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
@@ -181,14 +184,17 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
         raise NotImplementedError(f"{token_per_req} tokens a decode step: speculative decoding is refused at start")
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
-    if not _secure_decode(runtime, batch.tree_cache, batch.reqs, seq_lens):
+    slot = runtime.sglang.slot
+    with runtime.memory.clock:
+        records = [runtime.requests[slot(req)] for req in batch.reqs]
+        secured = _secure_decode(runtime, batch.tree_cache, records, seq_lens)
+    if not secured:
         memory = runtime.memory
         raise RuntimeError(
             f"no page for the next tokens of {len(seq_lens)} requests: {memory.available_pages()} are left below the "
             f"limit, {memory.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}"
         )
     tokens = runtime.page_tokens
-    records = [runtime.requests[runtime.sglang.slot(req)] for req in batch.reqs]
     _slide(runtime, records, seq_lens)
     runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
     out = [record.frames[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)]
@@ -200,10 +206,11 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     return out_cache_loc
 
 
-def _secure_decode(runtime: Runtime, tree: Any, reqs: list[Req], seq_lens: list[int]) -> bool:
-    with runtime.memory.clock:
-        records = [runtime.requests[runtime.sglang.slot(req)] for req in reqs]
-        return _secure(runtime, tree, records, [n + 1 for n in seq_lens], growing=True)
+def _secure_decode(runtime: Runtime, tree: Any, records: list[RequestFrames], seq_lens: list[int]) -> bool:
+    tokens = runtime.page_tokens
+    if all(n < len(record.frames) * tokens for n, record in zip(seq_lens, records, strict=True)):
+        return True  # nearly always: a page is taken once in so many tokens
+    return _secure(runtime, tree, records, [n + 1 for n in seq_lens], growing=True)
 
 
 def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Runtime) -> RequestFrames:

@@ -179,16 +179,15 @@ class Runtime:
 
     def poll(self) -> None:
         """Tell the memory which batches are done."""
-        with self.memory.clock:
-            while self._flying and self._flying[0][1].query():
-                self.memory.complete(self._flying.popleft()[0])
+        while self._flying and self._flying[0][1].query():
+            self.memory.complete(self._flying.popleft()[0])
 
     def idle(self) -> None:
-        """Between two batches, with none to be made now. What was freed since the last one is read by nobody once all
-        are done, although no next one is launched that would say so."""
+        """Between two batches, with none to be made now. It takes nothing of a thread that has nothing else to do, and
+        the clock does not run."""
         self.poll()
         if not self._flying:
-            self.memory.complete(self.memory.launch())
+            self.memory.nothing_launched()
         if not self.requests:
             self.memory.unfilled_tokens = 0
         self.memory.give_way()

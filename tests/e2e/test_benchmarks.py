@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,8 @@ def test_what_the_host_benchmark_times_runs():
     from benchmarks import grouping, turns, unified
 
     assert grouping.step_us(8, 2) > 0
-    took = unified.measure({"ours": turns.Ours, "stock": unified.Stock}, conversations=20, turns=10)
+    sides = {"ours": turns.Ours, "rust": unified.Stock, "python": partial(unified.Stock, core="python")}
+    took = unified.measure(sides, conversations=20, turns=10)
     assert took["ours"] > took["ours memory"] > 0
-    assert took["stock"] > took["stock memory"] == 0
+    assert took["rust"] > took["rust memory"] == 0
+    assert took["python"] > took["python memory"] == 0

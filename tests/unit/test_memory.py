@@ -725,7 +725,7 @@ def test_the_worker_rests_while_a_graph_is_captured():
 
 
 def test_the_clock_counts_everything_once(monkeypatch):
-    """Calls within calls, what holds no lock, and naps."""
+    """Calls within calls, and what holds no lock; naps where they are taken beside something that is counted."""
     now = 0.0
 
     def passes(seconds):
@@ -747,7 +747,10 @@ def test_the_clock_counts_everything_once(monkeypatch):
     assert memory.clock.seconds - before == pytest.approx(17.0)
     passes(100.0)
     memory.worker._thread, memory.worker._due_at = threading.current_thread(), 0.0
-    memory.give_way()
+    memory.give_way()  # of a thread that has nothing else to do
+    assert memory.clock.seconds - before == pytest.approx(17.0)
+    with memory.clock:
+        memory.give_way()
     assert memory.clock.seconds - before == pytest.approx(17.0 + worker.GIVE_WAY_SECONDS)
     memory.worker._thread = None
 

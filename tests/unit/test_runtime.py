@@ -121,7 +121,12 @@ def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):
     assert runtime.memory.backing.completed == 1, "one flies yet"
     done[1] = True
     runtime.idle()
+    assert runtime.memory.backing.completed == 3
+    runtime.memory.free(take(runtime.memory, 1))
+    runtime.idle()
     assert runtime.memory.backing.completed == 4, "nobody reads what was freed since the last one"
+    runtime.idle()
+    assert runtime.memory.launched == 4, "nothing was freed since"
 
 
 def test_clear_forgets_everything(runtime):
