@@ -409,7 +409,8 @@ def warm(geometries: Geometries = ALL) -> None:
     for geometry in geometries.split(","):
         case = Case(geometry, [(7000, 256), (1000, 200)])
         keys, values = case.ours(0)
-        list(compile_prefill(keys, values, q_heads=case.q_heads, max_tokens=7256, page_tokens=PAGE))
+        shapes = {"q_heads": case.q_heads, "max_tokens": 7256, "page_tokens": PAGE}
+        list(compile_prefill(keys, values, q_dtype=case.q.dtype, **shapes))
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
         if FLASHINFER:

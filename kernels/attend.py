@@ -4,6 +4,9 @@ A run is contiguous memory: token `n` of it is in slot `shift + n`, at a constan
 tokens (other layers, other heads). So a tile of keys is one rectangular load: tiles divide pages, and a run is whole
 pages, but for the end of the last one.
 
+Keys and values may be of an 8-bit type: products are those of float16 then, which has all of their values, and
+conversion to it is one instruction for two of them. Queries are narrowed to it, and saturate.
+
 The query heads that share a KV head are packed into the rows of a tile, heads fastest:
 
     row r of a request  =  token r // group, query head  kv_head * group + r % group
@@ -44,6 +47,29 @@ def _dot(a, b, acc, WIDE: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _widened(x):
+    """Keys or values as they are multiplied."""
+    return x.to(tl.float16) if x.dtype.primitive_bitwidth == 8 else x
+
+
+@triton.jit
+def _queries(q, cache: tl.constexpr):
+    """Queries as they are multiplied with keys of that type."""
+    if cache.primitive_bitwidth == 8 and q.dtype != tl.float16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
+def _divided(acc, total, v_scale_ptr, SCALED: tl.constexpr):
+    """The result of rows that have seen all of their keys."""
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SCALED:
+        out *= tl.load(v_scale_ptr)
+    return out
 
 
 @triton.jit
@@ -113,7 +139,7 @@ def _whole_tiles(
             at = (begin + tl.arange(0, BLOCK_N)).to(tl.int64)
             k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
             k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
-        scores = _scores(q, k, scale, cap, CAP, WIDE)
+        scores = _scores(q, _widened(k), scale, cap, CAP, WIDE)
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
         decay = tl.exp2(highest - new_highest)
@@ -125,6 +151,7 @@ def _whole_tiles(
         else:
             v_at = v_head + at[:, None] * stride_v_token + dims[None, :]
             v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(v_at)
+        v = _widened(v)
         acc = _dot(weights.to(v.dtype), v, acc, WIDE)
         begin = n + BLOCK_N
         if PAGE:
@@ -161,6 +188,8 @@ def _attend(
     sink_ptr,
     work_ptr,
     runs_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     scale,
     cap,
     stride_q_token,
@@ -179,6 +208,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -194,6 +224,8 @@ def _attend(
     tile = tl.load(item + ITEM_TILE)
     run = tl.load(item + ITEM_RUN)
     part = tl.load(item + ITEM_PART)
+    if SCALED:
+        scale *= tl.load(k_scale_ptr)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = rows // GROUP
@@ -204,7 +236,7 @@ def _attend(
     dims = tl.arange(0, DIM_PADDED)
     q_rows = q_ptr + (first_row + token) * stride_q_token + q_head * stride_q_head
     q_mask = _inside(valid, dims, DIM, DIM_PADDED)
-    q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    q = _queries(tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -248,8 +280,8 @@ def _attend(
         keys = n + tl.arange(0, BLOCK_N)
         mask = _inside(keys < high, dims, DIM, DIM_PADDED)
         at = (keys + tl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(tl.int64)
-        k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
-        v = tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0)
+        k = _widened(tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0))
+        v = _widened(tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
         seen = (keys[None, :] <= position[:, None]) & (keys < high)[None, :]
         scores = tl.where(seen, _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -277,12 +309,12 @@ def _attend(
             total = total * decay + tl.exp2(sink - with_sink)
             acc = acc * decay[:, None]
             highest = with_sink
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out = _divided(acc, total, v_scale_ptr, SCALED)
         out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head
         tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
         at_row = (part.to(tl.int64) * KV_HEADS + head) * BLOCK_M + tl.arange(0, BLOCK_M)
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out = _divided(acc, total, v_scale_ptr, SCALED)
         tl.store(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
         tl.store(part_lse_ptr + at_row, highest + tl.log2(total), mask=valid)
 

@@ -13,6 +13,10 @@ from sglang_vtensor.kernels import attend, hopper
 from sglang_vtensor.kernels.plan import Config, Plan
 
 DTYPES = (torch.float16, torch.bfloat16)
+#: Of keys and values beside those.
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: What keys, and what values, were divided by as they were stored: each one float32 on the device; None: by nothing.
+Scales = tuple[torch.Tensor, torch.Tensor] | None
 DIMS = (64, 80, 96, 128, 256)
 #: Rows that a program of `_merge` takes, and parts that it loads at a time.
 MERGED_ROWS, MERGED_PARTS = 2, 16
@@ -24,12 +28,14 @@ def check(
     v: torch.Tensor,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
+    scales: Scales,
     rows: int,
 ) -> None:
     """Raise `ValueError` for what the kernels do not take, with the value seen and the value wanted."""
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
+    if q.dtype not in DTYPES or q.dtype != out.dtype or k.dtype != v.dtype or k.dtype not in (q.dtype, *FP8):
         raise ValueError(
-            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: one dtype wanted, float16 or bfloat16"
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: one dtype wanted, float16 or bfloat16; or for "
+            "k and v float8_e4m3fn or float8_e5m2"
         )
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape != out.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -47,6 +53,11 @@ def check(
             raise ValueError(f"{name} has strides {tensor.stride()}: the last one must be 1")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+    for factor in scales or ():
+        if factor.numel() != 1 or factor.dtype != torch.float32 or factor.device != q.device:
+            raise ValueError(
+                f"a scale is {tuple(factor.shape)} {factor.dtype} on {factor.device}: one float32 on {q.device} wanted"
+            )
     if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
 
@@ -82,6 +93,7 @@ def launch(
     partial: tuple[torch.Tensor, ...],
     scale: float,
     soft_cap: float,
+    scales: Scales,
 ) -> None:
     """Run the two kernels. Nothing is checked, and nothing waits."""
     kv_heads, dim = k.shape[1:]
@@ -122,6 +134,7 @@ def launch(
             *outputs,
             plan.work,
             plan.runs,
+            *(scales or partial),
             scale,
             soft_cap,
             *strides,
@@ -129,8 +142,9 @@ def launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             CAP=cap,
+            SCALED=scales is not None,
             TMA=config.tma,
-            WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
+            WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **shape,

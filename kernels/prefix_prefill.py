@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import check, launch, workspace
+from sglang_vtensor.kernels.launch import FP8, Scales, check, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.layout import SLOTS
@@ -28,6 +28,7 @@ def plan_prefill(
     head_dim: int,
     device: torch.device | str,
     page_tokens: int,
+    kv_dtype: torch.dtype = torch.bfloat16,
     config: Config | None = None,
 ) -> Plan:
     """How a ragged batch is divided over the GPU; the same for all layers of one geometry.
@@ -35,7 +36,8 @@ def plan_prefill(
     Request `i` has `new[i]` new tokens at the end of a context that is `runs[i]`: of each run the first slot and the
     tokens. All but the last run of a context are whole pages of `page_tokens`, which tiles of keys divide. 0 new tokens
     are no work. A page is mapped whole, so that a context may be read to the end of its last page: pages of whole tiles
-    allow the kernel for Hopper, which loads such. `config` is chosen from the table of configurations.
+    allow the kernel for Hopper, which loads such; it reads no FP8 (`kv_dtype`, of the cache). `config` is chosen from
+    the table of configurations.
     Raises `ValueError` for lengths that cannot be.
     """
     group = q_heads // kv_heads
@@ -53,7 +55,7 @@ def plan_prefill(
     if config is None:
         contexts = [sum(tokens for _, tokens in some) for some in runs]
         context = sum(a * b for a, b in zip(new, contexts, strict=False)) / max(1, sum(new))
-        hopper = page_tokens % configs.HOPPER_TILE == 0
+        hopper = page_tokens % configs.HOPPER_TILE == 0 and kv_dtype not in FP8
         config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device), hopper)
     if page_tokens % config.block_n and (config.hopper or any(len(some) > 1 for some in runs)):
         raise ValueError(
@@ -74,30 +76,38 @@ def prefix_prefill(
     out: torch.Tensor | None = None,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    scales: Scales = None,
 ) -> torch.Tensor:
     """Causal attention of the new tokens of every request over its context.
 
     Args:
         q: `(rows, q_heads, head_dim)`, float16 or bfloat16: the new tokens of all requests, one after another.
-        k, v: `(slots, kv_heads, head_dim)` of that dtype, any token and head stride.
-        plan: of `plan_prefill`, for these lengths.
+        k, v: `(slots, kv_heads, head_dim)` of that dtype, or float8_e4m3fn or float8_e5m2; any token and head stride.
+        plan: of `plan_prefill`, for these lengths and this dtype of k.
         scale: what scores are multiplied by, usually `head_dim ** -0.5`.
         out: as `q`; made if None.
         soft_cap: if above 0, scores become `soft_cap * tanh(score / soft_cap)`.
         sinks: `(q_heads,)`: a score for each head that takes weight and gives no value.
+        scales: what keys and what values were divided by as they were stored, each one float32 on the device; read as
+            the kernel runs, in a CUDA graph too.
 
     Returns `out`. Raises `ValueError`, before anything is launched, for what it does not take.
     """
     out = torch.empty_like(q) if out is None else out
-    check(q, k, v, out, sinks, plan.rows)
+    check(q, k, v, out, sinks, scales, plan.rows)
+    if plan.config.hopper and (k.dtype in FP8 or scales is not None):
+        raise ValueError(
+            f"keys of {k.dtype} {'without' if scales is None else 'with'} scales, and a plan for the kernel for "
+            f"Hopper, which reads neither FP8 nor scales: plan with kv_dtype={FP8[0]}"
+        )
     if plan.work.shape[0]:
         partial = workspace(plan.parts, k.shape[1], plan.config, k.shape[2], q.device)
-        launch(q, k, v, out, sinks, plan, partial=partial, scale=scale, soft_cap=soft_cap)
+        launch(q, k, v, out, sinks, plan, partial=partial, scale=scale, soft_cap=soft_cap, scales=scales)
     return out
 
 
 def compile_prefill(
-    k: torch.Tensor, v: torch.Tensor, *, q_heads: int, max_tokens: int, page_tokens: int
+    k: torch.Tensor, v: torch.Tensor, *, q_dtype: torch.dtype, q_heads: int, max_tokens: int, page_tokens: int
 ) -> Iterator[tuple[int, int]]:
     """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
     how many are done. `k` and `v` are those that will be read; only their first page, the padding one, is read now.
@@ -117,9 +127,10 @@ def compile_prefill(
                     head_dim=dim,
                     device=k.device,
                     page_tokens=page_tokens,
+                    kv_dtype=k.dtype,
                 )
                 plans.setdefault(plan.config, plan)
     for done, plan in enumerate(plans.values(), start=1):
-        q = torch.zeros(plan.rows, q_heads, dim, dtype=k.dtype, device=k.device)
+        q = torch.zeros(plan.rows, q_heads, dim, dtype=q_dtype, device=k.device)
         prefix_prefill(q, k, v, plan, scale=dim**-0.5)
         yield done, len(plans)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_vtensor.kernels.attend import _dot, _inside, _scores, _whole_tiles
+from sglang_vtensor.kernels.attend import _divided, _dot, _inside, _queries, _scores, _whole_tiles, _widened
 from sglang_vtensor.kernels.shared_plan import (
     LINE_RUN_TILES,
     TEAM_AT,
@@ -42,6 +42,8 @@ def _pieces(
     units_ptr,
     teams_ptr,
     line_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     scale,
     cap,
     stride_q_token,
@@ -63,6 +65,7 @@ def _pieces(
     TEAMS: tl.constexpr,
     COST: tl.constexpr,
     CAP: tl.constexpr,
+    SCALED: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -78,6 +81,8 @@ def _pieces(
     number = tl.load(work + TEAM_UNIT)
     beside = tl.load(work + TEAM_BESIDE)
     in_turn = tl.load(work + TEAM_TURN)
+    if SCALED:
+        scale *= tl.load(k_scale_ptr)
     dims = tl.arange(0, DIM_PADDED)
     while (beside >= 0) | (at < end):
         on_line = beside < 0
@@ -113,7 +118,7 @@ def _pieces(
             member = tl.load(members_ptr + start + rank, mask=valid, other=0).to(tl.int64)
             q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
             q_mask = _inside(valid, dims, DIM, DIM_PADDED)
-            q = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
+            q = _queries(tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
             highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
@@ -155,8 +160,8 @@ def _pieces(
                 seen = whole + in_keys < key_high
                 mask = _inside(seen, dims, DIM, DIM_PADDED)
                 slot = (tl.load(pages + whole // PAGE) * PAGE + whole % PAGE + in_keys).to(tl.int64)
-                k = tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
-                v = tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0)
+                k = _widened(tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0))
+                v = _widened(tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
                 scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
                 new_highest = tl.maximum(highest, tl.max(scores, 1))
                 weights = tl.exp2(scores - new_highest[:, None])
@@ -165,7 +170,7 @@ def _pieces(
                 acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
                 highest = new_highest
 
-            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            out = _divided(acc, total, v_scale_ptr, SCALED)
             rows = at_row + in_tile
             tl.store(part_out_ptr + rows[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
             tl.store(part_lse_ptr + rows, highest + tl.log2(total), mask=valid)

@@ -36,7 +36,7 @@ import torch
 import triton
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import DIMS, base_two, check, tile_descriptors
+from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_attend import _pieces
 from sglang_vtensor.kernels.shared_merge import _together
@@ -264,15 +264,16 @@ class SharedDecoder:
         out: torch.Tensor | None = None,
         soft_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
+        scales: Scales = None,
     ) -> torch.Tensor:
         """Attention of the planned step, `(requests, q_heads, head_dim)` as `q`.
 
-        `k`, `v`: `(slots, kv_heads, head_dim)`, every page that `find_pages` saw readable to its end. Errors as of
-        `prefix_prefill`.
+        `k`, `v`: `(slots, kv_heads, head_dim)`, every page that `find_pages` saw readable to its end. All else, and
+        errors, as of `prefix_prefill`.
         """
         out = torch.empty_like(q) if out is None else out
         slots, _ = self.step
-        check(q, k, v, out, sinks, slots.shape[0])
+        check(q, k, v, out, sinks, scales, slots.shape[0])
         if q.shape[1:] != (self.q_heads, self.head_dim) or k.shape[1] != self.kv_heads:
             raise ValueError(
                 f"q {tuple(q.shape)} over k {tuple(k.shape)}: {self.q_heads} query heads of {self.head_dim} over "
@@ -301,6 +302,7 @@ class SharedDecoder:
             self.units,
             self.work,
             self.line,
+            *(scales or (self.part_lse, self.part_lse)),
             base_two(scale, soft_cap),
             soft_cap,
             q.stride(0),
@@ -316,8 +318,9 @@ class SharedDecoder:
             TEAMS=self.teams,
             COST=COST,
             CAP=soft_cap > 0,
+            SCALED=scales is not None,
             TMA=config.tma,
-            WIDE=q.device.type == "cpu" and q.dtype is torch.bfloat16,
+            WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **shape,

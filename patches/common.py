@@ -253,14 +253,15 @@ class Patch(abc.ABC):
 
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
         from sglang_vtensor.srt.kv_pool import VTensorKVPool
-        from sglang_vtensor.srt.options import NO_FP8, Options, Refused
+        from sglang_vtensor.srt.options import Options, Refused
         from sglang_vtensor.srt.sides import sides_of
 
         layout = self.layout(configurator)
         if configurator.kv_cache_dtype != layout.dtype:  # SGLang knows it when the weights are there
             raise Refused(
-                f"this checkpoint asks for a KV cache of {configurator.kv_cache_dtype}, and {NO_FP8}, here "
-                f"{layout.dtype}: give --kv-cache-dtype bfloat16, or run with --kv-backend default"
+                f"SGLang made this checkpoint's KV cache one of {configurator.kv_cache_dtype} as it read the weights, "
+                f"and pages were chosen for {layout.dtype} before: give --kv-cache-dtype with a type, or run with "
+                "--kv-backend default"
             )
         return VTensorKVPool(
             sizes.max_total_num_tokens,

@@ -14,6 +14,8 @@ from sglang_vtensor import patches
 HERE = patches.module_name(patches.version("sglang"))
 #: Eviction policies that the other version has not, or not in a tree like ours.
 MORE_POLICIES = ["mru"] if HERE == "v0_5_17" else []
+#: A KV cache with scales beside tokens, by the name that it has here.
+FP4 = "fp4_e2m1" if HERE == "v0_5_17" else "nvfp4"
 #: Options that only this version has, and that we refuse.
 REFUSED_OPTIONS = [] if HERE == "v0_5_17" else ["--radix-eviction-policy tlru", "--enable-nvidia-megakernel"]
 

@@ -48,10 +48,13 @@ class PrefillBackend(AttentionBackend):
     def choose(cls, runner: ModelRunner) -> PrefillBackend:
         """The kernel that the user named; else ours, or the faster one where FlashAttention-3 runs too (sm_90)."""
         kernel = Options.of(runner.server_args).vtensor_prefill_kernel
-        hopper = torch.cuda.get_device_capability(runner.device) == (9, 0)
-        if kernel == "fa3" or (kernel == "auto" and hopper and runner.model_config.head_dim not in DIMS):
+        dtype = runner.token_to_kv_pool.dtype
+        if kernel == "fa3" and dtype == torch.float8_e5m2:
+            raise Refused("--vtensor-prefill-kernel fa3 reads FP8 as fp8_e4m3 only, not fp8_e5m2: use triton, or auto")
+        fa3 = torch.cuda.get_device_capability(runner.device) == (9, 0) and dtype != torch.float8_e5m2
+        if kernel == "fa3" or (kernel == "auto" and fa3 and runner.model_config.head_dim not in DIMS):
             return FlashAttention3(runner)
-        return Fastest(runner) if kernel == "auto" and hopper else TritonPrefill(runner)
+        return Fastest(runner) if kernel == "auto" and fa3 else TritonPrefill(runner)
 
     def forward_extend(
         self,
@@ -134,8 +137,11 @@ class FlashAttention3(PrefillBackend):
         metadata = self.metadata
         assert metadata is not None
         extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        if (scales := self.pool.scales(layer)) is not None:
+            each = (len(metadata.contexts), keys.shape[1])
+            extra |= {name: scale.expand(each) for name, scale in zip(("k_descale", "v_descale"), scales, strict=True)}
         return self._attend(
-            q=q,
+            q=q if q.dtype == keys.dtype else q.to(keys.dtype),  # both are of one type in its FP8 products
             k_cache=keys.unflatten(0, (-1, self.page_tokens)),
             v_cache=values.unflatten(0, (-1, self.page_tokens)),
             page_table=metadata.frames,
@@ -155,7 +161,7 @@ class TritonPrefill(PrefillBackend):
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__(runner)
-        keys, values = self.pool.k_buffer[0], self.pool.v_buffer[0]
+        keys, values = self.pool.views[0]
         self.kv_heads, self.head_dim = keys.shape[1:]
         if self.head_dim not in DIMS:
             raise Refused(
@@ -166,7 +172,12 @@ class TritonPrefill(PrefillBackend):
         self.plan: Plan | None = None
         start = time.perf_counter()
         for done, of in compile_prefill(
-            keys, values, q_heads=self.q_heads, max_tokens=self.slots.shape[1], page_tokens=self.page_tokens
+            keys,
+            values,
+            q_dtype=runner.dtype,
+            q_heads=self.q_heads,
+            max_tokens=self.slots.shape[1],
+            page_tokens=self.page_tokens,
         ):
             logger.info("prefix-prefill kernel: %d of %d shapes compiled", done, of)
         torch.cuda.synchronize()
@@ -184,6 +195,7 @@ class TritonPrefill(PrefillBackend):
             head_dim=self.head_dim,
             device=self.slots.device,
             page_tokens=self.page_tokens,
+            kv_dtype=self.pool.dtype,
         )
 
     def attend(
@@ -208,6 +220,7 @@ class TritonPrefill(PrefillBackend):
             out=out[:rows],
             soft_cap=layer.logit_cap,
             sinks=sinks,
+            scales=self.pool.scales(layer),
         )
         return out
 
@@ -223,7 +236,8 @@ class Fastest(PrefillBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         new, contexts, ours = forward_batch.extend_seq_lens_cpu, _contexts(forward_batch), self.ours
-        first = ours_before_fa3(new, contexts, ours.q_heads, ours.kv_heads, ours.head_dim, str(self.slots.device))
+        heads = ours.q_heads, ours.kv_heads
+        first = ours_before_fa3(new, contexts, *heads, ours.head_dim, str(self.slots.device), self.pool.dtype)
         self.chosen = ours if first else self.fa3
         self.chosen.init_forward_metadata(forward_batch)
 

@@ -1,4 +1,5 @@
-"""Attention on the host backend: torch's scaled dot product over the runs of a context, without a copy of K or V.
+"""Attention on the host backend: torch's scaled dot product over the runs of a context, without a copy of K or V;
+FP8 is converted, one run at a time.
 
 Shapes: q `(tokens, q_heads, head_dim)`; a run's K and V `(tokens of the run, kv_heads, head_dim)` at the token stride.
 The query heads that share a KV head are a dimension of their own, over which K and V have stride 0:
@@ -84,9 +85,10 @@ class HostAttentionBackend(AttentionBackend):
         **_: Any,
     ) -> torch.Tensor:
         if save_kv_cache and k is not None:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
         group = layer.tp_q_head_num // layer.tp_k_head_num
         keys, values = self.pool.get_kv_buffer(layer.layer_id)
+        k_scale, v_scale = self.pool.scales(layer) or (1.0, 1.0)
         rows = q.reshape(-1, layer.tp_k_head_num, group, layer.qk_head_dim)
         out = torch.empty_like(rows)
         # SGLang's window is exclusive: so many tokens before one, beside itself, are seen.
@@ -94,10 +96,11 @@ class HostAttentionBackend(AttentionBackend):
         page = self.runtime.page_tokens
         for work in [work.behind(window, page) for work in self.work] if window > 0 else self.work:
             tokens = slice(work.first, work.first + work.new)
-            k_runs, v_runs = ([_heads_first(x[run], group) for run in work.runs] for x in (keys, values))
+            k_runs, v_runs = ([_heads_first(x[run].to(q.dtype), group) for run in work.runs] for x in (keys, values))
             causal = work.mask is None and work.new == work.context > 1
-            result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, layer.scaling)
-            out[tokens] = result.permute(2, 0, 1, 3)
+            scale = layer.scaling * float(k_scale)
+            result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, scale)
+            out[tokens] = result.permute(2, 0, 1, 3) * v_scale
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     # A decode step is an extend of one token.

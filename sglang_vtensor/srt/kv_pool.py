@@ -9,6 +9,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_vtensor.kernels.kv_store import store_kv
+from sglang_vtensor.kernels.launch import Scales
 from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.srt.options import Options, parse_share_or_bytes
 from sglang_vtensor.srt.runtime import Runtime
@@ -16,6 +17,8 @@ from sglang_vtensor.srt.sides import Sides
 from sglang_vtensor.vmm import open_vmm
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
     from sglang_vtensor.srt.requests import Requests
 
 logger = logging.getLogger(__name__)
@@ -24,9 +27,10 @@ logger = logging.getLogger(__name__)
 class VTensorKVPool(MHATokenToKVPool):
     """A pool with room for `capacity` tokens that holds no memory until frames are handed out.
 
-    `k_buffer[layer]` and `v_buffer[layer]` are `(slots, kv_heads, head_dim)` views of all frames, of which there are
-    many more than the capacity; reading or writing a slot without memory is a fault, as it would be past the end of a
-    tensor. `size`, which SGLang checks slots against, is that of the frames.
+    `views[layer]` are K and V, `(slots, kv_heads, head_dim)` views of all frames, of which there are many more than the
+    capacity; reading or writing a slot without memory is a fault, as it would be past the end of a tensor. `k_buffer`
+    and `v_buffer` are the same in the type that SGLang stores them as: FP8 as bytes. `size`, which SGLang checks slots
+    against, is that of the frames.
     """
 
     def __init__(
@@ -80,9 +84,19 @@ class VTensorKVPool(MHATokenToKVPool):
         )
 
     def _create_buffers(self) -> None:
-        views = [self.runtime.memory.layer_views(number, side) for side, number in self.sides.layers]
-        self.k_buffer = [k for k, _ in views]
-        self.v_buffer = [v for _, v in views]
+        self.views = [self.runtime.memory.layer_views(number, side) for side, number in self.sides.layers]
+        self.k_buffer = [k.view(self.store_dtype) for k, _ in self.views]
+        self.v_buffer = [v.view(self.store_dtype) for _, v in self.views]
+
+    def scales(self, layer: RadixAttention) -> Scales:
+        """What keys and values of a layer are divided by as they are stored; None: by nothing."""
+        if layer.k_scale is None or self.dtype == self.store_dtype:
+            return None
+        if not isinstance(layer.k_scale, torch.Tensor):  # of --quantization-param-path; SGLang's kernels take tensors
+            layer.k_scale, layer.v_scale = (
+                torch.tensor(scale, dtype=torch.float32, device=self.device) for scale in (layer.k_scale, layer.v_scale)
+            )
+        return layer.k_scale, layer.v_scale
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
         memory, layout = self.runtime.memory, self.runtime.memory.layout

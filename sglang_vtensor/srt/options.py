@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 KV_BACKENDS = ("default", "vtensor")
 ATTENTION_BACKEND = "vtensor"
-#: Why a quantized KV cache is refused.
-NO_FP8 = "pages hold keys and values of the model's own type only"
+#: Types of a KV cache by SGLang's names for them. Scales of FP8 are constants of a layer.
+KV_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 #: Why another HTTP server is refused.
 NO_ROUTES = "the routes under /vtensor, which limit memory and put the server to sleep, would be missing"
 #: Attention backends that read K and V by slot, with any stride between tokens: they run on the identity region.
@@ -331,10 +336,20 @@ def refuse_unsupported(
     config = model.hf_text_config
     if any(hasattr(config, mark) for mark in ("mamba_d_state", "ssm_state_size", "linear_num_key_heads", "mamba2")):
         refuse(name, "its state-space (Mamba, linear-attention) layers keep a state, not K and V", default)
-    if args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
-        refuse(f"--kv-cache-dtype {args.kv_cache_dtype}", NO_FP8, "Use --kv-cache-dtype auto.")
-    if args.kv_cache_dtype == "auto" and asks_for_fp8_kv(model):
-        refuse("the FP8 KV cache that this checkpoint asks for", NO_FP8, "Give --kv-cache-dtype bfloat16.")
+    if args.kv_cache_dtype != "auto" and args.kv_cache_dtype not in KV_DTYPES:
+        refuse(
+            f"--kv-cache-dtype {args.kv_cache_dtype}",
+            "its scales lie beside tokens, and pages hold keys and values only",
+            "Use --kv-cache-dtype fp8_e4m3, or auto.",
+        )
+
+
+def kv_dtype(args: Any, model: Any) -> torch.dtype:
+    """The type of the KV cache: what the user gave, or what the checkpoint asks for, or the model's own."""
+    if args.kv_cache_dtype != "auto":
+        return KV_DTYPES[args.kv_cache_dtype]
+    own: torch.dtype = model.dtype
+    return torch.float8_e4m3fn if asks_for_fp8_kv(model) else own
 
 
 def asks_for_fp8_kv(model: Any) -> bool:
@@ -381,13 +396,12 @@ def layout_for(args: Any, model: Any, *, device: str, page_tokens: int | None, a
     """The layout of the KV cache of one of `attn_tp_size` ranks for `model` on `device`. Raises `Refused` as
     `KVLayout.choose` does, and `Unsupported` where the device has no virtual memory management."""
     granularity, tile_tokens = page_units(device)
-    dtype = torch.bfloat16 if args.kv_cache_dtype in ("bfloat16", "bf16") else model.dtype
     try:
         return KVLayout.choose(
             layers=model.num_hidden_layers,
             kv_heads=model.get_num_kv_heads(attn_tp_size),
             head_dim=model.head_dim,
-            dtype=dtype,
+            dtype=kv_dtype(args, model),
             granularity=granularity,
             tile_tokens=tile_tokens,
             page_tokens=page_tokens,

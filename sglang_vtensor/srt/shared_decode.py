@@ -43,7 +43,6 @@ class SharedDecodeBackend(AttentionBackend):
         self.table: torch.Tensor = runner.req_to_token_pool.req_to_token
         self.runtime: Runtime = self.pool.runtime
         memory = self.runtime.memory
-        self.layers = list(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         slots = self.runtime.request_slots
         self.decoder = SharedDecoder(
@@ -158,10 +157,11 @@ class SharedDecodeBackend(AttentionBackend):
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
         result = self.decoder(
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
-            *self.layers[layer.layer_id - self.pool.start_layer],
+            *self.pool.views[layer.layer_id - self.pool.start_layer],
             scale=layer.scaling,
             soft_cap=layer.logit_cap,
             sinks=sinks,
+            scales=self.pool.scales(layer),
         )
         return result.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

@@ -18,7 +18,10 @@ from tests.harness import Scheduler
     [
         ({"kv_backend": "paged"}, "--kv-backend 'paged' is unknown: choose from default, vtensor"),
         ({"page_size": 3}, r"--page-size 3 cannot be mapped.*Sizes that fit are the multiples of 2: 2, 4, 8, 16"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: pages hold keys.*Use --kv-cache-dtype auto"),
+        (
+            {"kv_cache_dtype": versions.FP4},
+            f"--kv-cache-dtype {versions.FP4}: its scales lie beside tokens.*Use --kv-cache-dtype fp8_e4",
+        ),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache: pages have no copy on the host"),
         ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference on host memory: SGLang has no"),
@@ -127,12 +130,8 @@ def parse(arguments, said):
             },
             "GptOssForCausalLM: its sliding-window layers",
         ),
-        (
-            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
-            "the FP8 KV cache that this checkpoint asks for: pages hold keys.*Give --kv-cache-dtype bfloat16",
-        ),
     ],
-    ids=["mla", "sliding-window", "fp8-checkpoint"],
+    ids=["mla", "sliding-window"],
 )
 def test_models(models, tmp_path, config, message):
     model = tmp_path / "model"

@@ -26,11 +26,23 @@ class Batch:
 
     @classmethod
     def random(
-        cls, new, contexts, *, q_heads, kv_heads, dim, dtype=torch.float16, seed=0, page=None, whole=0.5, layers=3
+        cls,
+        new,
+        contexts,
+        *,
+        q_heads,
+        kv_heads,
+        dim,
+        dtype=torch.float16,
+        seed=0,
+        page=None,
+        whole=0.5,
+        layers=3,
+        cache=None,
     ) -> Batch:
         """Contexts lie in one pool, in the middle one of `layers`, and everything else there is NaN. They are one run
         each; with a `page`, runs of whole pages at page bounds, anywhere in the pool: two pages follow one another with
-        the probability `whole`."""
+        the probability `whole`. Keys and values are such that a `cache` of another type has (`stored`)."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
@@ -48,7 +60,7 @@ class Batch:
             at += -(-tokens // page) * page + rng.choice((0, page)) if page else tokens + 5
         pool = torch.full((at + 128, layers, 2, kv_heads, dim), float("nan"), dtype=dtype)
         for first, tokens in (run for some in runs for run in some):
-            pool[first : first + tokens, layers // 2] = normal(tokens, 2, kv_heads, dim)
+            pool[first : first + tokens, layers // 2] = normal(tokens, 2, kv_heads, dim).to(cache or dtype).to(dtype)
         pool = pool.to(DEVICE)
         return cls(
             q=normal(sum(new), q_heads, dim).to(DEVICE),
@@ -69,8 +81,9 @@ class Batch:
         runs = [torch.arange(first, first + tokens, device=DEVICE) for first, tokens in self.runs[request]]
         return torch.cat([torch.empty(0, dtype=torch.int64, device=DEVICE), *runs])
 
-    def expected(self, *, soft_cap=0.0, sinks=None) -> torch.Tensor:
+    def expected(self, *, soft_cap=0.0, sinks=None, scales=None) -> torch.Tensor:
         """In float32."""
+        k_scale, v_scale = map(float, scales or (1.0, 1.0))
         outs = []
         kv_heads = self.k.shape[1]
         rows = 0
@@ -79,8 +92,8 @@ class Batch:
             context = len(slots)
             q = self.q[rows : rows + new].float()
             rows += new
-            k = self.k[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
-            v = self.v[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            k = k_scale * self.k[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            v = v_scale * self.v[slots].float().repeat_interleave(q.shape[1] // kv_heads, 1)
             scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
             if soft_cap:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
@@ -96,6 +109,17 @@ class Batch:
             values = torch.where(seen[None, ..., None], v.permute(1, 0, 2)[:, None], 0.0)
             outs.append(torch.einsum("hqk,hqkd->qhd", weights, values))
         return torch.cat(outs)
+
+
+def stored(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Keys or values in a cache of that type, at the same strides in elements; what lies between them is NaN. Of an
+    8-bit type, of which torch can do little."""
+    if dtype is None:
+        return x
+    size = sum((count - 1) * stride for count, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    raw = torch.full((size + 128 * x.stride(0),), 0xFF, dtype=torch.uint8, device=x.device)
+    raw.as_strided(x.shape, x.stride()).copy_(x.to(dtype).view(torch.uint8))
+    return raw.view(dtype).as_strided(x.shape, x.stride())
 
 
 def divided(context: int, page: int | None, whole: float, rng: random.Random) -> Iterator[int]:

@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
-from tests.kernels.reference import DEVICE, Batch, assert_close, divided
+from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored
 
 SMALL = Config(16, 16, 4, 1)
 #: None is whatever the table chooses; the kernel for Hopper has no interpreter.
@@ -24,8 +25,8 @@ CONFIGS = CONFIGS if IS_HOPPER else [None]
 PAGE = 128 if DEVICE == "cuda" else 16
 
 
-def run(batch, *, soft_cap=0.0, sinks=None, config=None):
-    """The kernel on a poisoned output."""
+def run(batch, *, soft_cap=0.0, sinks=None, config=None, cache=None, scales=None):
+    """The kernel on a poisoned output, over a `cache` of that type."""
     out = torch.full_like(batch.q, float("nan"))
     plan = plan_prefill(
         batch.new,
@@ -35,9 +36,12 @@ def run(batch, *, soft_cap=0.0, sinks=None, config=None):
         head_dim=batch.q.shape[2],
         device=DEVICE,
         page_tokens=batch.page,
+        kv_dtype=cache or batch.k.dtype,
         config=config,
     )
-    prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale, out=out, soft_cap=soft_cap, sinks=sinks)
+    k, v = stored(batch.k, cache), stored(batch.v, cache)
+    options = {"soft_cap": soft_cap, "sinks": sinks, "scales": scales}
+    prefix_prefill(batch.q, k, v, plan, scale=batch.scale, out=out, **options)
     return out, plan
 
 
@@ -54,18 +58,21 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1
     sinks=st.booleans(),
     seed=st.integers(0, 1000),
     config=st.sampled_from(CONFIGS),
+    cache=st.sampled_from([None, None, *FP8]),
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_ragged_batches(lengths, heads, dim, dtype, paged, soft_cap, sinks, seed, config):
-    if config is not None and dim not in (64, 128):
+def test_ragged_batches(lengths, heads, dim, dtype, paged, soft_cap, sinks, seed, config, cache):
+    if (config is not None and dim not in (64, 128)) or cache is not None:
         config = None
     page = PAGE if paged or config is not None else None
     new = [a for a, _ in lengths]
     contexts = [a + b * (PAGE // 16) for a, b in lengths]
-    batch = Batch.random(new, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed, page=page)
+    geometry = {"q_heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype}
+    batch = Batch.random(new, contexts, **geometry, seed=seed, page=page, cache=cache)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
-    out, _ = run(batch, soft_cap=soft_cap, sinks=sink, config=config)
-    assert_close(out, batch.expected(soft_cap=soft_cap, sinks=sink))
+    scales = None if cache is None else tuple(torch.tensor(x, device=DEVICE) for x in (0.7, 1.3))
+    out, _ = run(batch, soft_cap=soft_cap, sinks=sink, config=config, cache=cache, scales=scales)
+    assert_close(out, batch.expected(soft_cap=soft_cap, sinks=sink, scales=scales))
 
 
 @pytest.mark.parametrize("config", [SMALL, *CONFIGS[1:]], ids=str)
@@ -274,9 +281,11 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         plan_of([1], [[(0, 8), (64, 4)]], page=8)
 
 
-def test_compiling_at_start_runs_every_class_of_shapes():
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+def test_compiling_at_start_runs_every_class_of_shapes(cache):
     pages = torch.full((2 * PAGE, 2, 2, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     pages[:PAGE] = 0.0  # only the padding page has memory
-    told = list(compile_prefill(pages[:, 0], pages[:, 1], q_heads=4, max_tokens=500, page_tokens=PAGE))
+    shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE}
+    told = list(compile_prefill(stored(pages[:, 0], cache), stored(pages[:, 1], cache), **shapes))
     assert told == [(n + 1, len(told)) for n in range(len(told))]
     assert told, "no shape was compiled"

@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels import shared_plan
+from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_decode import COST, SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
-from tests.kernels.reference import DEVICE, Batch, assert_close
+from tests.kernels.reference import DEVICE, Batch, assert_close, stored
 
 #: Tokens of a page: whole tiles, of 16 keys on the host and of 64 on a GPU.
 PAGE = 16 if DEVICE == "cpu" else 64
@@ -75,8 +76,8 @@ class Served:
         served = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
         return cls(batch, sharing, pool[:, 1, 0], pool[:, 1, 1], table.to(DEVICE), served)
 
-    def run(self, decoder=None, *, config=None, **options):
-        """The kernel on a poisoned output."""
+    def run(self, decoder=None, *, config=None, cache=None, **options):
+        """The kernel on a poisoned output, over a `cache` of that type."""
         batch = self.batch
         if decoder is None:
             decoder = self.decoder(config)
@@ -87,7 +88,7 @@ class Served:
         table.fill_(-1)  # from here on it may change
         decoder.plan(self.slots, contexts)
         out = torch.full_like(batch.q, float("nan"))
-        decoder(batch.q, self.k, self.v, scale=batch.scale, out=out, **options)
+        decoder(batch.q, stored(self.k, cache), stored(self.v, cache), scale=batch.scale, out=out, **options)
         return out
 
     def decoder(self, config=None) -> SharedDecoder:
@@ -128,19 +129,22 @@ def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
     programs=st.sampled_from([1, 3, 8]),
+    cache=st.sampled_from([None, None, *FP8]),
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, programs):
+def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, programs, cache):
     rng = random.Random(seed)
     paths = paths_of(rng, requests, 6)
     contexts = [PAGE * len(path) + rng.choice([1, 1, 2, PAGE - 1, PAGE, PAGE + 1, 40]) for path in paths]
-    batch = Batch.random([1] * requests, contexts, q_heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype, seed=seed)
+    geometry = {"q_heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype}
+    batch = Batch.random([1] * requests, contexts, **geometry, seed=seed, cache=cache)
     served = Served.of(batch, paths, seed)
     sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
-    expected = batch.expected(soft_cap=soft_cap, sinks=sink)
+    scales = None if cache is None else tuple(torch.tensor(x, device=DEVICE) for x in (0.7, 1.3))
+    expected = batch.expected(soft_cap=soft_cap, sinks=sink, scales=scales)
     # On the host also with more programs, so that there are teams for tiles side by side.
     config = Config(16, 16, 4, 1, False, programs) if DEVICE == "cpu" else None
-    out = served.run(soft_cap=soft_cap, sinks=sink, config=config)
+    out = served.run(soft_cap=soft_cap, sinks=sink, config=config, cache=cache, scales=scales)
     assert_close(out, expected)
 
 

@@ -18,7 +18,7 @@ from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.srt import scheduling
 from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
-from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, parse_share_or_bytes
+from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, kv_dtype, parse_share_or_bytes
 
 
 def test_a_known_version_has_its_module():
@@ -203,8 +203,25 @@ def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
     layout = KVLayout.choose(layers=2, kv_heads=2, head_dim=64, dtype=torch.bfloat16, granularity=4096, tile_tokens=1)
     monkeypatch.setattr(patch, "layout", lambda configurator: layout)
     configurator = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn)
-    with pytest.raises(Refused, match=r"asks for a KV cache of torch\.float8_e4m3fn.*give --kv-cache-dtype bfloat16"):
+    with pytest.raises(Refused, match=r"KV cache one of torch\.float8_e4m3fn.*for torch\.bfloat16 before: give"):
         patch.build_pool(configurator, sizes=None, req_to_token_pool=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "asks", "dtype"),
+    [
+        ("auto", False, torch.bfloat16),
+        ("auto", True, torch.float8_e4m3fn),
+        ("bf16", True, torch.bfloat16),
+        ("fp8_e4m3", False, torch.float8_e4m3fn),
+        ("fp8_e5m2", True, torch.float8_e5m2),
+    ],
+)
+def test_the_cache_has_the_type_that_was_given_or_is_asked_for(given, asks, dtype, tmp_path):
+    told = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8" if asks else None}
+    config = SimpleNamespace(quantization_config=told)
+    model = SimpleNamespace(dtype=torch.bfloat16, hf_config=config, model_path=str(tmp_path))
+    assert kv_dtype(SimpleNamespace(kv_cache_dtype=given), model) == dtype
 
 
 @pytest.mark.parametrize(
