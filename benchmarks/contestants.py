@@ -224,14 +224,16 @@ class VllmClient(Client):
 VLLM_NAME = "llama"
 
 
-def vllm_command(model: Path, port: int, tokens: int, context: int, boot: Path | None) -> list[str]:
-    """vLLM as it ships, with room for `tokens`. Its check of free memory at the start asks for a share of the device;
-    the size of the cache is given in bytes instead, so that share is small."""
+def vllm_command(plan: Plan, port: int) -> list[str]:
+    """vLLM as it ships, with room for as many tokens. Its check of free memory at the start asks for a share of the
+    device; the size of the cache is given in bytes instead, so that share is small."""
+    model, boot, fp8 = plan.model, plan.vllm_boot, plan.kv_cache_dtype.startswith("fp8")
     python = "python3" if boot else sys.executable
     vllm = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", VLLM_NAME]
     vllm += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--load-format", "dummy", "--seed", "0"]
-    vllm += ["--skip-tokenizer-init", "--max-model-len", str(context), "--enable-prefix-caching"]
-    vllm += ["--kv-cache-memory-bytes", str(tokens * TOKEN_BYTES), "--gpu-memory-utilization", "0.1"]
+    vllm += ["--skip-tokenizer-init", "--max-model-len", str(plan.context), "--enable-prefix-caching"]
+    vllm += ["--kv-cache-dtype", plan.kv_cache_dtype, "--gpu-memory-utilization", "0.1"]
+    vllm += ["--kv-cache-memory-bytes", str(plan.tokens * TOKEN_BYTES // (2 if fp8 else 1))]
     vllm += ["--stream-interval", str(STREAM_INTERVAL), "--enable-prompt-tokens-details"]
     vllm += ["--uvicorn-log-level", "warning"]
     return ["bash", "-c", '. "$0" && exec "$@"', str(boot.resolve()), *vllm] if boot else vllm
@@ -247,6 +249,7 @@ class Plan:
     tokens: int
     host: bool = False
     vllm_boot: Path | None = None
+    kv_cache_dtype: str = "auto"
 
 
 def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
@@ -288,13 +291,19 @@ def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], d
             environment, folder = dict(os.environ), None
             client: type[Client]
             if name == "vllm":
-                what = vllm_command(plan.model, port, plan.tokens, plan.context, plan.vllm_boot)
+                what = vllm_command(plan, port)
                 environment["VLLM_SERVER_DEV_MODE"] = "1"  # it must forget its prefixes between rounds
                 folder = plan.model  # not the repository's, whose folders have names that vLLM imports
                 health, client = "/health", VllmClient
             else:
                 arguments = HOST[name] if plan.host else [*GPU[name], "--mem-fraction-static", "0.98"]
-                arguments = [*arguments, "--max-total-tokens", str(plan.tokens)]
+                arguments = [
+                    *arguments,
+                    "--max-total-tokens",
+                    str(plan.tokens),
+                    "--kv-cache-dtype",
+                    plan.kv_cache_dtype,
+                ]
                 what = command(plan.model, port, arguments, environment, host=plan.host)
                 health, client = "/health_generate", Client
             url = f"http://127.0.0.1:{port}"

@@ -41,6 +41,15 @@ GEOMETRIES = {
     "Llama-2-7B": (32, 32, 128, 32),
     "Llama-3.2-1B": (32, 8, 64, 16),
 }
+#: What people serve in 2026, and the shard of one of 4 and of 8 ranks.
+SERVED = {
+    "Qwen3-8B": (32, 8, 128, 36),
+    "Qwen3-30B-A3B": (32, 4, 128, 48),
+    "GLM-4.5-Air": (96, 8, 128, 46),
+    "MiniMax-M2": (48, 8, 128, 62),
+    "Llama-3-70B, 1 of 4": (16, 2, 128, 80),
+    "Llama-3-70B, 1 of 8": (8, 1, 128, 80),
+}
 #: Requests, prefix, new tokens; ragged mixes are lists of (prefix, new).
 PREFILL: list[list[tuple[int, int]]] = [
     [(0, 2048)],
@@ -81,24 +90,23 @@ TOKENS_IN_ALL = 300_000
 
 @dataclass
 class Case:
-    """A batch of one geometry. Random K and V; `first` is where each context begins in our pool."""
+    """A batch of one geometry. Random K and V, of `kv_dtype`; `first` is where each context begins in our pool."""
 
     geometry: str
     shape: list[tuple[int, int]]
+    kv_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        self.q_heads, self.kv_heads, self.dim, layers = GEOMETRIES[self.geometry]
+        self.q_heads, self.kv_heads, self.dim, layers = (GEOMETRIES | SERVED)[self.geometry]
         self.new = [new for _, new in self.shape]
         self.contexts = [prefix + new for prefix, new in self.shape]
         self.scale = self.dim**-0.5
         self.tokens = sum(self.contexts)
-        token = 2 * self.kv_heads * self.dim * 2
+        token = 2 * self.kv_heads * self.dim * self.kv_dtype.itemsize
         self.layers = max(2, min(layers, POOL_BYTES // (self.tokens * token)))
         self.rotation = min(self.layers, max(2, -(-ROTATION_BYTES // (self.tokens * token))))
         self.q = torch.randn(sum(self.new), self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
-        self.pool = torch.empty(
-            self.tokens, self.layers, 2, self.kv_heads, self.dim, device="cuda", dtype=torch.bfloat16
-        ).normal_()
+        self.pool = random_pool((self.tokens, self.layers, 2, self.kv_heads, self.dim), self.kv_dtype)
         starts = [0]
         for context in self.contexts:
             starts.append(starts[-1] + context)
@@ -119,13 +127,14 @@ class Case:
             table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device="cuda")
             at = 0
             shape = (self.rotation, sum(counts) * page, self.kv_heads, self.dim)
-            k, v = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            k, v = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16).to(self.kv_dtype) for _ in range(2))
             for i, (count, context) in enumerate(zip(counts, self.contexts, strict=True)):
                 table[i, :count] = order[at : at + count]
                 slots = (table[i, :count, None].long() * page + torch.arange(page, device="cuda")).view(-1)[:context]
                 first = int(self.first[i])
-                k[:, slots] = self.pool[first : first + context, : self.rotation, 0].transpose(0, 1)
-                v[:, slots] = self.pool[first : first + context, : self.rotation, 1].transpose(0, 1)
+                for mine, part in ((k, 0), (v, 1)):
+                    tokens = self.pool[first : first + context, : self.rotation, part].transpose(0, 1)
+                    as_bytes(mine)[:, slots] = as_bytes(tokens)
                 at += count
             paged = (self.rotation, sum(counts), page, self.kv_heads, self.dim)
             self._paged[page] = (k.view(paged), v.view(paged), table)
@@ -137,13 +146,26 @@ class Case:
         return 4.0 * pairs * self.q_heads * self.dim
 
     def bytes(self) -> float:
-        return 2.0 * (self.tokens * 2 * self.kv_heads * self.dim + 2 * self.q.numel())
+        return self.tokens * 2.0 * self.kv_heads * self.dim * self.kv_dtype.itemsize + 4.0 * self.q.numel()
 
     def label(self) -> str:
         if len(set(self.shape)) > 1:
             return f"ragged, {len(self.shape)} requests"
         prefix, new = self.shape[0]
         return f"{len(self.shape)} x ({prefix} + {new})"
+
+
+def random_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Of normal numbers; the largest dimension, the first one, in parts, as they are drawn in bfloat16."""
+    pool = torch.empty(shape, device="cuda", dtype=dtype)
+    for part in pool.split(4096):
+        part.copy_(torch.empty(part.shape, device="cuda", dtype=torch.bfloat16).normal_())
+    return pool
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Of an 8-bit type, in which torch does not index; else `x`."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 Call = Callable[[int], torch.Tensor]
@@ -167,6 +189,7 @@ def ours(case: Case, *, runs: int = 1, **options: Any) -> Call:
         head_dim=case.dim,
         device=case.q.device,
         page_tokens=PAGE,
+        kv_dtype=case.kv_dtype,
         **options,
     )
     return lambda layer: prefix_prefill(case.q, *case.ours(layer), plan, scale=case.scale)
@@ -178,12 +201,13 @@ def fa3(case: Case | Paged, page: int) -> Call:
 
 
 def fa3_on(case: Case | Paged, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Call:
-    """FlashAttention-3 on K and V `(layers, pages, page, kv_heads, dim)`, by a page table."""
+    """FlashAttention-3 on K and V `(layers, pages, page, kv_heads, dim)`, by a page table. Over FP8 it takes queries of
+    that type too; that SGLang makes them so in each layer is left out."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    longest = max(case.new)
+    longest, q = max(case.new), case.q.to(k.dtype)
     return lambda layer: flash_attn_with_kvcache(
-        q=case.q,
+        q=q,
         k_cache=k[layer],
         v_cache=v[layer],
         page_table=table,
@@ -474,15 +498,22 @@ PLAIN = [*DECODE, [300] * 8, [300] * 32, [1024] * 16]
 class Paged:
     """One new token of each of some requests, over pages of 128 tokens anywhere in our pool, with random K and V."""
 
-    def __init__(self, geometry: str, contexts: list[int], slots: torch.Tensor, tokens: int) -> None:
+    def __init__(
+        self,
+        geometry: str,
+        contexts: list[int],
+        slots: torch.Tensor,
+        tokens: int,
+        kv_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         """`slots`: `(requests, longest context)`, int32, where each token would be if pages were in order; there are
         `tokens` of them, whole pages."""
-        self.q_heads, self.kv_heads, self.dim, _ = GEOMETRIES[geometry]
+        self.q_heads, self.kv_heads, self.dim, _ = (GEOMETRIES | SERVED)[geometry]
         self.requests, self.context, self.tokens = len(contexts), max(contexts), tokens
-        self.token_bytes = 2 * self.kv_heads * self.dim * 2
+        self.token_bytes = 2 * self.kv_heads * self.dim * kv_dtype.itemsize
         self.rotation = max(SHARED_LAYERS, -(-ROTATION_BYTES // (tokens * self.token_bytes)))
         shape = (tokens, self.rotation, 2, self.kv_heads, self.dim)
-        self.pool = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+        self.pool = random_pool(shape, kv_dtype)
         self.q = torch.randn(self.requests, self.q_heads, self.dim, device="cuda", dtype=torch.bfloat16)
         self.scale = self.dim**-0.5
         self.new = [1] * self.requests
@@ -518,10 +549,10 @@ class Paged:
         return call
 
     def paged(self, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As of `Case`, for pages of one token."""
-        assert page == 1
+        """As of `Case`: the pages are in random order already."""
         k, v, table = self.slots()
-        return k.contiguous(), v.contiguous(), table
+        k, v = (x.contiguous().unflatten(1, (-1, page)).squeeze(3) for x in (k, v))
+        return k, v, table[:, ::page] // page
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same where it lies in our pool, at a stride: what SGLang's backend decodes there."""
@@ -532,7 +563,7 @@ class Paged:
 class SharedCase(Paged):
     """One of `SHARED`, of one geometry: who shares what."""
 
-    def __init__(self, name: str, geometry: str) -> None:
+    def __init__(self, name: str, geometry: str, kv_dtype: torch.dtype = torch.bfloat16) -> None:
         requests, of_all, group, of_group, own = SHARED[name]
         shared, groups = of_all + of_group, requests // group
         context = shared + own
@@ -543,7 +574,7 @@ class SharedCase(Paged):
         slots[:, of_all:shared] = (each // group * of_group + of_all)[:, None] + torch.arange(of_group, device="cuda")
         private = each * own + of_all + groups * of_group
         slots[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
-        super().__init__(geometry, [context] * requests, slots, of_all + groups * of_group + requests * own)
+        super().__init__(geometry, [context] * requests, slots, of_all + groups * of_group + requests * own, kv_dtype)
         for request in range(requests):
             document = 10_000 * (1 + request // group)
             path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
@@ -553,14 +584,14 @@ class SharedCase(Paged):
 class PlainCase(Paged):
     """Contexts of which no two share anything."""
 
-    def __init__(self, contexts: list[int], geometry: str) -> None:
+    def __init__(self, contexts: list[int], geometry: str, kv_dtype: torch.dtype = torch.bfloat16) -> None:
         starts = [0]
         for context in contexts:
             starts.append(starts[-1] + -(-context // PAGE) * PAGE)
         slots = torch.zeros(len(contexts), max(contexts), dtype=torch.int32, device="cuda")
         for request, (start, context) in enumerate(zip(starts[:-1], contexts, strict=True)):
             slots[request, :context] = torch.arange(start, start + context, device="cuda")
-        super().__init__(geometry, contexts, slots, starts[-1])
+        super().__init__(geometry, contexts, slots, starts[-1], kv_dtype)
         for request in range(self.requests):
             self.sharing.join(request, [])
 

@@ -52,6 +52,7 @@ class Suite:
     def __init__(self, names: list[str], made: dict[str, Workload], plan: Plan, head: Row, file: Path | None) -> None:
         self.names, self.made, self.plan, self.head, self.file = names, made, plan, head, file
         self.rows: list[Row] = []
+        self.label = ""
         self._run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
 
     def side_by_side(self, kinds: list[str], numbers: range) -> None:
@@ -79,7 +80,12 @@ class Suite:
         before = sum(client.stats()["worker_seconds"] for client in beside)
         measured = clients[name].run(self.made[kind], seed=number)
         after = sum(client.stats()["worker_seconds"] for client in beside)
-        row: Row = {"workload": kind, "contestant": name, "among": ",".join(sorted(self.names)), "run": self._run}
+        row: Row = {
+            "workload": self.label + kind,
+            "contestant": name,
+            "among": ",".join(sorted(self.names)),
+            "run": self._run,
+        }
         row |= {"round": number, "place": place, "servers_up": len(clients), "kv_tokens": clients[name].kv_tokens()}
         self.rows.append(self.head | row | measured | {"worker_seconds_beside": round(after - before, 4)})
         if self.file is not None:
@@ -132,6 +138,9 @@ def main(
         Path | None,
         typer.Option(exists=True, envvar="VTENSOR_VLLM_BOOT", help="A shell file, sourced before vLLM is started."),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of all servers. For fp8_e4m3, rows are of fp8_<workload>, and the file is fp8.json.")
+    ] = "auto",
     quick: Annotated[
         bool, typer.Option(help="A small model on the host backend, written to prefix_quick.json.")
     ] = False,
@@ -142,6 +151,7 @@ def main(
     # Who ends this ends its servers, which would else keep the GPU's memory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     known = HOST if quick else GPU
+    file = "prefix"
     names = ["vtensor", *(compare_with.split(",") if compare_with else [] if quick else ["fa3", "fa3-page128"])]
     made = workloads(quick, trace, speed)
     chosen = kinds.split(",") if kinds else [kind for kind in made if quick or kind not in FULL]
@@ -165,14 +175,16 @@ def main(
         console.print(f"room for {room:,} tokens is less than the {needed:,} that {', '.join(chosen)} come back to")
     with tempfile.TemporaryDirectory() as folder:
         model, vocabulary = (small_model if quick else large_model)(Path(folder))
-        plan = Plan(model, vocabulary, CONTEXT, room, host=quick, vllm_boot=vllm_boot)
+        plan = Plan(model, vocabulary, CONTEXT, room, host=quick, vllm_boot=vllm_boot, kv_cache_dtype=kv_cache_dtype)
         suite = Suite(names, made, plan, results.head(), rows_file)
+        if kv_cache_dtype.startswith("fp8"):
+            suite.label, file = "fp8_", "fp8"
         measure: Callable[[list[str], range], None] = suite.in_turn if in_turn else suite.side_by_side
         measure(chosen, range(first, first + rounds))
     console.print(table(suite.rows))
     console.print(summarize(whole(suite.rows)))
     if write:
-        path, dropped = results.add_rounds("prefix_quick" if quick else "prefix", [suite.rows])
+        path, dropped = results.add_rounds("prefix_quick" if quick else file, [suite.rows])
         console.print(f"written to {path}", *([f"; dropped what it had: {dropped}"] if dropped else []))
 
 

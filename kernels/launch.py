@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What keys, and what values, were divided by as they were stored: each one float32 on the device; None: by nothing.
 Scales = tuple[torch.Tensor, torch.Tensor] | None
-DIMS = (64, 80, 96, 128, 256)
+DIMS = (64, 80, 96, 128, 192, 256)
 #: Rows that a program of `_merge` takes, and parts that it loads at a time.
 MERGED_ROWS, MERGED_PARTS = 2, 16
 

@@ -51,7 +51,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1
 @given(
     lengths=lengths,
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2)]),
-    dim=st.sampled_from([64, 80, 96, 128]),
+    dim=st.sampled_from([64, 80, 96, 128, 192]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     paged=st.booleans(),
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         call(q=batch.q[:3])
     with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
         call(k=batch.k.new_zeros(9, 3, 64), v=batch.k.new_zeros(9, 3, 64))
-    with pytest.raises(ValueError, match=r"head_dim 48: one of 64, 80, 96, 128, 256"):
+    with pytest.raises(ValueError, match=r"head_dim 48: one of 64, 80, 96, 128, 192, 256"):
         call(q=batch.q[..., :48], k=batch.k[..., :48], v=batch.v[..., :48])
     with pytest.raises(ValueError, match="last one must be 1"):
         call(q=batch.q.transpose(1, 2).contiguous().transpose(1, 2))

@@ -218,7 +218,10 @@ def test_the_slots_of_a_request_that_ended_may_be_anothers_while_a_batch_is_in_f
 def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
     server.runner.model_config.head_dim = 72
     assert SharedDecodeBackend.around(server.runner, server.inner) is server.inner
-    assert "shared decode is off: it takes head dimensions 64, 80, 96, 128, 256, and this model's is 72" in caplog.text
+    assert (
+        "shared decode is off: it takes head dimensions 64, 80, 96, 128, 192, 256, and this model's is 72"
+        in caplog.text
+    )
 
 
 def decode_batch(size):

@@ -124,7 +124,7 @@ def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]
     seed=st.integers(0, 10_000),
     requests=st.integers(1, 9),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2)]),
-    dim=st.sampled_from([64, 80, 128]),
+    dim=st.sampled_from([64, 80, 128, 192]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import subprocess
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -89,10 +90,12 @@ def test_vllm_starts_in_the_environment_of_its_shell_file(tmp_path):
     (tmp_path / "python3").chmod(0o755)
     boot = tmp_path / "boot"
     boot.write_text(f"export MARK=sourced PATH={tmp_path}:$PATH\n")
-    command = contestants.vllm_command(tmp_path, 1234, 2048, 65_536, boot)
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("sourced -m vllm.entrypoints.openai.api_server --model")
-    assert f"--kv-cache-memory-bytes {2048 * contestants.TOKEN_BYTES}" in said
+    plan = contestants.Plan(tmp_path, 400, 65_536, 2048, vllm_boot=boot)
+    for dtype, share in (("auto", 1), ("fp8_e4m3", 2)):
+        command = contestants.vllm_command(replace(plan, kv_cache_dtype=dtype), 1234)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.startswith("sourced -m vllm.entrypoints.openai.api_server --model")
+        assert f"--kv-cache-memory-bytes {2048 * contestants.TOKEN_BYTES // share}" in said
 
 
 def test_words_are_equal_for_equal_seeds():

@@ -1,0 +1,164 @@
+"""`python -m benchmarks.fp8`: kernels over FP8 KV (e4m3) beside FlashAttention-3 over FP8, on a Hopper GPU.
+
+As `benchmarks.kernels` measures, over the geometries that people serve. FlashAttention-3 has queries in FP8 already,
+and pools of its own with pages of 1, 64 and 128 tokens in random order; what the server takes where our kernel is not
+taken is FlashAttention-3 too, over pages of 128 of our layout. Errors are those of the first request, against attention
+in float32 over the same FP8 keys and values: the root of the mean square over that of the result.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import results
+from benchmarks.kernels import (
+    PREFILL,
+    SERVED,
+    SHARED,
+    TOKENS_IN_ALL,
+    Call,
+    Case,
+    Paged,
+    PlainCase,
+    Row,
+    SharedCase,
+    as_bytes,
+    fa3,
+    fa3_on,
+    graph,
+    ours,
+    rates,
+    times,
+)
+from sglang_vtensor.kernels import configs
+
+console = Console(width=200)
+FP8 = torch.float8_e4m3fn
+PAGES = (1, 64, 128)
+PAGE = 128
+DECODE: list[list[int]] = [[8192] * 64, [32768] * 8, [1024] * 64, [4096] * 128, [131072], [512] * 256]
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Causal attention in float32. `q`: `(new, q_heads, dim)`; `k`, `v`: `(context, kv_heads, dim)`."""
+    group = q.shape[1] // k.shape[1]
+    outs = []
+    for head in range(q.shape[1]):
+        keys, values = (x[:, head // group].float() for x in (k, v))
+        scores = q[:, head].float() @ keys.T * q.shape[2] ** -0.5
+        seen = torch.arange(len(k), device=q.device)[None, :] <= torch.arange(len(q), device=q.device)[:, None] + prefix
+        outs.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values)
+    return torch.stack(outs, 1)
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted).norm() / wanted.norm())
+
+
+def measure_prefill(geometry: str, shape: list[tuple[int, int]]) -> Row:
+    case = Case(geometry, shape, FP8)
+    row: Row = {"part": "prefill", "geometry": geometry, "shape": case.label()}
+    calls: dict[str, Call] = {"ours": ours(case)}
+    graphs = {"ours": graph(calls["ours"], case.rotation)}
+    for page in PAGES:
+        one = {f"fa3_page{page}": fa3(case, page)}
+        calls |= one
+        graphs |= {name: graph(call, case.rotation) for name, call in one.items()}
+    row |= {name: round(value, 2) for name, value in times(graphs, case.rotation).items()}
+    new, context = case.new[0], case.contexts[0]
+    wanted = exact(case.q[:new], case.pool[:context, 0, 0], case.pool[:context, 0, 1], context - new)
+    row |= {f"error_{name}": round(error(calls[name](0)[:new], wanted), 5) for name in ("ours", "fa3_page128")}
+    heads = case.q_heads, case.kv_heads, case.dim
+    row["taken"] = configs.ours_before_fa3(case.new, case.contexts, *heads, "cuda", FP8)
+    row["server"] = row["ours"] if row["taken"] else row["fa3_page128"]
+    return row
+
+
+def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
+    """`wide` is the same batch in bfloat16."""
+    decoder = case.decoder()
+    k, v, table = case.slots()
+    in_ours = (*(x.squeeze(2).unflatten(1, (-1, PAGE)) for x in (k, v)), table[:, ::PAGE] // PAGE)
+    calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_in_ours": fa3_on(case, *in_ours)}
+    calls |= {f"fa3_page{page}": fa3(case, page) for page in PAGES}
+    row: Row = {"part": "decode", "case": what, "requests": case.requests, "tokens": sum(case.context_lens.tolist())}
+    row |= times({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
+    row["ours_bf16"] = times({"ours": graph(wide.ours(wide.decoder()), wide.rotation)}, wide.rotation)["ours"]
+    slots = case.table[0, : int(case.context_lens[0])].long()
+    keys, values = (as_bytes(case.pool[:, 0, part])[slots].view(FP8) for part in (0, 1))
+    wanted = exact(case.q[:1], keys, values, len(slots) - 1)
+    row |= {f"error_{name}": error(calls[name](0)[:1], wanted) for name in ("ours", "fa3_page128")}
+    sharing, group = case.sharing, case.q_heads // case.kv_heads
+    tokens = int(row["tokens"])
+    numbers = case.requests, tokens, sharing.shared_tokens, sharing.saved_tokens, group, case.token_bytes
+    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"))
+    row["server"] = row["ours"] if row["taken"] else row["fa3_in_ours"]
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def best(row: Row) -> float:
+    return float(min(row[f"fa3_page{page}"] for page in PAGES))
+
+
+def summarize(rows: list[Row]) -> dict[str, float]:
+    summary: dict[str, float] = {}
+    for part in ("prefill", "decode"):
+        some = [row for row in rows if row["part"] == part]
+        if some:
+            ratios = [best(row) / row["server"] for row in some]
+            summary[f"fp8_{part}_vs_fa3"] = statistics.geometric_mean(ratios)
+            summary[f"fp8_{part}_vs_fa3_min"] = min(ratios)
+            summary[f"fp8_{part}_own_vs_fa3"] = statistics.geometric_mean([best(row) / row["ours"] for row in some])
+            summary[f"fp8_{part}_taken"] = sum(row["taken"] for row in some) / len(some)
+            summary[f"fp8_{part}_error_vs_fa3_worst"] = max(
+                row["error_ours"] / row["error_fa3_page128"] for row in some
+            )
+    for row in rows:
+        if row["part"] == "decode" and row["case"] == "Llama-3-8B, shared_8k_x64":
+            summary["fp8_shared_decode_8k_x64"] = best(row) / row["ours"]
+        if row["part"] == "decode" and row["case"] == "Llama-3-8B, 64 x 8192":
+            summary["fp8_decode_vs_bf16"] = row["ours_bf16"] / row["ours"]
+    return summary
+
+
+def main(
+    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", *SERVED]),
+    parts: Annotated[str, typer.Option(help="With commas.")] = "decode,prefill",
+    write: Annotated[bool, typer.Option(help="Write fp8_kernels.json.")] = True,
+) -> None:
+    """Measure, print and write."""
+    console.print(f"{rates()[1] / 1e9:.0f} GB/s")
+    rows: list[Row] = []
+    for geometry in geometries.split(";"):
+        batches = [(f"{len(some)} x {some[0]}", some) for some in DECODE] if "decode" in parts else []
+        for name in SHARED if batches and geometry == "Llama-3-8B" else ():
+            rows.append(
+                measure_decode(SharedCase(name, geometry, FP8), f"{geometry}, {name}", SharedCase(name, geometry))
+            )
+            console.print(rows[-1])
+            torch.cuda.empty_cache()
+        for what, contexts in batches:
+            if sum(contexts) <= 2 * TOKENS_IN_ALL:
+                case, wide = PlainCase(contexts, geometry, FP8), PlainCase(contexts, geometry)
+                rows.append(measure_decode(case, f"{geometry}, {what}", wide))
+                console.print(rows[-1])
+                del case, wide
+                torch.cuda.empty_cache()
+        for shape in PREFILL if "prefill" in parts else ():
+            if sum(a + b for a, b in shape) <= TOKENS_IN_ALL:
+                rows.append(measure_prefill(geometry, shape))
+                console.print(rows[-1])
+                torch.cuda.empty_cache()
+    summary = summarize(rows)
+    if write:
+        results.write("fp8_kernels", summary, rows)
+    console.print(summary)
+
+
+if __name__ == "__main__":
+    typer.run(main)
