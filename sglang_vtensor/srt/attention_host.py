@@ -2,10 +2,10 @@
 FP8 is converted, one run at a time.
 
 Shapes: q `(tokens, q_heads, head_dim)`; a run's K and V `(tokens of the run, kv_heads, head_dim)` at the token stride.
-The query heads that share a KV head are a dimension of their own, over which K and V have stride 0:
+The query heads that share a KV head are a dimension of their own:
 
     q  (kv_heads, group, new, head_dim)
-    k  (kv_heads, group, run, head_dim)     strides (head_dim, 0, token, 1)
+    k  (kv_heads, run, head_dim)            strides (head_dim, token, 1)
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class HostAttentionBackend(AttentionBackend):
         page = self.runtime.page_tokens
         for work in [work.behind(window, page) for work in self.work] if window > 0 else self.work:
             tokens = slice(work.first, work.first + work.new)
-            k_runs, v_runs = ([_heads_first(x[run].to(q.dtype), group) for run in work.runs] for x in (keys, values))
+            k_runs, v_runs = ([x[run].to(q.dtype).transpose(0, 1) for run in work.runs] for x in (keys, values))
             causal = work.mask is None and work.new == work.context > 1
             scale = layer.scaling * float(k_scale)
             result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, scale)
@@ -115,22 +115,23 @@ def _attend(
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Attention over the runs as over one tensor: scores of all of them have one softmax."""
+    """Attention over the runs as over one tensor: scores of all of them have one softmax. `q` is `(kv_heads, group, new,
+    head_dim)`, a run's `k` and `v` `(kv_heads, run, head_dim)`."""
+    kv_heads, group, new, dim = q.shape
     if len(k_runs) == 1:
-        return scaled_dot_product_attention(q, k_runs[0], v_runs[0], attn_mask=mask, is_causal=causal, scale=scale)
-    scores = torch.cat([q.float() @ k.float().transpose(-1, -2) for k in k_runs], dim=-1) * scale
+        k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k_runs[0], v_runs[0]))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    # The heads that share a KV head are rows of one product, so that nothing of K and V is copied.
+    rows = q.reshape(kv_heads, group * new, dim).float() * scale
+    scores = torch.cat([rows @ k.float().transpose(1, 2) for k in k_runs], dim=-1)
     if causal:
-        mask = _causal_mask(q.shape[2], q.shape[2])
+        mask = _causal_mask(new, new)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1).split([k.shape[2] for k in k_runs], dim=-1)
-    parts = [some @ v.float() for some, v in zip(weights, v_runs, strict=True)]
-    return torch.stack(parts).sum(0).to(q.dtype)
-
-
-def _heads_first(x: torch.Tensor, group: int) -> torch.Tensor:
-    """`(run, kv_heads, dim)` as `(kv_heads, group, run, dim)`, without a copy."""
-    return x.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
+        scores.unflatten(1, (group, new)).masked_fill_(~mask, float("-inf"))
+    out = torch.zeros_like(rows)
+    for weights, v in zip(scores.softmax(-1).split([k.shape[1] for k in k_runs], dim=-1), v_runs, strict=True):
+        out = torch.baddbmm(out, weights, v.float())
+    return out.view(q.shape).to(q.dtype)
 
 
 def _causal_mask(new: int, context: int) -> torch.Tensor:
