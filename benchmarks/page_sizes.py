@@ -24,19 +24,22 @@ MODELS = {
     "Qwen3-4B, 8B": (36, 8, 128),
     "Qwen3-14B": (40, 8, 128),
     "Qwen3-32B": (64, 8, 128),
+    "Qwen3-30B-A3B": (48, 4, 128),
+    "GLM-4.5-Air": (46, 8, 128),
+    "MiniMax-M2": (62, 8, 128),
     "Yi-6B": (32, 4, 128),
     "Yi-9B": (48, 4, 128),
     "Yi-34B": (60, 8, 128),
 }
 HEAD = """# Page sizes
 
-What `--kv-backend vtensor` chooses on an NVIDIA GPU (granularity 2 MiB, tiles of 128 tokens) for a bfloat16 KV cache
-when `--page-size` is left out: the smallest of 16 to 512 tokens that is whole tiles and whole granules, or, where that
-were a page of more than 64 MiB, a padded token stride. Tensor parallelism divides the KV heads; a rank has at least
-one. Made by `python -m benchmarks.page_sizes`.
+What `--kv-backend vtensor` chooses on an NVIDIA GPU (granularity 2 MiB, tiles of 128 tokens) when `--page-size` is left
+out, for a bfloat16 KV cache and for an FP8 one: the smallest of 16 to 512 tokens that is whole tiles and whole granules,
+or, where that were a page of more than 64 MiB, or there is none, a padded token stride. Tensor parallelism divides the
+KV heads; a rank has at least one. Made by `python -m benchmarks.page_sizes`.
 
-| model | TP | KV bytes a token | page, tokens | page, MiB | padding |
-|---|---|---|---|---|---|
+| model | TP | bytes a token | page, tokens | page, MiB | padding | FP8: bytes | tokens | MiB | padding |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -45,18 +48,22 @@ def table() -> str:
     lines = []
     for name, (layers, heads, dim) in MODELS.items():
         for tp in (1, 2, 4, 8):
-            layout = KVLayout.choose(
-                layers=layers,
-                kv_heads=max(1, heads // tp),
-                head_dim=dim,
-                dtype=torch.bfloat16,
-                granularity=GRANULARITY,
-                tile_tokens=TILE_TOKENS,
-            )
-            lines.append(
-                f"| {name} | {tp} | {layout.kv_bytes:,} | {layout.page_tokens} | {layout.page_bytes >> 20} | "
-                f"{layout.waste:.1%} |"
-            )
+            chosen = [
+                KVLayout.choose(
+                    layers=layers,
+                    kv_heads=max(1, heads // tp),
+                    head_dim=dim,
+                    dtype=dtype,
+                    granularity=GRANULARITY,
+                    tile_tokens=TILE_TOKENS,
+                )
+                for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+            ]
+            cells = [
+                f"{layout.kv_bytes:,} | {layout.page_tokens} | {layout.page_bytes >> 20} | {layout.waste:.1%}"
+                for layout in chosen
+            ]
+            lines.append(f"| {name} | {tp} | {' | '.join(cells)} |")
     return HEAD + "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,8 @@ tokens (other layers, other heads). So a tile of keys is one rectangular load: t
 pages, but for the end of the last one.
 
 Keys and values may be of an 8-bit type: products are those of float16 then, which has all of their values, and
-conversion to it is one instruction for two of them. Queries are narrowed to it, and saturate.
+conversion to it is one instruction for two of them. Queries are converted to it, and saturate; or, with NARROW, to the
+type of the keys, and their products are of that.
 
 The query heads that share a KV head are packed into the rows of a tile, heads fastest:
 
@@ -56,9 +57,11 @@ def _widened(x):
 
 
 @triton.jit
-def _queries(q, cache: tl.constexpr):
-    """Queries as they are multiplied with keys of that type."""
-    if cache.primitive_bitwidth == 8 and q.dtype != tl.float16:
+def _queries(q, cache: tl.constexpr, NARROW: tl.constexpr):
+    """Queries as they are multiplied with keys of that type. NARROW is for float8_e4m3fn."""
+    if NARROW:
+        q = tl.clamp(q.to(tl.float32), -448.0, 448.0).to(cache)
+    elif cache.primitive_bitwidth == 8 and q.dtype != tl.float16:
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     return q
 
@@ -84,6 +87,8 @@ def _inside(valid, dims, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
 @triton.jit
 def _scores(q, k, scale, cap, CAP: tl.constexpr, WIDE: tl.constexpr):
     """Scores in base 2 before the mask, float32. `scale` has log2(e) in it, unless there is a soft cap."""
+    if q.dtype != k.dtype:
+        k = _widened(k)
     scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), WIDE)
     if CAP:
         # tanh by exp2, which every target has: 1 - 2 / (1 + e^2x) is -1 and 1 at the ends, without a NaN.
@@ -139,7 +144,7 @@ def _whole_tiles(
             at = (begin + tl.arange(0, BLOCK_N)).to(tl.int64)
             k_at = k_head + at[:, None] * stride_k_token + dims[None, :]
             k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0) if DIM != DIM_PADDED else tl.load(k_at)
-        scores = _scores(q, _widened(k), scale, cap, CAP, WIDE)
+        scores = _scores(q, k, scale, cap, CAP, WIDE)
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
         decay = tl.exp2(highest - new_highest)
@@ -209,6 +214,7 @@ def _attend(
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -236,7 +242,7 @@ def _attend(
     dims = tl.arange(0, DIM_PADDED)
     q_rows = q_ptr + (first_row + token) * stride_q_token + q_head * stride_q_head
     q_mask = _inside(valid, dims, DIM, DIM_PADDED)
-    q = _queries(tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+    q = _queries(tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty, NARROW)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -280,7 +286,7 @@ def _attend(
         keys = n + tl.arange(0, BLOCK_N)
         mask = _inside(keys < high, dims, DIM, DIM_PADDED)
         at = (keys + tl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(tl.int64)
-        k = _widened(tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0))
+        k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
         v = _widened(tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
         seen = (keys[None, :] <= position[:, None]) & (keys < high)[None, :]
         scores = tl.where(seen, _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,13 +19,27 @@ HOPPER_DIMS, HOPPER_TILE = (64, 128), 128
 SHORT_CONTEXT = 1500
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
-#: Of shared decode, as shares of what reading a key and a value from memory takes, measured on an H200: reading them
-#: again where all its requests do, as they come from the cache in part; a query head's work with one key; and what it
-#: loses with all that a batch reads. And bytes that are read while its further kernels start.
-SHARED_AGAIN, SHARED_COMPUTE, SHARED_MARGIN, SHARED_OVERHEAD_BYTES = 0.6, 0.01, 0.03, 16 << 20
-#: On an H200, for so many requests or more, and from so many bytes a layer on, it is as fast as FlashAttention-3 over
-#: the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single long request is not
-#: always: few programs merge what many have read. Between one and 8 requests was not measured.
+
+
+@dataclass(frozen=True)
+class DecodeCosts:
+    """Of shared decode beside FlashAttention-3, as shares of what reading a key and a value from memory takes; measured
+    on an H200. `again`: what FlashAttention-3 takes for a token of what is shared, for each request that reads it, as
+    it comes from the cache in part. Ours: `compute`, a query head's work with one key of those; and what it loses with
+    each token that a batch reads (`all`), and with each that is a request's own (`own`)."""
+
+    again: float
+    compute: float
+    all: float
+    own: float
+
+
+WIDE_COSTS, FP8_COSTS = DecodeCosts(0.6, 0.01, 0.03, 0.0), DecodeCosts(1.25, 0.04, 0.03, 0.45)
+#: Bytes that are read while its further kernels start.
+SHARED_OVERHEAD_BYTES = 16 << 20
+#: On an H200, in bfloat16, for so many requests or more, and from so many bytes a layer on, it is as fast as
+#: FlashAttention-3 over the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single
+#: long request is not always: few programs merge what many have read. Between one and 8 requests was not measured.
 HOPPER_REQUESTS, HOPPER_BYTES = 8, 32 << 20
 
 
@@ -80,6 +95,8 @@ def ours_before_fa3(
     It does with heads of 64 over prefixes; and where one request would keep a few multiprocessors busy for long after
     the others have ended, as FlashAttention-3 divides all contexts of a batch alike.
     """
+    if kv_dtype.itemsize == 1:
+        return False  # not measured
     if head_dim == 64:
         return sum(contexts) > sum(new)
     tiles = [-(-n * q_heads // kv_heads // 128) * kv_heads for n in new]
@@ -91,7 +108,14 @@ def ours_before_fa3(
 
 
 def shared_decode_pays(
-    requests: int, tokens: int, shared: int, saved: int, group: int, token_bytes: int, capability: int = 0
+    requests: int,
+    tokens: int,
+    shared: int,
+    saved: int,
+    group: int,
+    token_bytes: int,
+    capability: int = 0,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> bool:
     """Whether shared decode is faster for a batch of so many requests with `tokens` tokens in all, of which `shared`
     are read by several requests, and `saved` read again by others where each reads its own. A token takes `token_bytes`
@@ -100,11 +124,12 @@ def shared_decode_pays(
     Counted in tokens read from memory. Each on its own, requests that share a run read it at about the same time, so
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
-    if capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
+    fp8 = kv_dtype.itemsize == 1
+    if not fp8 and capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
         return True
-    read = shared + saved
-    once = shared + SHARED_COMPUTE * group * read + SHARED_OVERHEAD_BYTES / token_bytes + SHARED_MARGIN * tokens
-    return SHARED_AGAIN * read > once
+    costs, read = FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
+    loss = costs.all * tokens + costs.own * (tokens - read) + SHARED_OVERHEAD_BYTES / token_bytes
+    return costs.again * read > shared + costs.compute * group * read + loss
 
 
 def shared_decode(head_dim: int, capability: int) -> Config:

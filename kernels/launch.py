@@ -62,6 +62,11 @@ def check(
         raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
 
 
+def narrow(k: torch.Tensor, config: Config) -> bool:
+    """Whether products of queries and keys are of the keys' type."""
+    return config.narrow and k.dtype == torch.float8_e4m3fn
+
+
 def base_two(scale: float, soft_cap: float) -> float:
     """The scale of scores in base 2, as `attend._scores` takes it."""
     return scale if soft_cap > 0 else scale * math.log2(math.e)
@@ -143,6 +148,7 @@ def launch(
             BLOCK_N=config.block_n,
             CAP=cap,
             SCALED=scales is not None,
+            NARROW=narrow(k, config),
             TMA=config.tma,
             WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,

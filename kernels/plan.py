@@ -31,7 +31,8 @@ ALIGNED = 4
 class Config:
     """One way to compile the kernels. `block_m` packed query rows by `block_n` keys a tile; `occupancy` programs run on
     one multiprocessor at a time; `tma` loads tiles of keys by descriptor, where the GPU can; `hopper` is the kernel of
-    `hopper.py`, whose tiles have 64 or 128 rows."""
+    `hopper.py`, whose tiles have 64 or 128 rows; `narrow` multiplies queries with keys of float8_e4m3fn in that type,
+    as FlashAttention-3 does."""
 
     block_m: int
     block_n: int
@@ -40,6 +41,7 @@ class Config:
     tma: bool = False
     occupancy: int = 1
     hopper: bool = False
+    narrow: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def _pieces(
     COST: tl.constexpr,
     CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -118,7 +119,9 @@ def _pieces(
             member = tl.load(members_ptr + start + rank, mask=valid, other=0).to(tl.int64)
             q_rows = q_ptr + member * stride_q_token + (head * GROUP + in_tile % GROUP) * stride_q_head
             q_mask = _inside(valid, dims, DIM, DIM_PADDED)
-            q = _queries(tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty)
+            q = _queries(
+                tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0), k_ptr.dtype.element_ty, NARROW
+            )
             highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
@@ -160,7 +163,7 @@ def _pieces(
                 seen = whole + in_keys < key_high
                 mask = _inside(seen, dims, DIM, DIM_PADDED)
                 slot = (tl.load(pages + whole // PAGE) * PAGE + whole % PAGE + in_keys).to(tl.int64)
-                k = _widened(tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0))
+                k = tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
                 v = _widened(tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
                 scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
                 new_highest = tl.maximum(highest, tl.max(scores, 1))

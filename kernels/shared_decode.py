@@ -36,7 +36,7 @@ import torch
 import triton
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, tile_descriptors
+from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, narrow, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_attend import _pieces
 from sglang_vtensor.kernels.shared_merge import _together
@@ -319,6 +319,7 @@ class SharedDecoder:
             COST=COST,
             CAP=soft_cap > 0,
             SCALED=scales is not None,
+            NARROW=narrow(k, config),
             TMA=config.tma,
             WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,

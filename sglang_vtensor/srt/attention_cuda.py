@@ -52,7 +52,8 @@ class PrefillBackend(AttentionBackend):
         if kernel == "fa3" and dtype == torch.float8_e5m2:
             raise Refused("--vtensor-prefill-kernel fa3 reads FP8 as fp8_e4m3 only, not fp8_e5m2: use triton, or auto")
         fa3 = torch.cuda.get_device_capability(runner.device) == (9, 0) and dtype != torch.float8_e5m2
-        if kernel == "fa3" or (kernel == "auto" and fa3 and runner.model_config.head_dim not in DIMS):
+        ours = runner.model_config.head_dim in DIMS and dtype != torch.float8_e4m3fn  # which is not measured
+        if kernel == "fa3" or (kernel == "auto" and fa3 and not ours):
             return FlashAttention3(runner)
         return Fastest(runner) if kernel == "auto" and fa3 else TritonPrefill(runner)
 

@@ -115,8 +115,8 @@ def _attend(
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Attention over the runs as over one tensor: scores of all of them have one softmax. `q` is `(kv_heads, group, new,
-    head_dim)`, a run's `k` and `v` `(kv_heads, run, head_dim)`."""
+    """Attention over the runs as over one tensor: scores of all of them have one softmax. `q` is
+    `(kv_heads, group, new, head_dim)`, a run's `k` and `v` `(kv_heads, run, head_dim)`."""
     kv_heads, group, new, dim = q.shape
     if len(k_runs) == 1:
         k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k_runs[0], v_runs[0]))

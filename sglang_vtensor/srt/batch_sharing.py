@@ -51,6 +51,7 @@ class BatchSharing:
                 self.group,
                 self.token_bytes,
                 self.capability,
+                self.runtime.memory.layout.dtype,
             )
         self.seconds += time.perf_counter() - start
 

@@ -10,7 +10,8 @@ from tests.harness import Answer, Request, Scheduler, side_by_side
 
 #: By how much (nats) the reference's best token must beat its second for a difference to be an error. A different page
 #: size splits a prompt into other batches, and the last bits of a sum depend on the batch: below this, a tie is a tie.
-TIE = {"float32": 1e-3, "bfloat16": 0.26}
+#: Over an FP8 cache the model is float32: where one rounds a value up and the other down, it is an eighth larger.
+TIE = {"float32": 1e-3, "bfloat16": 0.26, "fp8": 0.05}
 
 
 class Prompts:

@@ -33,13 +33,16 @@ STEPS = st.lists(
         (1, 10, {}),
         (16, 80, {}),
         (16, 50, {"environment": FEW_FRAMES}),
+        (16, 40, {"kv_cache_dtype": "fp8_e4m3"}),
     ],
-    ids=["page1", "page16", "few-frames"],
+    ids=["page1", "page16", "few-frames", "fp8"],
 )
 def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placing):
-    limits = {"max_total_tokens": 640, "max_running_requests": 8, "chunked_prefill_size": 64}
+    cache = {name: value for name, value in placing.items() if name == "kv_cache_dtype"}
+    tie = TIE["fp8" if cache else "float32"]
+    limits = {"max_total_tokens": 640, "max_running_requests": 8, "chunked_prefill_size": 64, **cache}
     reference = schedulers(**limits)
-    ours = schedulers(kv_backend="vtensor", page_size=page_size, **placing, **limits)
+    ours = schedulers(kv_backend="vtensor", page_size=page_size, **(placing | limits))
     before = ours.stats()
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -71,7 +74,7 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placi
             for rid in requests:
                 # SGLang aborts by prefix: s1 takes s10 with it.
                 if not any(rid.startswith(name) for name in aborted):
-                    assert_same(expected[rid], got[rid], tie=TIE["float32"], what=rid)
+                    assert_same(expected[rid], got[rid], tie=tie, what=rid)
             for (chat, *_), (rid, tokens) in zip(steps, requests.items(), strict=True):
                 if rid in expected:
                     chats[chat] = tokens + expected[rid].tokens

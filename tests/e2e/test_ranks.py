@@ -17,10 +17,16 @@ from tests.e2e.compare import TIE, Prompts
 from tests.harness import Request
 
 
+@pytest.fixture(params=["auto", "fp8_e4m3"])
+def cache(request):
+    return request.param
+
+
 @pytest.fixture
-def two_ranks(models, tmp_path):
+def two_ranks(models, tmp_path, cache):
     cores = sorted(os.sched_getaffinity(0))
     arguments = ["--kv-backend", "vtensor", "--tp", "2", "--disable-custom-all-reduce"]
+    arguments += ["--kv-cache-dtype", cache]
     with contextlib.ExitStack() as running:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # one node has both ranks
@@ -31,8 +37,9 @@ def two_ranks(models, tmp_path):
         yield url
 
 
-def test_two_ranks_answer_as_one_does(two_ranks, schedulers):
-    reference = schedulers()
+def test_two_ranks_answer_as_one_does(two_ranks, schedulers, cache):
+    reference = schedulers(kv_cache_dtype=cache)
+    tie = TIE["float32" if cache == "auto" else "fp8"]
     prompt = Prompts(31)
     system = prompt(90)
     turns = [[system + prompt(10 + 9 * n) for n in range(5)]] + [[prompt(12 + n) for n in range(5)] for _ in range(2)]
@@ -45,7 +52,7 @@ def test_two_ranks_answer_as_one_does(two_ranks, schedulers):
 
     def compare(what):
         got = conversation(asking(two_ranks, new), turns, expected)
-        assert_same_answers(expected, got, tie=TIE["float32"], what=f"{what},")
+        assert_same_answers(expected, got, tie=tie, what=f"{what},")
 
     compare("at first")
     (stats,) = server_stats(two_ranks)

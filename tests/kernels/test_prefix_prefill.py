@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -289,3 +290,18 @@ def test_compiling_at_start_runs_every_class_of_shapes(cache):
     told = list(compile_prefill(stored(pages[:, 0], cache), stored(pages[:, 1], cache), **shapes))
     assert told == [(n + 1, len(told)) for n in range(len(told))]
     assert told, "no shape was compiled"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_products_of_fp8(dim):
+    """As FlashAttention-3 makes them: no worse than queries of that type explain, and not as good as without."""
+    page = 64 if DEVICE == "cuda" else PAGE
+    sizes = {"q_heads": 8, "kv_heads": 2, "dim": dim, "dtype": torch.bfloat16, "cache": torch.float8_e4m3fn}
+    batch = Batch.random([70, 1, 9], [300, 200, 9], page=page, seed=6, **sizes)
+    wide = Config(64, 64, 4, 3, False, 2) if DEVICE == "cuda" else SMALL
+    outs = [run(batch, config=replace(wide, narrow=narrow), cache=torch.float8_e4m3fn)[0] for narrow in (False, True)]
+    expected = batch.expected()
+    assert_close(outs[0], expected)
+    assert_close(outs[1], expected, narrow=True)
+    worse, better = ((out.float() - expected).norm() for out in outs[::-1])
+    assert worse > 2 * better

@@ -221,6 +221,17 @@ def test_requests_come_and_leave():
         assert_close(out, expected[at])
 
 
+def test_products_of_fp8():
+    """With queries of the keys' type, as FlashAttention-3 has them."""
+    sizes = {"q_heads": 8, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16, "cache": FP8[0]}
+    batch = Batch.random([1] * 6, [5 * PAGE + n for n in range(6)], seed=9, **sizes)
+    served = Served.of(batch, [[1, 2, 3, 4]] * 6)
+    expected = batch.expected()
+    config = Config(16, 16, 4, 1, narrow=True) if DEVICE == "cpu" else Config(64, 64, 4, 3, True, 2, narrow=True)
+    out = served.run(config=config, cache=FP8[0])
+    assert_close(out, expected, narrow=True)
+
+
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_heads_that_do_not_fill_a_tile(block_m):
     """Of groups of 7 heads, two fit into 16 rows, and two rows are nobody's."""
