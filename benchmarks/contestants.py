@@ -28,6 +28,7 @@ from typing import Any
 import aiohttp
 import requests
 
+from benchmarks.geometries import LLAMA, Geometry
 from benchmarks.serving import CONTESTANTS, STREAM_INTERVAL, Said, command, started, stream
 from sglang_vtensor.demo import free_port
 
@@ -48,11 +49,6 @@ HOST = {
 }
 HOST_TOKENS = 8192
 
-GIB = 1 << 30
-#: Llama-3-8B's geometry in bf16: 32 layers of 8 heads of 128, keys and values.
-TOKEN_BYTES = 32 * 2 * 8 * 128 * 2
-#: For each server: 15 GiB of weights, and 7 GiB for its context, graphs, activations and workspaces.
-SERVER_BYTES = 22 * GIB
 #: Of the device, for the driver and for what fragments.
 SPARE = 0.02
 #: Page sizes divide it.
@@ -84,10 +80,10 @@ COUNTED = (
 Workload = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
 
 
-def capacity(device_bytes: int, servers: int) -> int:
+def capacity(device_bytes: int, servers: int, geometry: Geometry = LLAMA) -> int:
     """KV tokens for each of so many servers on one device; 0 or less if they do not fit."""
-    free = int(device_bytes * (1 - SPARE)) - servers * SERVER_BYTES
-    return free // servers // TOKEN_BYTES // ROUND_TOKENS * ROUND_TOKENS
+    free = int(device_bytes * (1 - SPARE)) - servers * geometry.server_bytes
+    return free // servers // geometry.token_bytes // ROUND_TOKENS * ROUND_TOKENS
 
 
 @dataclass
@@ -233,7 +229,7 @@ def vllm_command(plan: Plan, port: int) -> list[str]:
     vllm += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--load-format", "dummy", "--seed", "0"]
     vllm += ["--skip-tokenizer-init", "--max-model-len", str(plan.context), "--enable-prefix-caching"]
     vllm += ["--kv-cache-dtype", plan.kv_cache_dtype, "--gpu-memory-utilization", "0.1"]
-    vllm += ["--kv-cache-memory-bytes", str(plan.tokens * TOKEN_BYTES // (2 if fp8 else 1))]
+    vllm += ["--kv-cache-memory-bytes", str(plan.tokens * plan.geometry.token_bytes // (2 if fp8 else 1))]
     vllm += ["--stream-interval", str(STREAM_INTERVAL), "--enable-prompt-tokens-details"]
     vllm += ["--uvicorn-log-level", "warning"]
     return ["bash", "-c", '. "$0" && exec "$@"', str(boot.resolve()), *vllm] if boot else vllm
@@ -250,6 +246,7 @@ class Plan:
     host: bool = False
     vllm_boot: Path | None = None
     kv_cache_dtype: str = "auto"
+    geometry: Geometry = LLAMA
 
 
 def row(answers: list[Answer], seconds: float) -> dict[str, Any]:

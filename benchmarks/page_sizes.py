@@ -34,7 +34,7 @@ MODELS = {
 HEAD = """# Page sizes
 
 What `--kv-backend vtensor` chooses on an NVIDIA GPU (granularity 2 MiB, tiles of 128 tokens) when `--page-size` is left
-out, for a bfloat16 KV cache and for an FP8 one: the smallest of 16 to 512 tokens that is whole tiles and whole granules,
+out, for a KV cache of bfloat16 and for one of FP8: the smallest of 16 to 512 tokens that is whole tiles and granules;
 or, where that were a page of more than 64 MiB, or there is none, a padded token stride. Tensor parallelism divides the
 KV heads; a rank has at least one. Made by `python -m benchmarks.page_sizes`.
 

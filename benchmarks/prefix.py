@@ -38,8 +38,8 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.contestants import GPU, HOST, HOST_TOKENS, ROUND_TOKENS, Client, Plan, Workload, capacity, servers
+from benchmarks.geometries import GEOMETRIES, LLAMA, Geometry
 from benchmarks.rounds import Row, compare, rotated, summarize, whole
-from benchmarks.serving import CONFIG, VOCABULARY
 from benchmarks.workloads import FULL, TOKENS, workloads
 
 console = Console(width=190)
@@ -141,6 +141,9 @@ def main(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Of all servers. For fp8_e4m3, rows are of fp8_<workload>, and the file is fp8.json.")
     ] = "auto",
+    geometry_name: Annotated[
+        str, typer.Option("--model", help="A geometry; rows of another than the first are in models.json.")
+    ] = next(iter(GEOMETRIES)),
     quick: Annotated[
         bool, typer.Option(help="A small model on the host backend, written to prefix_quick.json.")
     ] = False,
@@ -150,7 +153,9 @@ def main(
     """Measure, print, and merge into the results."""
     # Who ends this ends its servers, which would else keep the GPU's memory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    known = HOST if quick else GPU
+    if geometry_name not in GEOMETRIES:
+        raise typer.BadParameter(f"--model {geometry_name!r} is unknown: there are {', '.join(GEOMETRIES)}")
+    known, geometry = HOST if quick else GPU, GEOMETRIES[geometry_name]
     file = "prefix"
     names = ["vtensor", *(compare_with.split(",") if compare_with else [] if quick else ["fa3", "fa3-page128"])]
     made = workloads(quick, trace, speed)
@@ -165,20 +170,22 @@ def main(
             raise typer.BadParameter(f"{', '.join(sorted(full))} fill a cache of their own size: run each alone")
         tokens = tokens or (0 if quick else FULL[chosen[0]] // 2 // ROUND_TOKENS * ROUND_TOKENS)
     needed = 0 if quick or full else max(TOKENS[kind] for kind in chosen)
-    room = tokens or (HOST_TOKENS if quick else capacity(device_bytes(), len(names)))
+    room = tokens or (HOST_TOKENS if quick else capacity(device_bytes(), len(names), geometry))
     if not tokens and room < needed and len(names) > 1:
         console.print(f"{len(names)} servers would have room for {room:,} tokens each; {needed:,} are needed: in turn")
         in_turn = True
     if in_turn and not tokens and not quick:
-        room = capacity(device_bytes(), 1)
+        room = capacity(device_bytes(), 1, geometry)
     if room < needed:
         console.print(f"room for {room:,} tokens is less than the {needed:,} that {', '.join(chosen)} come back to")
     with tempfile.TemporaryDirectory() as folder:
-        model, vocabulary = (small_model if quick else large_model)(Path(folder))
-        plan = Plan(model, vocabulary, CONTEXT, room, host=quick, vllm_boot=vllm_boot, kv_cache_dtype=kv_cache_dtype)
+        model, vocabulary = small_model(Path(folder)) if quick else large_model(Path(folder), geometry)
+        plan = Plan(model, vocabulary, CONTEXT, room, quick, vllm_boot, kv_cache_dtype, geometry)
         suite = Suite(names, made, plan, results.head(), rows_file)
+        if geometry.label:
+            suite.label, file = geometry.label, "models"
         if kv_cache_dtype.startswith("fp8"):
-            suite.label, file = "fp8_", "fp8"
+            suite.label, file = f"fp8_{geometry.label}", "fp8"
         measure: Callable[[list[str], range], None] = suite.in_turn if in_turn else suite.side_by_side
         measure(chosen, range(first, first + rounds))
     console.print(table(suite.rows))
@@ -197,12 +204,12 @@ def device_bytes() -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(int(gpu))).total)
 
 
-def large_model(folder: Path) -> tuple[Path, int]:
-    """Llama-3-8B's geometry, with room for the agents' contexts."""
+def large_model(folder: Path, geometry: Geometry = LLAMA) -> tuple[Path, int]:
+    """A geometry, with room for the agents' contexts."""
     model = folder / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": CONTEXT}))
-    return model, VOCABULARY
+    (model / "config.json").write_text(json.dumps(geometry.config | {"max_position_embeddings": CONTEXT}))
+    return model, geometry.vocabulary
 
 
 def small_model(folder: Path) -> tuple[Path, int]:

@@ -32,28 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.geometries import LLAMA
 from sglang_vtensor.demo import free_port, stop
 
-VOCABULARY = 128_256
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
+VOCABULARY, CONFIG = LLAMA.vocabulary, LLAMA.config
 CONTESTANTS = {
     "vtensor": ["--kv-backend", "vtensor"],
     "fa3": ["--attention-backend", "fa3"],

@@ -95,7 +95,7 @@ def test_vllm_starts_in_the_environment_of_its_shell_file(tmp_path):
         command = contestants.vllm_command(replace(plan, kv_cache_dtype=dtype), 1234)
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert said.startswith("sourced -m vllm.entrypoints.openai.api_server --model")
-        assert f"--kv-cache-memory-bytes {2048 * contestants.TOKEN_BYTES // share}" in said
+        assert f"--kv-cache-memory-bytes {2048 * contestants.LLAMA.token_bytes // share}" in said
 
 
 def test_words_are_equal_for_equal_seeds():
