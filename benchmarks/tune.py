@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune prefill|shared-decode`: configurations of our kernels beside each other.
+"""`python -m benchmarks.tune prefill|shared-decode|shared-decode-fp8`: configurations of our kernels beside each other.
 
 Prints, for each class of shapes, the candidates by their geometric mean against the best of each shape: what
 `kernels/configs.py` says is read off here.
@@ -12,7 +12,20 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.kernels import GEOMETRIES, PREFILL, SHARED, Case, SharedCase, console, graph, ours, times
+from benchmarks.kernels import (
+    GEOMETRIES,
+    PREFILL,
+    SHARED,
+    Case,
+    PlainCase,
+    SharedCase,
+    console,
+    fa3,
+    graph,
+    ours,
+    times,
+)
+from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import Config
 
 PREFILL_CANDIDATES = [
@@ -42,13 +55,25 @@ SHARED_CANDIDATES = [
         (128, 128, 8, 3, 1),
     ]
 ]
+FP8_CANDIDATES = [
+    Config(m, n, warps, stages, True, occupancy, narrow=narrow)
+    for m, n, warps, stages, occupancy in [
+        (64, 64, 4, 3, 2),
+        (64, 128, 4, 3, 2),
+        (64, 128, 4, 2, 2),
+        (128, 128, 8, 3, 1),
+        (16, 128, 4, 4, 2),
+    ]
+    for narrow in (False, True)
+]
 
 
-def shared(geometry: str) -> None:
+def shared(geometry: str, candidates: list[Config], dtype: torch.dtype) -> None:
     """Candidates for shared decode, case by case."""
-    for name in SHARED:
-        case = SharedCase(name, geometry)
-        calls = {repr(config): case.ours(case.decoder(config)) for config in SHARED_CANDIDATES}
+    for name in [*SHARED, "nothing shared"]:
+        case = PlainCase([8192] * 64, geometry, dtype) if name not in SHARED else SharedCase(name, geometry, dtype)
+        calls = {repr(config): case.ours(case.decoder(config)) for config in candidates}
+        calls["fa3, pages of 128"] = fa3(case, 128)
         measured = times({config: graph(call, case.rotation) for config, call in calls.items()}, case.rotation)
         console.print(f"{geometry} {name}")
         for config, value in sorted(measured.items(), key=lambda item: item[1]):
@@ -57,13 +82,14 @@ def shared(geometry: str) -> None:
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="prefill or shared-decode")],
+    what: Annotated[str, typer.Argument(help="prefill, shared-decode or shared-decode-fp8")],
     geometries: Annotated[str, typer.Option()] = "Llama-3-8B",
 ) -> None:
     """Measure and print."""
-    if what == "shared-decode":
-        for geometry in geometries.split(","):
-            shared(geometry)
+    if what.startswith("shared-decode"):
+        fp8 = what.endswith("fp8")
+        for geometry in geometries.split(";"):
+            shared(geometry, *((FP8_CANDIDATES, FP8[0]) if fp8 else (SHARED_CANDIDATES, torch.bfloat16)))
         return
     total: dict[Config, list[float]] = {}
     for geometry in geometries.split(","):

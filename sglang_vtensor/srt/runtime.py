@@ -83,6 +83,7 @@ class Runtime:
         #: Copies that the next batch begins with: source frame, target frame, tokens.
         self.copies: list[tuple[int, int, int]] = []
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._spare: list[torch.cuda.Event] = []  # of batches that are done
         #: Where decode may read what requests share once.
         self.sharing: BatchSharing | None = None
         #: Requests that waited for a prefix that another one was computing.
@@ -172,7 +173,7 @@ class Runtime:
     def launched(self, stream: torch.cuda.Stream) -> None:
         """A batch was launched on `stream`. Batches that are done by now are told to the memory; nothing waits."""
         with self.memory.clock:
-            event = torch.cuda.Event()
+            event = self._spare.pop() if self._spare else torch.cuda.Event()
             event.record(stream)
             self._flying.append((self.memory.launch(), event))
             self.poll()
@@ -180,7 +181,9 @@ class Runtime:
     def poll(self) -> None:
         """Tell the memory which batches are done."""
         while self._flying and self._flying[0][1].query():
-            self.memory.complete(self._flying.popleft()[0])
+            epoch, event = self._flying.popleft()
+            self.memory.complete(epoch)
+            self._spare.append(event)
 
     def idle(self) -> None:
         """Between two batches, with none to be made now. It takes nothing of a thread that has nothing else to do, and

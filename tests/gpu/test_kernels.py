@@ -116,3 +116,57 @@ def test_frames_far_apart_with_nothing_mapped_between(memory, shapes, broken):
         memory.free(frames)
     memory.complete(memory.launch())
     memory.check_integrity()
+
+
+def quantized(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(2000, 300), (4096, 1), (1024, 64)], ids=str)
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 8), (8, 1), (12, 4)])
+def test_over_fp8_errors_are_smaller_than_those_of_flash_attention(shape, q_heads, kv_heads):
+    """Against float32 over the same FP8 keys and values, with the same scales. FlashAttention-3 has queries and weights
+    in FP8 too, so the two cannot be equal."""
+    context, new = shape
+    k, v = (quantized(-(-context // 128) * 128, kv_heads, 128) for _ in range(2))
+    q = torch.randn(new, q_heads, 128, device="cuda", dtype=torch.bfloat16)
+    scales = tuple(torch.tensor(x, device="cuda") for x in (0.7, 1.3))
+    plan = plan_prefill(
+        [new],
+        [[(0, context)]],
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        device="cuda",
+        page_tokens=128,
+        kv_dtype=k.dtype,
+    )
+    out = torch.full_like(q, float("nan"))
+    prefix_prefill(q, k, v, plan, scale=128**-0.5, out=out, scales=scales)
+    pages = torch.arange(len(k) // 128, device="cuda", dtype=torch.int32)[None]
+    theirs = flash_attn.flash_attn_with_kvcache(
+        q=q.to(k.dtype),
+        k_cache=k.unflatten(0, (-1, 128)),
+        v_cache=v.unflatten(0, (-1, 128)),
+        page_table=pages,
+        cache_seqlens=torch.tensor([context], device="cuda", dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, new], device="cuda", dtype=torch.int32),
+        max_seqlen_q=new,
+        softmax_scale=128**-0.5,
+        causal=True,
+        k_descale=scales[0].expand(1, kv_heads),
+        v_descale=scales[1].expand(1, kv_heads),
+    )
+    wide_k, wide_v = (
+        scale * x[:context].float().repeat_interleave(q_heads // kv_heads, 1)
+        for x, scale in zip((k, v), scales, strict=True)
+    )
+    scores = torch.einsum("qhd,khd->hqk", q.float(), wide_k) * 128**-0.5
+    seen = torch.ones(new, context, dtype=torch.bool, device="cuda").tril(context - new)
+    wanted = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), wide_v)
+    assert relative_error(out, wanted) < 0.01
+    assert relative_error(out, wanted) <= relative_error(theirs, wanted) < 0.1
