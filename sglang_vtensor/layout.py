@@ -8,9 +8,12 @@ between tokens, whatever pages lie behind the addresses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from sglang_vtensor.placement import lane_frames_for
 
 #: SGLang keeps slots, and kernels count tokens, in 32 bits.
 SLOTS = 1 << 31
@@ -20,6 +23,12 @@ PAGE_TOKENS = (16, 32, 64, 128, 256, 512)
 LARGEST_PAGE_BYTES = 64 << 20
 #: Padding the token stride is preferred to a page larger than that, up to this share of waste.
 LARGEST_WASTE = 0.07
+
+
+#: Addresses that frames may take, all sides together; reserving 64 TiB was seen to succeed, a process has 128.
+ADDRESS_BYTES = 32 << 40
+#: More lanes than contexts that live at a time are of no use, and more frames cost a byte each.
+MOST_LANES, MOST_FRAMES = 4096, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -140,3 +149,24 @@ class KVLayout:
                 best = candidate
         assert best is not None
         return best
+
+
+def frames_for(sides: Sequence[KVLayout], capacity_pages: int, max_tokens: int) -> tuple[int, int]:
+    """How many frames there are, and how long a lane is, for contexts of up to `max_tokens` tokens.
+
+    As many lanes as are of use, and as addresses and 32-bit slots allow. Raises `ValueError` if that is less than twice
+    the capacity.
+    """
+    lane = lane_frames_for(sides[0].pages_for(max_tokens))
+    page_bytes = sum(side.page_bytes for side in sides)
+    most = min(ADDRESS_BYTES // page_bytes, (SLOTS - 1) // sides[0].page_tokens)
+    while lane > most:
+        lane //= 2  # a context is several runs then
+    least = 2 * (capacity_pages + 1)
+    frames = min(most // lane, -(-max(min(MOST_FRAMES, MOST_LANES * lane), least) // lane)) * lane
+    if frames < least:
+        raise ValueError(
+            f"{capacity_pages} pages of {page_bytes} bytes need at least twice as many frames, and addresses allow "
+            f"{frames}: lower --mem-fraction-static or --max-total-tokens"
+        )
+    return frames, lane

@@ -21,18 +21,15 @@ import torch
 
 from sglang_vtensor.backing import Backing
 from sglang_vtensor.chores import Chores
-from sglang_vtensor.layout import SLOTS, KVLayout
-from sglang_vtensor.placement import Placement, lane_frames_for
+from sglang_vtensor.clock import Clock, Timed
+from sglang_vtensor.layout import KVLayout, frames_for
+from sglang_vtensor.placement import Placement
+from sglang_vtensor.snapshot import snapshot
 from sglang_vtensor.tails import Tail, Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 from sglang_vtensor.worker import WARN_SECONDS, Worker, patience
 
 logger = logging.getLogger(__name__)
-
-#: Addresses that frames may take, all sides together; reserving 64 TiB was seen to succeed, a process has 128.
-ADDRESS_BYTES = 32 << 40
-#: More lanes than contexts that live at a time are of no use, and more frames cost a byte each.
-MOST_LANES, MOST_FRAMES = 4096, 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +39,6 @@ class Ask:
     after: int | None
     count: int
     own: bool = False
-
-
-def frames_for(sides: Sequence[KVLayout], capacity_pages: int, max_tokens: int) -> tuple[int, int]:
-    """How many frames there are, and how long a lane is, for contexts of up to `max_tokens` tokens.
-
-    As many lanes as are of use, and as addresses and 32-bit slots allow. Raises `ValueError` if that is less than twice
-    the capacity.
-    """
-    lane = lane_frames_for(sides[0].pages_for(max_tokens))
-    page_bytes = sum(side.page_bytes for side in sides)
-    most = min(ADDRESS_BYTES // page_bytes, (SLOTS - 1) // sides[0].page_tokens)
-    while lane > most:
-        lane //= 2  # a context is several runs then
-    least = 2 * (capacity_pages + 1)
-    frames = min(most // lane, -(-max(min(MOST_FRAMES, MOST_LANES * lane), least) // lane)) * lane
-    if frames < least:
-        raise ValueError(
-            f"{capacity_pages} pages of {page_bytes} bytes need at least twice as many frames, and addresses allow "
-            f"{frames}: lower --mem-fraction-static or --max-total-tokens"
-        )
-    return frames, lane
 
 
 class KVMemory:
@@ -125,6 +101,7 @@ class KVMemory:
         self.worker = Worker(self.housekeep, vmm.attach_thread)
         self.chores = Chores(self, self.worker)
         self._lock = self.worker.lock
+        self._timed = Timed(self.clock, self._lock)
         self._regions: list[torch.Tensor] = []
         self._retry_at = self._warn_at = 0.0
         if worker:
@@ -183,14 +160,14 @@ class KVMemory:
         Free pages beyond that go back to the driver at once, kept ones with them; owned ones as they are freed. What
         runs may grow beyond it (`allocate`), and nothing else.
         """
-        with self._timed():
+        with self._timed:
             self.allowance = max(0, min(pages, self.limit))
         return self.excess()
 
     def excess(self) -> int:
         """How many owned pages are beyond the allowance now, for the caller to evict. Kept ones beyond it are kept no
         longer: here and not by the worker, so that ranks with the same history forget the same ones."""
-        with self._timed():
+        with self._timed:
             self._forget_until(max(0, self.allowance - self.owned))
         if self.owes():
             self.worker.wake()
@@ -216,7 +193,7 @@ class KVMemory:
         total = sum(ask.count for ask in asks)
         if not total:
             return [[] for _ in asks]
-        with self._timed():
+        with self._timed:
             if total > self.room(growing=growing):
                 return None
             self._forget_until(max(0, self.available_pages() - total))
@@ -310,7 +287,7 @@ class KVMemory:
         """Take frames back. The batches launched so far may still read them, and the one being made."""
         if not frames:
             return
-        with self._timed():
+        with self._timed:
             self.placement.free(frames)
             self._give(frames)
 
@@ -325,12 +302,12 @@ class KVMemory:
     def let_go(self, side: int, frames: Iterable[int]) -> None:
         """Their owner keeps these frames, and needs one side of them no more; the first side it always needs."""
         assert side, "the first side is that of all tokens"
-        with self._timed():
+        with self._timed:
             self._give_side(self.backings[side], frames)
 
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""
-        with self._timed():
+        with self._timed:
             self._forget_until(0)
             owned = self.placement.owned_frames()
             self.placement.free(owned)
@@ -343,7 +320,7 @@ class KVMemory:
         """Take back a frame that is not full, with `tokens` tokens, for the turn that continues its text; until it is
         needed otherwise."""
         tail = Tail(None, tokens)
-        with self._timed():
+        with self._timed:
             self.placement.keep(frame)
             self.tails.keep(tail, frame)
         return tail
@@ -351,7 +328,7 @@ class KVMemory:
     def claim(self, tail: Tail) -> int | None:
         """The frame that was kept, with what is in it, now the caller's; None if it is not there any more, or the limit
         is reached."""
-        with self._timed():
+        with self._timed:
             if tail.frame is None or not self.available_pages():
                 return None
             frame = self.tails.drop(tail)
@@ -361,7 +338,7 @@ class KVMemory:
 
     def unclaim(self, tail: Tail, frame: int) -> None:
         """Take back what was claimed and not touched."""
-        with self._timed():
+        with self._timed:
             self.placement.keep(frame)
             self.tails.keep(tail, frame)
         self.counts["tails_continued"] -= 1
@@ -370,7 +347,7 @@ class KVMemory:
         """Nobody wants it any more: its frame is vacant like any other."""
         if tail.frame is None:
             return
-        with self._timed():
+        with self._timed:
             frame = self.tails.drop(tail)
             self.placement.forget(frame)
             self._give([frame])
@@ -493,47 +470,9 @@ class KVMemory:
         self.broken_runs += max(0, own_runs - 1)
 
     def stats(self) -> dict[str, int | float]:
-        """A snapshot. Counts are pages, `_bytes` and `_seconds` say so; counters grow from the start."""
+        """A snapshot (`statistics`)."""
         with self._lock:
-            one, page_bytes = self.backing, sum(side.page_bytes for side in self.sides)
-            return {
-                "page_tokens": self.layout.page_tokens,
-                "page_bytes": page_bytes,
-                "waste": self.layout.waste,
-                "frames": self.placement.num_frames,
-                "pages_capacity": self.limit,
-                "pages_limit": self.allowance,
-                "pages_backed": self.backed,
-                "pages_free": self.free_backed,
-                "pages_kept": len(self.tails),
-                "kept_tokens": self.tails.tokens,
-                "pages_stuck": sum(backing.stuck for backing in self.backings),
-                "pages_owned": self.owned,
-                "backed_bytes": sum(backing.pages * backing.page_bytes for backing in self.backings),
-                "owned_bytes": sum(backing.used * backing.page_bytes for backing in self.backings),
-                "pages_created": sum(backing.creates for backing in self.backings),
-                "pages_released": sum(backing.releases for backing in self.backings),
-                "pages_allocated": self.counts["allocated"],
-                "pages_with_memory": one.had_memory,
-                "pages_created_at_once": one.created,
-                "pages_in_place": self.placement.in_place,
-                "extents_halved": self.placement.halved,
-                "contexts": self.contexts,
-                "context_runs": self.context_runs,
-                "context_runs_most": self.most_runs,
-                "broken_runs": self.broken_runs,
-                "pages_shared": self.counts["shared"],
-                "prefix_tokens_served": self.counts["prefix_tokens"],
-                "prompt_tokens": self.counts["prompt_tokens"],
-                "partial_copies": self.counts["copies"],
-                "partial_tokens": self.counts["copied_tokens"],
-                "tails_continued": self.counts["tails_continued"],
-                "shortages": self.shortages,
-                "worker_failures": self.worker.failures,
-                "scheduling_seconds": self.clock.seconds,
-                "worker_seconds": self.worker.seconds,
-                "worker_driver_seconds": self.worker.driver_seconds,
-            }
+            return snapshot(self)
 
     def check_integrity(self) -> None:
         """Every invariant that placement and backing can check, whatever the worker has in hand. Raises
@@ -555,40 +494,3 @@ class KVMemory:
         with self._lock:
             for backing in self.backings:
                 backing.close()
-
-    def _timed(self) -> _Timed:
-        return _Timed(self)
-
-
-class Clock:
-    """Adds up the seconds spent within `with clock:`, each once, also where these are nested. For one thread."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._depth = 0
-        self._start = 0.0
-
-    def __enter__(self) -> None:
-        if not self._depth:
-            self._start = time.perf_counter()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self.seconds += time.perf_counter() - self._start
-
-
-class _Timed:
-    """Holds the lock; the clock of the scheduling thread runs meanwhile."""
-
-    def __init__(self, memory: KVMemory) -> None:
-        self._memory = memory
-
-    def __enter__(self) -> None:
-        self._memory.clock.__enter__()
-        self._memory._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._memory._lock.release()
-        self._memory.clock.__exit__()

@@ -278,9 +278,9 @@ FEW_FRAMES = {"VTENSOR_TEST_FRAMES": "0"}
 
 def _few_frames() -> None:
     """In this process, where the environment says so, there are only so many frames as there must be."""
-    from sglang_vtensor import memory
+    from sglang_vtensor import layout
 
-    memory.MOST_FRAMES = int(os.environ.get("VTENSOR_TEST_FRAMES", memory.MOST_FRAMES))
+    layout.MOST_FRAMES = int(os.environ.get("VTENSOR_TEST_FRAMES", layout.MOST_FRAMES))
 
 
 def _windows() -> None:

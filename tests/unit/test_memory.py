@@ -16,9 +16,10 @@ import zmq
 
 from sglang_vtensor import backing as backing_module
 from sglang_vtensor import chores, worker
+from sglang_vtensor import clock as clock_module
 from sglang_vtensor import memory as memory_module
-from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory, frames_for
+from sglang_vtensor.layout import KVLayout, frames_for
+from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
@@ -735,7 +736,8 @@ def test_the_clock_counts_everything_once(monkeypatch):
     clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now, sleep=passes)
     memory = make(vmm := FaultyVirtualMemory())
     before = memory.clock.seconds
-    monkeypatch.setattr(memory_module, "time", clock)
+    for module in (memory_module, clock_module):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(worker, "time", clock)
     create = vmm.create
     vmm.create = lambda nbytes: passes(3.0) or create(nbytes)

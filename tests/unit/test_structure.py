@@ -11,7 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = [*(ROOT / "sglang_vtensor/vmm").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-MODULES = ("layout", "placement", "backing", "chores", "worker", "tails", "memory", "sharing", "neighbours")
+MODULES = (
+    "layout",
+    "placement",
+    "backing",
+    "chores",
+    "worker",
+    "tails",
+    "clock",
+    "snapshot",
+    "memory",
+    "sharing",
+    "neighbours",
+)
 CORE += [ROOT / "sglang_vtensor" / f"{name}.py" for name in MODULES]
 
 
