@@ -144,7 +144,7 @@ def one_by_slot(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, *, narrow: bool = False) -> None:
     """Within what rounding weights and results to a half-precision type explains, and finite where that is; `narrow`:
-    and queries to float8_e4m3fn, an eighth of each at most."""
+    and queries to float8_e4m3fn, where Triton's interpreter does not round to the nearest."""
     finite = expected.isfinite()
     assert torch.equal(got.float().isfinite(), finite), "NaN or infinity in the wrong rows"
     difference = (got.float() - expected)[finite].abs()
@@ -152,6 +152,8 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, *, narrow: bool = Fa
     if got.dtype == torch.float32:
         scale = 2e-3
     if narrow:
-        assert difference.norm() <= 0.06 * expected[finite].norm() + 1e-3, float(difference.norm())
+        assert difference.norm() <= (0.03 if DEVICE == "cuda" else 0.1) * expected[finite].norm(), float(
+            difference.norm()
+        )
         return
     assert (difference <= scale * (1 + expected[finite].abs())).all(), float(difference.max())
