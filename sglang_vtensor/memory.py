@@ -430,6 +430,21 @@ class KVMemory:
             keep = min(self.kept_ready, max(0, self.allowance - self.owned))
             return sum(backing.trim(keep) for backing in self.backings)
 
+    def give_all_back(self) -> bool:
+        """Give every free page back to the driver now, what the worker has in hand too; the allowance is to be 0, or it
+        would create others. Whether all are gone: the driver may not take one, which the worker tries again."""
+        until = patience()
+        with self._timed:
+            self._forget_until(0)
+            for backing in self.backings:
+                with contextlib.suppress(VMMError):
+                    backing.trim(0)
+                while backing.in_hand and self.worker.wait(until):
+                    pass
+                with contextlib.suppress(VMMError):
+                    backing.trim(0)  # what was in hand may be a page that was created
+        return not any(backing.free or backing.stuck or backing.in_hand for backing in self.backings)
+
     def give_way(self) -> None:
         """Let the worker go on if it may have something to do, for a caller that has nothing more urgent."""
         self.worker.give_way()

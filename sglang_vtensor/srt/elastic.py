@@ -60,6 +60,8 @@ class Elastic:
         self.minimum_bytes = minimum_bytes
         self.limit = runtime.memory.limit
         self.sleeping = False
+        #: Whether it sleeps as its memory was released: who wakes it otherwise is refused.
+        self.released = False
         #: Pages that the neighbours leave this server, while they want something.
         self.pressure: int | None = None
         self.neighbours = self._neighbours()
@@ -103,6 +105,9 @@ class Elastic:
                     logger.warning("a limit of %d bytes is %d pages: between 1 and %d wanted", value, limit, most)
                     return False
             elif key in (SLEEP, WAKE):
+                if self.released:
+                    logger.warning("the KV memory was released: only POST /resume_memory_occupation ends that")
+                    return False
                 sleeping = key == SLEEP
             else:
                 logger.warning("%s is unknown: %s, %s or %s", key, LIMIT, SLEEP, WAKE)
@@ -129,6 +134,28 @@ class Elastic:
         excess = memory.excess() if memory.allowance < memory.limit else 0
         if excess and self.tree.evictable_size():
             self.tree.evict(EvictParams(num_tokens=excess * self.runtime.page_tokens))
+
+    def release(self) -> None:
+        """Nothing runs and nothing is cached: give all memory back before this returns, but for the padding page. What
+        arrives waits until `resume`."""
+        memory = self.runtime.memory
+        self.sleeping = self.released = True
+        with memory.clock:
+            self.apply()
+        self.runtime.idle()
+        if not memory.give_all_back():
+            logger.warning(
+                "the driver did not take all pages back: %d hold memory yet, and the worker goes on with them",
+                memory.backed - 1,
+            )
+        if memory.vmm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def resume(self) -> None:
+        """Memory comes as requests need it. If the device has none, they wait, and the log says so."""
+        self.sleeping = self.released = False
+        with self.runtime.memory.clock:
+            self.apply()
 
     # Between two batches.
 

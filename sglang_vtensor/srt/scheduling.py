@@ -196,6 +196,28 @@ def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:
 # What it is asked.
 
 
+def release_memory(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
+    """SGLang's release of memory, by `tags`; the KV cache is free when this returns. SGLang flushes it first."""
+    result = original(asked)
+    if _has_kv(asked.tags):
+        scheduler.vtensor_elastic.release()
+    return result
+
+
+def resume_memory(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
+    result = original(asked)
+    if _has_kv(asked.tags):
+        scheduler.vtensor_elastic.resume()
+    return result
+
+
+def _has_kv(tags: Sequence[str] | None) -> bool:
+    """Without tags SGLang means all of them."""
+    from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+
+    return not tags or GPU_MEMORY_TYPE_KV_CACHE in tags
+
+
 def _tell_metrics(runtime: Runtime) -> None:
     if runtime.metrics is not None:
         runtime.metrics.update()

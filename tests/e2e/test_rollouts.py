@@ -1,0 +1,98 @@
+"""What a post-training framework asks of a server: memory is released and taken again by SGLang's own calls, weights
+change meanwhile, and the answers are those of a server that began with them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import requests
+
+from benchmarks.serving import server
+from sglang_vtensor import tiny_model
+from sglang_vtensor.server_client import NoAnswer, server_stats
+from sglang_vtensor.server_client import ask as ask_for
+from tests.conversations import asking
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.harness import Request, Scheduler
+
+KV = {"tags": ["kv_cache"]}
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def rollout(models, tmp_path_factory):
+    arguments = ["--kv-backend", "vtensor", "--page-size", "16"]
+    log = tmp_path_factory.mktemp("rollout") / "server.log"
+    with server("vtensor", models["gqa"], log, arguments=arguments, host=True) as (url, _):
+        yield url
+
+
+def post(url: str, what: str, body: dict | None = None) -> requests.Response:
+    answer = requests.post(f"{url}/{what}", json=body or {}, timeout=60)
+    answer.raise_for_status()
+    return answer
+
+
+def test_twenty_turns(rollout, models, schedulers, tmp_path_factory):
+    """Generate, pause, release, update the weights, resume, go on."""
+    other = tiny_model.build(tmp_path_factory.mktemp("weights") / "other", seed=1)
+    second = Scheduler(other, dtype="float32")
+    prompt, ask = Prompts(51), asking(rollout, NEW)
+    system = prompt(60)
+    (before,) = server_stats(rollout)
+    try:
+        for turn in range(20):
+            reference = (schedulers(), second)[turn % 2]
+            prompts = [system + prompt(10 + 5 * n) for n in range(4)]
+            expected = reference.generate(*[Request(f"t{turn}r{n}", p, NEW) for n, p in enumerate(prompts)])
+            for theirs, mine in zip(expected, ask(prompts), strict=True):
+                assert_same(theirs, mine, tie=TIE["float32"], what=f"turn {turn}")
+            post(rollout, "pause_generation")
+            post(rollout, "release_memory_occupation", KV)
+            (stats,) = server_stats(rollout)
+            assert (stats["pages_backed"], stats["pages_owned"], stats["tree_tokens"]) == (1, 0, 0), "but for padding"
+            post(rollout, "update_weights_from_disk", {"model_path": str((other, models["gqa"])[turn % 2])})
+            post(rollout, "resume_memory_occupation", KV)
+            post(rollout, "continue_generation")
+        (after,) = server_stats(rollout)
+        gained = after["pages_created"] - before["pages_created"]
+        assert (
+            gained
+            == after["pages_released"] - before["pages_released"] + after["pages_backed"] - before["pages_backed"]
+        )
+        assert gained > 0
+    finally:
+        second.close()
+
+
+def test_who_comes_while_memory_is_released_waits_for_it(rollout):
+    post(rollout, "flush_cache")
+    post(rollout, "release_memory_occupation", KV)
+    answers: list = []
+    waiting = threading.Thread(target=lambda: answers.extend(asking(rollout, NEW)([Prompts(52)(40)])))
+    waiting.start()
+    with pytest.raises(NoAnswer, match="refused by the scheduler"):
+        ask_for(rollout, "wake")
+    assert requests.get(f"{rollout}/health", timeout=30).status_code == 200
+    waiting.join(2)
+    assert waiting.is_alive()
+    (stats,) = server_stats(rollout)
+    assert stats["pages_backed"] == 1, "nobody creates pages meanwhile"
+    post(rollout, "resume_memory_occupation", KV)
+    waiting.join(60)
+    assert len(answers[0].tokens) == NEW
+
+
+def test_releasing_the_weights_alone_leaves_the_cache(rollout):
+    """Without --enable-memory-saver SGLang releases none of them, and says so in its log."""
+    prompt = Prompts(53)(70)
+    asking(rollout, NEW)([prompt])
+    (before,) = server_stats(rollout)
+    post(rollout, "release_memory_occupation", {"tags": ["weights"]})
+    post(rollout, "resume_memory_occupation", {"tags": ["weights"]})
+    (again,) = asking(rollout, NEW)([prompt])
+    (after,) = server_stats(rollout)
+    assert before["pages_backed"] > 1
+    assert after["prefix_tokens_served"] > before["prefix_tokens_served"]
+    assert again.cached >= 64
