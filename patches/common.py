@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _EXTRA_TOKENS = 4
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
 
@@ -89,6 +90,8 @@ class Patch(abc.ABC):
             Seam(f"{SCHEDULER}.maybe_sleep_on_idle", scheduling.sleep_on_idle),
             Seam(f"{SCHEDULER}.get_internal_state", scheduling.add_internal_state, HookType.AFTER),
             Seam(f"{SCHEDULER}.set_internal_state", scheduling.set_internal_state),
+            Seam(f"{_WEIGHTS}.release_memory_occupation", scheduling.release_memory),
+            Seam(f"{_WEIGHTS}.resume_memory_occupation", scheduling.resume_memory),
         ]
 
     def for_shared_decode(self) -> list[Seam]:

@@ -6,7 +6,6 @@ import argparse
 import bisect
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from sglang_vtensor.srt.options import Options, Refusal
 
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 #: Who declares a setting, for SGLang's account of where each comes from.
 _SOURCE = "sglang-vtensor"
 #: Graphs of decode are captured once for SGLang's own attention and once for ours.
@@ -184,18 +182,6 @@ def _prefill_adder_class(scheduler: Any) -> type:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
 
     return Adder
-
-
-def _release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
-    from sglang_vtensor.srt.scheduling import release_memory
-
-    return release_memory(partial(original, updater), updater.scheduler, recv_req)
-
-
-def _resume_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
-    from sglang_vtensor.srt.scheduling import resume_memory
-
-    return resume_memory(partial(original, updater), updater.scheduler, recv_req)
 
 
 def _retract_decode(original: Callable[..., Any], batch: Any) -> Any:
@@ -401,8 +387,6 @@ class Patch0523(Patch):
             Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", _retract_decode),
             Seam(beams, _refuse_beams, HookType.REPLACE),
             Seam(f"{SCHEDULER}.get_prefill_adder_class", _prefill_adder_class, HookType.REPLACE),
-            Seam(f"{_WEIGHTS}.release_memory_occupation", _release_memory),
-            Seam(f"{_WEIGHTS}.resume_memory_occupation", _resume_memory),
         ]
 
     def for_shared_decode(self) -> list[Seam]:

@@ -6,6 +6,7 @@ allocator and tree with `torch_native` attention, at page size 1; with `--kv-bac
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,8 +52,10 @@ class HostPlatform(SRTPlatform, CpuDeviceMixin):
 
     def init_backend(self) -> None:
         """Compile nothing, in any worker: the first request with a grammar or a penalty would wait 10 s for it, and end
-        the server where there is no C++ compiler."""
+        the server where there is no C++ compiler. And who waits for the device waits for none: a build of PyTorch for
+        CUDA would look for a driver."""
         torch.compiler.set_stance("force_eager")
+        torch.get_device_module = functools.cache(lambda device=None: torch.cpu)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

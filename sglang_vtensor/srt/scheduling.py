@@ -196,18 +196,18 @@ def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:
 # What it is asked.
 
 
-def release_memory(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
+def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
     """SGLang's release of memory, by `tags`; the KV cache is free when this returns. SGLang flushes it first."""
-    result = original(asked)
-    if _has_kv(asked.tags):
-        scheduler.vtensor_elastic.release()
+    result = original(updater, recv_req)
+    if _has_kv(recv_req.tags):
+        updater.scheduler.vtensor_elastic.release()
     return result
 
 
-def resume_memory(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
-    result = original(asked)
-    if _has_kv(asked.tags):
-        scheduler.vtensor_elastic.resume()
+def resume_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
+    result = original(updater, recv_req)
+    if _has_kv(recv_req.tags):
+        updater.scheduler.vtensor_elastic.resume()
     return result
 
 

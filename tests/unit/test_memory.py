@@ -948,3 +948,37 @@ def test_a_failure_at_every_call_of_the_driver_while_the_limit_moves():
             vmm.fail_at = None
             memory.close()
             assert vmm.created_bytes == 0, (call, at)
+
+
+@pytest.mark.parametrize("sides", [LAYOUT, [LAYOUT, WINDOW]], ids=["one side", "two sides"])
+def test_all_memory_goes_back_at_once(sides):
+    memory = make(sides=sides, reserve_pages=4)
+    frames = take(memory, 5)
+    memory.keep(frames[4], 3)
+    memory.free(frames[:4])
+    while memory.housekeep():
+        pass
+    memory.nothing_launched()
+    memory.allow(0)
+    assert memory.give_all_back()
+    assert [backing.pages for backing in memory.backings] == [1] * len(memory.backings)
+    assert not memory.housekeep(), "with an allowance of 0 nothing is created ahead"
+    memory.allow(16)
+    assert take(memory, 3) is not None
+    memory.check_integrity()
+
+
+@pytest.mark.parametrize("call", ["unmap", "release"])
+def test_a_page_that_the_driver_does_not_take_is_told_and_tried_again(call):
+    memory = make(vmm := FaultyVirtualMemory())
+    memory.free(take(memory, 4))
+    memory.nothing_launched()
+    memory.allow(0)
+    vmm.fail_calls, vmm.fail_at = (call,), 2
+    assert not memory.give_all_back()
+    assert memory.backing.stuck == 1
+    assert memory.backing.free == 0, "the others went"
+    while memory.housekeep():
+        pass
+    assert memory.backing.pages == 1
+    memory.check_integrity()
