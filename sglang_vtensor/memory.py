@@ -431,11 +431,13 @@ class KVMemory:
             return sum(backing.trim(keep) for backing in self.backings)
 
     def give_all_back(self) -> bool:
-        """Give every free page back to the driver now, what the worker has in hand too; the allowance is to be 0, or it
-        would create others. Whether all are gone: the driver may not take one, which the worker tries again."""
+        """Give every free page back to the driver now, what the worker has in hand too. Every batch is done, and the
+        allowance is 0, or the worker would create others. Whether all are gone: the driver may not take one, which the
+        worker tries again."""
         until = patience()
         with self._timed:
             self._forget_until(0)
+            self.nothing_launched()
             for backing in self.backings:
                 with contextlib.suppress(VMMError):
                     backing.trim(0)
