@@ -96,3 +96,28 @@ def test_releasing_the_weights_alone_leaves_the_cache(rollout):
     assert before["pages_backed"] > 1
     assert after["prefix_tokens_served"] > before["prefix_tokens_served"]
     assert again.cached >= 64
+
+
+def computed(url: str) -> int:
+    """Prompt tokens that were not found in the cache, so far."""
+    (stats,) = server_stats(url)
+    return stats["prompt_tokens"] - stats["prefix_tokens_served"]
+
+
+@pytest.mark.parametrize("how", ["one request for eight", "eight requests"])
+def test_samples_of_one_prompt_compute_it_once(rollout, how):
+    """Its unfilled last page is copied for each, and the whole pages are there once."""
+    post(rollout, "flush_cache")
+    samples, prompt = 8, Prompts(54)(700)
+    before, (held,) = computed(rollout), server_stats(rollout)
+    params = {"temperature": 1.0, "max_new_tokens": NEW, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": params | {"n": samples}}
+    if how == "eight requests":
+        body = {"input_ids": [prompt] * samples, "sampling_params": params}
+    answers = post(rollout, "generate", body).json()
+    assert len(answers) == samples
+    assert len({tuple(answer["output_ids"]) for answer in answers}) > samples / 2, "samples differ"
+    # The last token of a prompt is computed for each of them, and what fills no page where they come at once.
+    assert computed(rollout) - before <= len(prompt) + samples * (1 + len(prompt) % 16)
+    (after,) = server_stats(rollout)
+    assert after["pages_cached"] - held["pages_cached"] <= (len(prompt) + samples * (NEW + 16)) // 16
