@@ -487,7 +487,7 @@ class KVMemory:
         self.broken_runs += max(0, own_runs - 1)
 
     def stats(self) -> dict[str, int | float]:
-        """A snapshot (`statistics`)."""
+        """What is told of it, as of now."""
         with self._lock:
             return snapshot(self)
 
