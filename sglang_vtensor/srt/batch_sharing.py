@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from sglang_vtensor.kernels.configs import shared_decode_pays
 from sglang_vtensor.sharing import Sharing
 
@@ -15,12 +17,23 @@ if TYPE_CHECKING:
 class BatchSharing:
     """Keeps a `Sharing` to the decode batch that is launched next.
 
-    `group` query heads share a KV head; a token takes `token_bytes` in one layer; `capability` is the GPU's.
+    `group` query heads share a KV head; a token takes `token_bytes` of `kv_dtype` in one layer; `capability` is the
+    GPU's.
     """
 
-    def __init__(self, runtime: Runtime, *, requests: int, group: int, token_bytes: int, capability: int = 0) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        requests: int,
+        group: int,
+        token_bytes: int,
+        capability: int = 0,
+        kv_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.runtime = runtime
-        self.group, self.token_bytes, self.capability = group, token_bytes, capability
+        self.group, self.token_bytes = group, token_bytes
+        self.capability, self.kv_dtype = capability, kv_dtype
         self.sharing = Sharing(slots=runtime.request_slots, requests=requests, page_tokens=runtime.page_tokens)
         #: Whether the next batch is to read what it shares once.
         self.pays = False
@@ -51,7 +64,7 @@ class BatchSharing:
                 self.group,
                 self.token_bytes,
                 self.capability,
-                self.runtime.memory.layout.dtype,
+                self.kv_dtype,
             )
         self.seconds += time.perf_counter() - start
 

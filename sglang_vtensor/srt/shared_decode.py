@@ -61,6 +61,7 @@ class SharedDecodeBackend(AttentionBackend):
             group=self.decoder.group,
             token_bytes=memory.layout.kv_bytes // memory.layout.layers,
             capability=capability(memory.vmm.device),
+            kv_dtype=memory.layout.dtype,
         )
         #: Set while the graphs of shared batches are captured.
         self.capturing = False
