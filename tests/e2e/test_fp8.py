@@ -105,3 +105,14 @@ def test_scales_of_a_checkpoint(models):
     finally:
         reference.close()
         ours.close()
+
+
+def test_the_type_of_more_range(schedulers):
+    """It rounds twice as coarsely."""
+    cache = {"kv_cache_dtype": "fp8_e5m2"}
+    reference, ours = schedulers.both(cache, {"kv_backend": "vtensor", "page_size": 16, **cache})
+    prompt = Prompts(45)
+    stem = prompt(90)
+    both(reference, ours, [Request("stem", stem, 20)], tie=2 * TIE["fp8"])
+    branches = [Request(f"b{n}", stem[: 30 + 20 * n] + prompt(25), 20) for n in range(3)]
+    both(reference, ours, branches, tie=2 * TIE["fp8"], cached=[30, 50, 70])
