@@ -259,7 +259,7 @@ class KVMemory:
                 self.answered(backing, was)
             if not taken:
                 for before in self.backings[:number]:
-                    before.give(frames, self.next_epoch)
+                    self._give_side(before, frames)
                 return False
         return True
 

@@ -76,12 +76,13 @@ def test_a_call_that_fails_once_is_tried_again(call, at, error, caplog):
 
         def given_back():
             memory.give_way()
-            return left <= 0 and memory.backed == 1
+            # A page that is being released is in hand, and no longer counted as backed.
+            return left <= 0 and memory.backed == 1 and memory.backing.in_hand == 0
 
         wait_for(given_back)
         memory.check_integrity()
         stats = memory.stats()
-        assert (memory.backing.in_hand, stats["pages_stuck"]) == (0, 0)
+        assert stats["pages_stuck"] == 0
         assert stats["worker_failures"] == 1
         peak(memory)
         wait_for(lambda: memory.backed == 1)
