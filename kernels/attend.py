@@ -5,8 +5,8 @@ tokens (other layers, other heads). So a tile of keys is one rectangular load: t
 pages, but for the end of the last one.
 
 Keys and values may be of an 8-bit type: products are those of float16 then, which has all of their values, and
-conversion to it is one instruction for two of them. Queries are converted to it, and saturate; or, with NARROW, to the
-type of the keys, and their products are of that.
+conversion to it is one instruction for two of them. Queries are converted to it, and saturate, while a
+NaN stays one; or, with NARROW, to the type of the keys, and their products are of that.
 
 The query heads that share a KV head are packed into the rows of a tile, heads fastest:
 
@@ -60,9 +60,9 @@ def _widened(x):
 def _queries(q, cache: tl.constexpr, NARROW: tl.constexpr):
     """Queries as they are multiplied with keys of that type. NARROW is for float8_e4m3fn."""
     if NARROW:
-        q = tl.clamp(q.to(tl.float32), -448.0, 448.0).to(cache)
+        q = tl.clamp(q.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL).to(cache)
     elif cache.primitive_bitwidth == 8 and q.dtype != tl.float16:
-        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL).to(tl.float16)
     return q
 
 

@@ -6,7 +6,8 @@ prefix_prefill(q, k, v, plan, scale=scale)                                      
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -107,10 +108,18 @@ def prefix_prefill(
 
 
 def compile_prefill(
-    k: torch.Tensor, v: torch.Tensor, *, q_dtype: torch.dtype, q_heads: int, max_tokens: int, page_tokens: int
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_dtype: torch.dtype,
+    q_heads: int,
+    max_tokens: int,
+    page_tokens: int,
+    kinds: Collection[tuple[float, Scales]] = ((0.0, None),),
 ) -> Iterator[tuple[int, int]]:
     """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
     how many are done. `k` and `v` are those that will be read; only their first page, the padding one, is read now.
+    `kinds` are a soft cap and scales for each kind of layer, as `prefix_prefill` takes them.
     """
     kv_heads, dim = k.shape[1:]
     plans: dict[Config, Plan] = {}
@@ -130,7 +139,7 @@ def compile_prefill(
                     kv_dtype=k.dtype,
                 )
                 plans.setdefault(plan.config, plan)
-    for done, plan in enumerate(plans.values(), start=1):
+    for done, (plan, (soft_cap, scales)) in enumerate(itertools.product(plans.values(), kinds), start=1):
         q = torch.zeros(plan.rows, q_heads, dim, dtype=q_dtype, device=k.device)
-        prefix_prefill(q, k, v, plan, scale=dim**-0.5)
-        yield done, len(plans)
+        prefix_prefill(q, k, v, plan, scale=dim**-0.5, soft_cap=soft_cap, scales=scales)
+        yield done, len(plans) * len(kinds)

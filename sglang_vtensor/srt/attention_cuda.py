@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_vtensor.kernels.configs import ours_before_fa3
-from sglang_vtensor.kernels.launch import DIMS
+from sglang_vtensor.kernels.launch import DIMS, Scales
 from sglang_vtensor.kernels.prefix_prefill import Plan, compile_prefill, plan_prefill, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -138,7 +139,7 @@ class FlashAttention3(PrefillBackend):
         metadata = self.metadata
         assert metadata is not None
         extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
-        if (scales := self.pool.scales(layer)) is not None:
+        if (scales := self.pool.scales(layer, q.dtype)) is not None:
             each = (len(metadata.contexts), keys.shape[1])
             extra |= {name: scale.expand(each) for name, scale in zip(("k_descale", "v_descale"), scales, strict=True)}
         return self._attend(
@@ -179,10 +180,17 @@ class TritonPrefill(PrefillBackend):
             q_heads=self.q_heads,
             max_tokens=self.slots.shape[1],
             page_tokens=self.page_tokens,
+            kinds=self._kinds(runner),
         ):
             logger.info("prefix-prefill kernel: %d of %d shapes compiled", done, of)
         torch.cuda.synchronize()
         logger.info("prefix-prefill kernel: ready after %.1f s", time.perf_counter() - start)
+
+    def _kinds(self, runner: ModelRunner) -> Collection[tuple[float, Scales]]:
+        """A soft cap and scales of each kind of layer that this model has: each kind is a kernel of its own."""
+        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+        every = [(float(layer.logit_cap), self.pool.scales(layer, runner.dtype)) for layer in layers]
+        return {(cap > 0, scales is not None): (cap, scales) for cap, scales in every}.values()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         contexts = _contexts(forward_batch)
@@ -221,7 +229,7 @@ class TritonPrefill(PrefillBackend):
             out=out[:rows],
             soft_cap=layer.logit_cap,
             sinks=sinks,
-            scales=self.pool.scales(layer),
+            scales=self.pool.scales(layer, q.dtype),
         )
         return out
 

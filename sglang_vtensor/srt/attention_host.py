@@ -88,7 +88,7 @@ class HostAttentionBackend(AttentionBackend):
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
         group = layer.tp_q_head_num // layer.tp_k_head_num
         keys, values = self.pool.get_kv_buffer(layer.layer_id)
-        k_scale, v_scale = self.pool.scales(layer) or (1.0, 1.0)
+        k_scale, v_scale = self.pool.scales(layer, q.dtype) or (1.0, 1.0)
         rows = q.reshape(-1, layer.tp_k_head_num, group, layer.qk_head_dim)
         out = torch.empty_like(rows)
         # SGLang's window is exclusive: so many tokens before one, beside itself, are seen.

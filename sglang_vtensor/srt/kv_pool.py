@@ -88,9 +88,10 @@ class VTensorKVPool(MHATokenToKVPool):
         self.k_buffer = [k.view(self.store_dtype) for k, _ in self.views]
         self.v_buffer = [v.view(self.store_dtype) for _, v in self.views]
 
-    def scales(self, layer: RadixAttention) -> Scales:
-        """What keys and values of a layer are divided by as they are stored; None: by nothing."""
-        if layer.k_scale is None or self.dtype == self.store_dtype:
+    def scales(self, layer: RadixAttention, computed: torch.dtype) -> Scales:
+        """What keys and values of a layer, of type `computed`, are divided by as they are stored; None: by nothing.
+        SGLang's `set_kv_buffer` divides whatever it converts, to FP8 or not."""
+        if layer.k_scale is None or self.dtype == computed:
             return None
         if not isinstance(layer.k_scale, torch.Tensor):  # of --quantization-param-path; SGLang's kernels take tensors
             layer.k_scale, layer.v_scale = (

@@ -342,6 +342,26 @@ def refuse_unsupported(
             "its scales lie beside tokens, and pages hold keys and values only",
             "Use --kv-cache-dtype fp8_e4m3, or auto.",
         )
+    if args.device == "cuda" and args.prefill_attention_backend == ATTENTION_BACKEND:
+        refuse_types(kv_dtype(args, model), model.dtype, torch.cuda.get_device_capability())
+
+
+def refuse_types(cache: torch.dtype, computed: torch.dtype, capability: tuple[int, int]) -> None:
+    """Raise `Refused` where our kernels cannot read a KV cache of type `cache` for a model that computes in
+    `computed`, on a GPU of that compute capability."""
+    instead = "or give --attention-backend flashinfer, which reads it by slot"
+    if computed not in (torch.float16, torch.bfloat16):
+        raise Refused(f"--dtype {computed}: our kernels compute in float16 and bfloat16. Use one of them, {instead}")
+    if cache == torch.float8_e4m3fn and capability < (8, 9):
+        raise Refused(
+            f"a KV cache of fp8_e4m3 needs sm_89 for our kernels, and this GPU is sm_{capability[0]}{capability[1]}: "
+            f"use --kv-cache-dtype fp8_e5m2, {instead}"
+        )
+    if cache.itemsize > 1 and cache != computed:
+        raise Refused(
+            f"a KV cache of {cache} with a model of {computed}: our kernels read the model's own type, and FP8. Leave "
+            f"--kv-cache-dtype out, {instead}"
+        )
 
 
 def kv_dtype(args: Any, model: Any) -> torch.dtype:
@@ -363,11 +383,18 @@ def asks_for_fp8_kv(model: Any) -> bool:
         told = json.loads(beside.read_text())
     if told is None or "modelopt" not in told.get("quant_method", "modelopt"):
         return False
-    told = told.get("quantization", told)
-    scheme = told.get("kv_cache_scheme")
-    if isinstance(scheme, dict):
+    flat = told.get("quant_algo") is not None
+    told = told if flat else told.get("quantization", {})
+    algorithm = str(told.get("quant_algo"))
+    layers = (told.get("quantized_layers") or {}).values()
+    if algorithm == "MIXED_PRECISION" and not any("NVFP4" in str(layer).upper() for layer in layers):
+        return False  # SGLang takes it for its own w4afp8, which asks for nothing
+    wanted, scheme = told.get("kv_cache_quant_algo"), told.get("kv_cache_scheme") if flat else None
+    if isinstance(scheme, dict) and not (algorithm == "MXFP8" and wanted):
         return scheme.get("type") == "float" and scheme.get("num_bits") == 8
-    return str(told.get("kv_cache_quant_algo")).upper() == "FP8"
+    if isinstance(scheme, str) and "FP4" in algorithm:
+        return scheme.strip().upper() in ("FP8", "FLOAT8")
+    return str(wanted).upper() == "FP8"
 
 
 def choose_page_size(args: Any, model: Any, *, attn_tp_size: int) -> int:

@@ -162,7 +162,7 @@ class SharedDecodeBackend(AttentionBackend):
             scale=layer.scaling,
             soft_cap=layer.logit_cap,
             sinks=sinks,
-            scales=self.pool.scales(layer),
+            scales=self.pool.scales(layer, q.dtype),
         )
         return result.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

@@ -83,9 +83,12 @@ def scale_reference(scheduler: Any) -> None:
     pool.get_value_buffer = lambda layer_id: values(layer_id).float() * V_SCALE
 
 
-def test_scales_of_a_checkpoint(models):
-    reference = Scheduler(models["gqa"], dtype="float32", max_total_tokens=1024, **FP8)
-    ours = Scheduler(models["gqa"], dtype="float32", kv_backend="vtensor", page_size=16, **FP8)
+@pytest.mark.parametrize("cache", ["fp8_e4m3", "bfloat16"])
+def test_scales_of_a_checkpoint(models, cache):
+    """SGLang divides by them whatever it converts as it stores it, to FP8 or not."""
+    kind = {"dtype": "float32", "kv_cache_dtype": cache}
+    reference = Scheduler(models["gqa"], max_total_tokens=1024, **kind)
+    ours = Scheduler(models["gqa"], kv_backend="vtensor", page_size=16, **kind)
     try:
         prompt = Prompts(43)
         without = Request("without", prompt(60), 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -290,6 +291,36 @@ def test_compiling_at_start_runs_every_class_of_shapes(cache):
     told = list(compile_prefill(stored(pages[:, 0], cache), stored(pages[:, 1], cache), **shapes))
     assert told == [(n + 1, len(told)) for n in range(len(told))]
     assert told, "no shape was compiled"
+
+
+def test_compiling_at_start_runs_every_kind_of_layer(monkeypatch):
+    """Scales and soft caps are kernels of their own, which would else compile while serving."""
+    pages = torch.zeros((2 * PAGE, 2, 2, 64), dtype=torch.bfloat16, device=DEVICE)
+    ran = []
+    module = sys.modules[compile_prefill.__module__]
+    monkeypatch.setattr(module, "prefix_prefill", lambda *_, soft_cap, scales, **__: ran.append((soft_cap, scales)))
+    one = torch.ones((), device=DEVICE)
+    kinds = [(0.0, None), (30.0, (one, one))]
+    shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE, "kinds": kinds}
+    told = list(compile_prefill(*(stored(pages[:, n], torch.float8_e4m3fn) for n in (0, 1)), **shapes))
+    assert [done for done, _ in told] == list(range(1, len(ran) + 1))
+    assert told[-1] == (len(ran), len(ran))
+    assert ran == kinds * (len(ran) // 2)
+
+
+# Triton's interpreter makes a number of a NaN that it converts to FP8 itself.
+@pytest.mark.parametrize("narrow", [False, True] if DEVICE == "cuda" else [False])
+def test_a_query_that_is_no_number_stays_one_over_fp8(narrow):
+    """Conversion to FP8 saturates; an activation that overflowed must not look like a large one."""
+    page = 64 if DEVICE == "cuda" else PAGE
+    sizes = {"q_heads": 8, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16, "cache": torch.float8_e4m3fn}
+    batch = Batch.random([20], [100], page=page, seed=7, **sizes)
+    batch.q[3] = float("nan")
+    wide = Config(64, 64, 4, 3, False, 2) if DEVICE == "cuda" else SMALL
+    out = run(batch, config=replace(wide, narrow=narrow), cache=torch.float8_e4m3fn)[0]
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+    assert out[4:].isfinite().all()
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -127,6 +127,17 @@ def test_frames_have_memory_on_all_sides_or_on_none(fails_at):
     memory.check_integrity()
 
 
+def test_what_a_refused_side_undoes_goes_back_without_another_batch():
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm, [LAYOUT, WINDOW])
+    vmm.fail_calls, vmm.fail_at = ("create",), 3  # two for the first side, and none for the second
+    assert take(memory, 2) is None
+    assert memory.backing.free == 2
+    memory.allow(0)
+    assert memory.give_all_back()
+    memory.check_integrity()
+
+
 def test_a_conversation_goes_on_in_place_and_a_branch_begins_its_own():
     memory = make()
     system = take(memory, 2)

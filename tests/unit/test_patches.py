@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.srt import scheduling
 from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
-from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, kv_dtype, parse_share_or_bytes
+from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, kv_dtype, parse_share_or_bytes, refuse_types
 
 
 def test_a_known_version_has_its_module():
@@ -235,6 +236,12 @@ def test_the_cache_has_the_type_that_was_given_or_is_asked_for(given, asks, dtyp
         ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, None, False),
         (None, {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True),
         (None, {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}, False),
+        (None, {"quantization": {"quant_algo": "FP8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}}, False),
+        (None, {"quantization": {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8"}}, False),
+        ({"quant_algo": "NVFP4", "kv_cache_scheme": "fp8"}, None, True),
+        ({"quant_algo": "NVFP4", "kv_cache_scheme": "nvfp4", "kv_cache_quant_algo": "FP8"}, None, False),
+        ({"quant_algo": "FP8", "kv_cache_scheme": "fp8"}, None, False),
+        ({"quant_algo": "MXFP8", "kv_cache_quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4}}, None, True),
     ],
 )
 def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside, asks, tmp_path):
@@ -242,6 +249,22 @@ def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
     hf_config = SimpleNamespace() if config is None else SimpleNamespace(quantization_config=config)
     assert asks_for_fp8_kv(SimpleNamespace(hf_config=hf_config, model_path=str(tmp_path))) is asks
+
+
+@pytest.mark.parametrize(
+    ("cache", "computed", "capability", "why"),
+    [
+        (torch.bfloat16, torch.float32, (9, 0), r"--dtype torch.float32: our kernels compute in float16 and bfloat16"),
+        (torch.float8_e4m3fn, torch.bfloat16, (8, 0), r"fp8_e4m3 needs sm_89 .* is sm_80: use --kv-cache-dtype fp8_e5"),
+        (torch.bfloat16, torch.float16, (9, 0), r"a KV cache of torch.bfloat16 with a model of torch.float16"),
+        (torch.float8_e5m2, torch.float16, (8, 0), None),
+        (torch.float8_e4m3fn, torch.bfloat16, (8, 9), None),
+        (torch.float16, torch.float16, (8, 0), None),
+    ],
+)
+def test_types_that_the_kernels_do_not_read_are_refused(cache, computed, capability, why):
+    with contextlib.nullcontext() if why is None else pytest.raises(Refused, match=why):
+        refuse_types(cache, computed, capability)
 
 
 @pytest.mark.parametrize(
