@@ -18,7 +18,7 @@ SETUP := $(VENV)/.setup-done
 # What runs with SGLang is in four parts of about equal length; two of them run at once. A new file is in the last one.
 e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))
 QUICK := $(call e2e,same_tokens inert)
-BEHIND_CORE := $(call e2e,server refusals settings admission fp8 shared_decode)
+BEHIND_CORE := $(call e2e,server refusals settings admission fp8 shared_decode real_model)
 LONG := $(call e2e,elastic history rank_histories begun)
 LONGER := $(filter-out $(QUICK) $(BEHIND_CORE) $(LONG),$(wildcard tests/e2e/test_*.py))
 # The other version of SGLang: the same answers, a server, what is refused, its table of seams, its tree.

