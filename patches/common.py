@@ -60,6 +60,8 @@ class Patch(abc.ABC):
 
     #: How requests are kept.
     requests: Requests
+    #: Whether this process serves the page (`srt.page`).
+    serves_page = False
 
     # Where SGLang is hooked: what is so in all versions; each adds what is so in it alone.
 
@@ -71,6 +73,7 @@ class Patch(abc.ABC):
             Seam(f"{SERVER_ARGS}.from_cli_args", self.from_cli_args),
             Seam(f"{SERVER_ARGS}.check_server_args", self.add_routes, HookType.AFTER),
             Seam(scheduler, self.configure_scheduler, HookType.BEFORE),
+            Seam("sglang.srt.utils.auth.decide_request_auth", self.decide_request_auth),
         ]
 
     def in_schedulers(self) -> list[Seam]:
@@ -219,7 +222,7 @@ class Patch(abc.ABC):
         workers = self.settings(server_args).tokenizer_worker_num
         if workers > 1:
             logger.warning(
-                "--tokenizer-worker-num %d: POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there, as "
+                "--tokenizer-worker-num %d: GET /vtensor and POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there, as "
                 "SGLang loads no plugin in its HTTP workers. Leave it out to have them.",
                 workers,
             )
@@ -228,6 +231,16 @@ class Patch(abc.ABC):
 
         # The module knows its state only when it is told, behind this.
         add_routes(server.app, _ServerState(server))
+        self.serves_page = True
+
+    def decide_request_auth(self, original: Callable[..., Any], *, method: str, path: str, **more: Any) -> Any:
+        """The page is there without a key: a browser sends none before the page can ask for one. It holds no data, and
+        what it then asks the server for needs the key."""
+        from sglang.srt.utils.auth import AuthDecision
+
+        if self.serves_page and method == "GET" and path == "/vtensor":
+            return AuthDecision(allowed=True)
+        return original(method=method, path=path, **more)
 
     def configure_scheduler(self, server_args: ServerArgs, *_: Any, **__: Any) -> None:
         from sglang_vtensor.srt.options import Options

@@ -123,6 +123,18 @@ class Backing:
         """Whether the frame's page is used."""
         return frame in self._pages and frame not in self._free
 
+    def free_frames(self) -> list[int]:
+        """Frames whose pages nobody uses, ascending."""
+        return sorted(self._free)
+
+    def stuck_frames(self) -> list[int]:
+        """The frames of the pages that the driver did not take back."""
+        return [leaving.frame for leaving in self._leaving]
+
+    def frames_with_memory(self) -> list[int]:
+        """Every frame that has a page, the padding frame among them, in no order."""
+        return list(self._pages)
+
     def address(self, frame: int) -> int:
         return self.base + frame * self.page_bytes
 

@@ -25,7 +25,7 @@ class Clock:
             self.seconds += time.perf_counter() - self._start
 
 
-class Timed:
+class Timed(AbstractContextManager[None]):
     """Holds a lock, the wait for it counted."""
 
     def __init__(self, clock: Clock, lock: AbstractContextManager[object]) -> None:

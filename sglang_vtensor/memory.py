@@ -479,6 +479,11 @@ class KVMemory:
 
     # What is told.
 
+    def held_still(self) -> contextlib.AbstractContextManager[None]:
+        """The worker changes nothing meanwhile, so that numbers which are read one after another agree. For the
+        scheduling thread, whose clock counts it."""
+        return self._timed
+
     def ended(self, runs: int, own_runs: int) -> None:
         """A context ended that was so many runs, and its own part so many of them."""
         self.contexts += 1

@@ -35,6 +35,10 @@ class Tails:
     def __iter__(self) -> Iterator[Tail]:
         return iter(self._tails.values())
 
+    def frames(self) -> list[int]:
+        """The frames that are kept, ascending."""
+        return sorted(self._tails)
+
     def keep(self, tail: Tail, frame: int) -> None:
         tail.frame = frame
         self._tails[frame] = tail

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: `POST /set_internal_state` with one of these: bytes as an integer, or anything.
 LIMIT, SLEEP, WAKE = "vtensor_limit_bytes", "vtensor_sleep", "vtensor_wake"
+#: Beside them, this makes the next answer to `GET /server_info` hold the map of the memory (`memory_map`).
+MAP = "vtensor_map"
 #: Prefixes that grow old are looked for so often.
 EXPIRE_EVERY_SECONDS = 1.0
 #: Neighbours are looked at so often, and what they wanted is left to them for so long after they want nothing more.

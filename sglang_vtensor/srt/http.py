@@ -6,6 +6,8 @@
 
 Each answers with what every rank then holds (`vtensor_state`); 400 says what was wrong.
 
+    GET /vtensor, /vtensor/map                  a page that shows the memory, and what it is drawn from (`page`)
+
     GET /health, /health_generate               SGLang's own check; a sleeping server answers at once, and says so
 """
 
@@ -24,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.options import Refused, parse_share_or_bytes
+from sglang_vtensor.srt.page import add_page
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -81,6 +84,7 @@ def add_routes(app: FastAPI, state: Any) -> None:
 
         return health
 
+    add_page(app, state)
     for function in (limit, sleep, wake):
         app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"])
     for route in list(app.routes):

@@ -379,9 +379,13 @@ class PagedRadixCache(RadixCache):
         and the bytes that these would take if each had its own (`saved_bytes`)."""
         token_bytes = self.runtime.memory.layout.stride_bytes
         return [
-            {"tokens": node.depth, "branches": len(node.children), "saved_bytes": saved * token_bytes}
-            for saved, _, node in self._shared[: -count - 1 : -1]
+            {"tokens": node.depth, "branches": len(node.children), "saved_bytes": node.saved * token_bytes}
+            for node in self.most_shared(count)
         ]
+
+    def most_shared(self, count: int) -> list[TreeNode]:
+        """The nodes at the ends of these prefixes, the one that saves most first."""
+        return [node for _, _, node in self._shared[: -count - 1 : -1]]
 
     def nodes(self) -> list[TreeNode]:
         """Every node but the root."""

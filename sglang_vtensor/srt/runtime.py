@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_vtensor.history import History
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
+from sglang_vtensor.srt.memory_map import LINES, lines
 from sglang_vtensor.tails import Tail
 
 if TYPE_CHECKING:
@@ -88,6 +90,11 @@ class Runtime:
         self.sharing: BatchSharing | None = None
         #: Requests that waited for a prefix that another one was computing.
         self.awaited_prefixes = 0
+        #: Tokens that requests were given, as of the last launched batch.
+        self.generated_tokens = 0
+        #: Whether the next one who asks for the statistics gets the map of the memory too.
+        self.map_wanted = False
+        self.history = History(LINES, lambda: lines(self))
         #: Made with the first batch, where the server is asked for metrics.
         self.metrics: Metrics | None = None
         self.tree_stats: Callable[[], dict[str, int]] = dict
@@ -203,6 +210,10 @@ class Runtime:
             self.sharing.clear()
         self.memory.free_all()
 
+    def pages_cached(self) -> int:
+        """Pages that the tree's nodes own."""
+        return self.tree_stats().get("tree_tokens", 0) // self.page_tokens
+
     def stats(self) -> dict[str, Any]:
         """What `sglang-vtensor stats` shows: the memory's statistics, the tree's, and the running requests."""
         tree = self.tree_stats()
@@ -212,7 +223,8 @@ class Runtime:
         stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
         stats["requests"] = len(self.requests)
         stats["awaited_prefixes"] = self.awaited_prefixes
-        stats["pages_cached"] = tree.get("tree_tokens", 0) // self.page_tokens
+        stats["generated_tokens"] = self.generated_tokens
+        stats["pages_cached"] = self.pages_cached()
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]
         return stats
 

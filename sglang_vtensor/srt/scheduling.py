@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_vtensor.srt.allocation import PutOff
-from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, Elastic
+from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
+from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.metrics import Metrics
 from sglang_vtensor.srt.options import Options
 
@@ -163,7 +164,8 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
     else:
         runtime.launched(_forward_stream(scheduler))
-    _tell_metrics(runtime)
+    _count_tokens(runtime, scheduler, batch)
+    _tell(runtime)
     return result
 
 
@@ -176,7 +178,7 @@ def on_idle(original: Callable[..., None], scheduler: Any) -> None:
     runtime = runtime_of(scheduler)
     scheduler.vtensor_elastic.tick(scheduler.waiting_queue)
     runtime.idle()
-    _tell_metrics(runtime)
+    _tell(runtime)
     original(scheduler)
     if scheduler.waiting_queue and scheduler.vtensor_elastic.asleep(scheduler.waiting_queue):
         scheduler.maybe_sleep_on_idle()  # SGLang takes a server for busy while requests wait
@@ -218,20 +220,34 @@ def _has_kv(tags: Sequence[str] | None) -> bool:
     return not tags or GPU_MEMORY_TYPE_KV_CACHE in tags
 
 
-def _tell_metrics(runtime: Runtime) -> None:
+def _count_tokens(runtime: Runtime, scheduler: Any, batch: Any) -> None:
+    """Each request of a batch gets one token, but for a prompt that has more chunks to come."""
+    mode = batch.forward_mode
+    if mode.is_decode() or mode.is_extend():
+        runtime.generated_tokens += len(batch.reqs) - (mode.is_extend() and scheduler.chunked_req is not None)
+
+
+def _tell(runtime: Runtime) -> None:
+    runtime.history.sample()
     if runtime.metrics is not None:
         runtime.metrics.update()
 
 
 def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
-    runtime = runtime_of(scheduler)
+    runtime, tree = runtime_of(scheduler), scheduler.tree_cache
     free, total = runtime.memory.vmm.memory()
-    result.internal_state["vtensor"] = runtime.stats() | {
+    with runtime.memory.held_still():
+        stats = runtime.stats()
+        if runtime.map_wanted:
+            runtime.map_wanted = False
+            stats["map"] = memory_map(runtime, tree, _running(scheduler), _SHOWN_PREFIXES)
+            stats["history"] = runtime.history.columns()
+    result.internal_state["vtensor"] = stats | {
         "dp_rank": runtime.sglang.ranks(scheduler)[1],
         "device_bytes": total,
         "device_free_bytes": free,
         "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
-        "shared_prefixes": scheduler.tree_cache.shared_prefixes(_SHOWN_PREFIXES),
+        "shared_prefixes": tree.shared_prefixes(_SHOWN_PREFIXES),
         "live_tokens": live_tokens(scheduler),
         "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.layout.page_bytes,
         "token_bytes": runtime.memory.layout.stride_bytes,
@@ -241,12 +257,18 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
 
 def live_tokens(scheduler: Any) -> int:
     """Tokens that requests hold and no node does."""
+    sglang = runtime_of(scheduler).sglang
+    return sum(sglang.own(req) for req in _running(scheduler).values())
+
+
+def _running(scheduler: Any) -> dict[int, Req]:
+    """The requests that have begun, by slot."""
     sglang, reqs = runtime_of(scheduler).sglang, {}
     for batch in (scheduler.running_batch, scheduler.last_batch):
         reqs.update({req.rid: req for req in _requests(batch)})
     if scheduler.chunked_req is not None:
         reqs[scheduler.chunked_req.rid] = scheduler.chunked_req
-    return sum(sglang.own(req) for req in reqs.values() if sglang.begun(req))
+    return {sglang.slot(req): req for req in reqs.values() if sglang.begun(req)}
 
 
 def _requests(batch: Any) -> Sequence[Req]:
@@ -260,4 +282,7 @@ def set_internal_state(original: Callable[..., Any], scheduler: Any, recv_req: A
     ours = {key: value for key, value in asked.items() if key.startswith("vtensor_")}
     if not ours:
         return original(scheduler, recv_req)
+    if ours.keys() == asked.keys() == {MAP}:
+        runtime_of(scheduler).map_wanted = True
+        return SetInternalStateReqOutput(updated=True)
     return SetInternalStateReqOutput(updated=len(ours) == len(asked) and scheduler.vtensor_elastic.control(ours))

@@ -30,7 +30,8 @@ def test_the_default_backend_is_sglangs_own(schedulers):
         "_handle_model_specific_adjustments",
         "check_server_args",
         "configure_scheduler_process",
-    }, "settings, and where a scheduler begins"
+        "decide_request_auth",
+    }, "settings, where a scheduler begins, and who sees the page"
 
 
 def allocator_module(scheduler):
