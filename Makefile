@@ -18,14 +18,14 @@ SETUP := $(VENV)/.setup-done
 # What runs with SGLang is in four parts of about equal length; two of them run at once. A new file is in the last one.
 e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))
 QUICK := $(call e2e,same_tokens inert)
-BEHIND_CORE := $(call e2e,server refusals settings admission fp8 shared_decode real_model)
+BEHIND_CORE := $(call e2e,server page refusals settings admission fp8 shared_decode real_model)
 LONG := $(call e2e,elastic history rank_histories begun)
 LONGER := $(filter-out $(QUICK) $(BEHIND_CORE) $(LONG),$(wildcard tests/e2e/test_*.py))
 # The other version of SGLang: the same answers, a server, what is refused, its table of seams, its tree.
 OTHER := 0.5.17
-OTHERS := $(call e2e,server refusals settings inert) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
+OTHERS := $(call e2e,server page refusals settings inert) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
 
-.PHONY: demo test test-long test-e2e test-core test-behind-core test-long-1 test-long-2 test-other-1 test-other-2 test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
+.PHONY: browser demo test test-long test-e2e test-core test-behind-core test-long-1 test-long-2 test-other-1 test-other-2 test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory lint bench lock setup clean
 
 demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub-id]
 	$(BIN)/sglang-vtensor demo $(if $(MODEL),--model $(MODEL))
@@ -42,7 +42,7 @@ test-long: $(SETUP)  ## the rest of it, long histories, and the other version of
 test-e2e: $(SETUP)  ## SGLang's scheduler on the host backend, token for token
 	$(BIN)/python -m pytest $(QUICK) -q $(ARGS)
 
-test-behind-core: test-core  ## whole servers
+test-behind-core: test-core browser  ## whole servers
 	$(BIN)/python -m pytest $(BEHIND_CORE) -q $(ARGS)
 
 test-core: $(SETUP)  ## kernels in a process of their own: Triton interprets, or does not, from its import on
@@ -58,7 +58,7 @@ test-long-2: $(SETUP)
 test-other-1: $(SETUP)
 	$(BIN)/python -m pytest $(call e2e,same_tokens) -q $(ARGS)
 
-test-other-2: $(SETUP)
+test-other-2: $(SETUP) browser
 	$(BIN)/python -m pytest $(OTHERS) -q $(ARGS)
 
 # Kernels are compiled on many cores beside servers that leave most of the GPU's memory. What is left, tests of memory
@@ -82,6 +82,17 @@ test-gpu-scale:
 
 test-gpu-memory:
 	python3 -m pytest tests/gpu $(addprefix --ignore=,$(GPU_KERNELS) $(GPU_TOKENS) $(GPU_SCALE)) -q $(ARGS)
+
+# A Chromium for the test of the page, under any name that `tests/browser.py` looks for. Where this is not root of a
+# Debian, the user installs one, or that test is skipped.
+browser:  ## what the test of the page needs
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; \
+		for name in chromium-headless-shell chromium; do \
+			apt-get install -y -qq --no-install-recommends $$name >/dev/null && exit 0; done; exit 1; \
+	else echo "no Chromium here: install one for tests/e2e/test_page.py"; fi
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

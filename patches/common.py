@@ -222,8 +222,8 @@ class Patch(abc.ABC):
         workers = self.settings(server_args).tokenizer_worker_num
         if workers > 1:
             logger.warning(
-                "--tokenizer-worker-num %d: GET /vtensor and POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there, as "
-                "SGLang loads no plugin in its HTTP workers. Leave it out to have them.",
+                "--tokenizer-worker-num %d: GET /vtensor and POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are "
+                "not there, as SGLang loads no plugin in its HTTP workers. Leave it out to have them.",
                 workers,
             )
             return

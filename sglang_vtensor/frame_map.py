@@ -18,8 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from sglang_vtensor.memory import KVMemory
 
-#: Owners that are none of the caller's: the padding frame; pages that nobody uses; pages that hold the unfinished end of
-#: a text; pages that the driver did not take back. The caller's owners are numbered from `FIRST_OWNER` on.
+#: Owners that are none of the caller's: the padding frame; pages that nobody uses; pages that hold the unfinished end
+#: of a text; pages that the driver did not take back. The caller's owners are numbered from `FIRST_OWNER` on.
 PADDING, FREE, KEPT, STUCK = range(4)
 FIRST_OWNER = 4
 #: Beyond so many pages no map is made: it would hold the scheduling thread up.

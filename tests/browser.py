@@ -18,10 +18,9 @@ from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 #: Nothing is asked of any host, and nothing is kept. A sandbox needs a user other than root.
-OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --no-first-run --hide-scrollbars --remote-debugging-pipe"
-).split()
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+OPTIONS += ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+OPTIONS += ["--no-first-run", "--remote-debugging-pipe"]
 PATIENCE_SECONDS = 60.0
 
 
