@@ -1,12 +1,13 @@
-"""Models and schedulers, each started once and shared; every test leaves its scheduler with an empty cache."""
+"""Models, schedulers and a server, each started once and shared; a test leaves its scheduler with an empty cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sglang_vtensor import tiny_model
+from sglang_vtensor import demo, tiny_model
 from tests.harness import Scheduler
 
 
@@ -57,3 +58,17 @@ def schedulers(models):
     get.both, get.close = both, close
     yield get
     close()
+
+
+@pytest.fixture(scope="session")
+def server(models, tmp_path_factory):
+    """The URL of a whole server, started on a machine without a C++ compiler, as far as it can see."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--dtype", "float32"]
+    arguments += ["--enable-metrics"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "/nowhere/c++")
+        with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
+            yield url
+    text = log.read_text(errors="replace")
+    assert "Traceback" not in text, text[-3000:]

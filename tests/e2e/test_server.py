@@ -29,20 +29,6 @@ from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 from tests.waiting import wait_for
 
 
-@pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
-    """Started on a machine without a C++ compiler, as far as it can see."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--dtype", "float32"]
-    arguments += ["--enable-metrics"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", "/nowhere/c++")
-        with demo.serve(Console(), str(models["gqa"]), port=demo.free_port(), log=log, arguments=arguments) as url:
-            yield url
-    text = log.read_text(errors="replace")
-    assert "Traceback" not in text, text[-3000:]
-
-
 def test_the_chat_of_the_demo(server):
     rows = demo.chat(Console(quiet=True), server, 3, demo.GIBBERISH)
     assert all(row["cached"] > 0 for row in rows if row["turn"] > 1)
