@@ -17,6 +17,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sglang_vtensor.frame_map import frame_map
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def memory_map(runtime: Runtime, tree: PagedRadixCache, reqs: Mapping[int, Req],
     drawn["nodes"] = {
         "parent": parents,
         "tokens": [node.depth for node in nodes],
-        "age": [round(now - node.last_access_time, 1) for node in nodes],
+        "age": np.round(now - np.array([node.last_access_time for node in nodes]), 1).tolist(),
     }
     drawn["shared"] = [number[node] for node in tree.most_shared(shared)]
     drawn["seconds"] = time.perf_counter() - start

@@ -25,9 +25,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
 from sglang_vtensor import patches
+from sglang_vtensor.frame_map import FIRST_OWNER, FREE, KEPT
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import lane_frames_for
+from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
 from sglang_vtensor.vmm import Handle
 from sglang_vtensor.vmm.host import HostVirtualMemory
@@ -112,6 +114,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.requests: list[SimpleNamespace] = []
         self.waiting: list[SimpleNamespace] = []
         self.arrived = 0
+        self.steps = 0
         self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
 
     def cached(self):
@@ -397,6 +400,30 @@ class TreeMachine(RuleBasedStateMachine):
                 whose = self.sglang.namespace(node.key)
                 assert got == [float(content(whose, tokens[: i + 1])) for i in range(len(before), len(tokens))]
             stack += [(child, tokens) for child in node.children.values()]
+        self.steps += 1
+        if self.steps % 4 == 0:
+            self.the_map_agrees()
+
+    def the_map_agrees(self) -> None:
+        """Each frame with memory is in it once, as what it is."""
+        with self.memory.held_still():
+            drawn = memory_map(self.runtime, self.tree, {}, 5)
+        runs = zip(drawn["first"], drawn["count"], drawn["owner"], strict=True)
+        owners = {first + n: owner for first, count, owner in runs for n in range(count)}
+        assert len(owners) == sum(drawn["count"]) == self.memory.backed
+        stats, records, nodes = self.runtime.stats(), list(self.runtime.requests.values()), self.tree.nodes()
+        assert list(owners.values()).count(FREE) == stats["pages_free"] - stats["pages_kept"]
+        assert list(owners.values()).count(KEPT) == stats["pages_kept"]
+        for owner, frames in enumerate(
+            [r.frames[r.protected :] for r in records] + [n.frames for n in nodes], FIRST_OWNER
+        ):
+            assert all(owners[frame] == owner for frame in frames)
+        assert sum(owner >= FIRST_OWNER for owner in owners.values()) == stats["pages_live"] + stats["pages_cached"]
+        depth = [0, *drawn["nodes"]["tokens"]]
+        for node, parent, tokens in zip(nodes, drawn["nodes"]["parent"], drawn["nodes"]["tokens"], strict=True):
+            assert depth[parent + 1] + len(node.key) == tokens == node.depth
+        shared = self.tree.shared_prefixes(5)
+        assert [drawn["nodes"]["tokens"][node] for node in drawn["shared"]] == [prefix["tokens"] for prefix in shared]
 
     def teardown(self) -> None:
         if not hasattr(self, "tree"):

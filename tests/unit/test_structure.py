@@ -14,6 +14,8 @@ CORE = [*(ROOT / "sglang_vtensor/vmm").glob("*.py"), *(ROOT / "kernels").glob("*
 MODULES = (
     "layout",
     "placement",
+    "frame_map",
+    "history",
     "backing",
     "chores",
     "worker",
@@ -78,6 +80,7 @@ def test_the_wheel_holds_the_package_and_no_other(wheel):
     assert tops == {"sglang_vtensor", f"{wheel.name.split('-py3')[0]}.dist-info"}
     for module in ("kernels/__init__", "patches/v0_5_17", "patches/v0_5_23", "vmm/cuda", "srt/radix_cache"):
         assert f"sglang_vtensor/{module}.py" in names
+    assert "sglang_vtensor/page.html" in names
 
 
 def test_the_wheel_imports_and_has_its_entry_points(wheel, tmp_path):
