@@ -90,7 +90,8 @@ class Runtime:
         self.sharing: BatchSharing | None = None
         #: Requests that waited for a prefix that another one was computing.
         self.awaited_prefixes = 0
-        #: Tokens that requests were given, as of the last launched batch.
+        #: Tokens that launched batches computed for answers: what requests were given, and for each that ended at most
+        #: one more, where a batch was in flight by then.
         self.generated_tokens = 0
         #: Whether the next one who asks for the statistics gets the map of the memory too.
         self.map_wanted = False

@@ -311,7 +311,9 @@ def test_an_event_loop_sleeps_in_naps_beside_neighbours(beside_others, slept):
 def test_an_event_loop_sleeps_while_requests_wait_for_a_sleeping_server(sleeping, running, waiting, sleeps):
     elastic = Elastic.__new__(Elastic)
     elastic.tick = lambda waiting: None
-    elastic.sleeping, elastic.runtime = sleeping, SimpleNamespace(requests=running, idle=lambda: None, metrics=None)
+    history = SimpleNamespace(sample=lambda: None)
+    elastic.runtime = SimpleNamespace(requests=running, idle=lambda: None, metrics=None, history=history)
+    elastic.sleeping = sleeping
     called = []
     scheduler = SimpleNamespace(
         vtensor_elastic=elastic,
