@@ -1,0 +1,59 @@
+"""The examples run as their first lines say, on the host backend and with the tiny model of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_vtensor.demo import free_port
+from tests.harness import ON_GPU
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 500
+
+
+def run(*command, said=""):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if not ON_GPU:
+        environment["SGLANG_PLATFORM"] = "vtensor_host"
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, input=said, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_chat():
+    questions = "what is a page\nwho owns it\nsay it again\n\nthis is not asked\n"
+    shown = run(sys.executable, "examples/chat.py", "--max-tokens", "12", said=questions)
+    turns = re.findall(r"\[(\d+) of (\d+) prompt tokens were in memory\]", shown)
+    cached, prompts = zip(*((int(cached), int(prompt)) for cached, prompt in turns), strict=True)
+    assert len(turns) == 3
+    for turn in (1, 2):
+        # The last token of an answer is never computed: the next turn may compute it, and what stands behind it.
+        assert cached[turn] >= prompts[turn - 1], "a turn finds the whole prompt of the turn before"
+
+
+def test_samples():
+    shown = run(sys.executable, "examples/samples.py", "--samples", "6", "--max-tokens", "12")
+    assert shown.count("\n- ") + shown.startswith("- ") == 6
+    ((served, asked),) = re.findall(r"(\d+) of (\d+) prompt tokens were not computed again", shown)
+    (prompt,) = re.findall(r"6 samples of (\d+) prompt tokens", shown)
+    assert int(served) >= 5 * (int(prompt) - 1), "one sample computes the prompt"
+    ((pages, apart),) = re.findall(r"took (\d+) new pages.*\n.*take (\d+) pages", shown)
+    assert int(pages) < int(apart) / 3
+    assert int(asked) >= 6 * int(prompt)
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/gpu has the device, and its own tests of two servers")
+def test_two_servers(monkeypatch):
+    monkeypatch.setenv("PORT", str(free_port()))
+    shown = run("bash", "examples/two_servers.sh")
+    assert shown.count("has 1 neighbour") == 2, "each server knows of the other one"
+    assert shown.count("answered") == 4
+    assert ": asleep, " in shown
