@@ -1,4 +1,4 @@
-"""The plots of the README, drawn from the committed results by `python -m benchmarks.report`."""
+"""The plots of docs/benchmarks.md, drawn from the committed results by `python -m benchmarks.report`."""
 
 from __future__ import annotations
 

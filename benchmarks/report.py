@@ -1,9 +1,10 @@
-"""Write the numbers of `benchmarks/results/*.json` into the README, between its marks.
+"""Write the numbers of `benchmarks/results/*.json` into README.md and docs/benchmarks.md, between their marks.
 
-    python -m benchmarks.report           rewrite the README, and draw its plots into docs/plots
-    python -m benchmarks.report --check   exit with 1 if the README says anything else
+    python -m benchmarks.report           rewrite both pages, and draw the plots into docs/plots
+    python -m benchmarks.report --check   exit with 1 if one of the pages says anything else
 
-A mark is `<!-- results NAME -->`, up to the next `<!-- end -->`; NAME is a results file, and one of TABLES.
+A mark is `<!-- results NAME -->` or `<!-- short NAME -->`, up to the next `<!-- end -->`. NAME is a results file.
+TABLES makes its whole table, and SHORT the part of it that README shows.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ SHARED = {
     "two_level": "64 requests, 2,048 tokens for all, 4,096 for each 8, 512 each",
     "no_sharing": "64 requests, 4,096 tokens each, nothing shared",
 }
+#: What the workloads of the prefix suite are, in a few words.
+WORKLOADS = {
+    "chat": "chat: 64 conversations under one system prompt",
+    "documents": "documents: many questions on each long text",
+    "tree": "tree: prompts that branch",
+}
 Record = dict[str, Any]
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+#: The pages that have marks.
+PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
 
 
 def host(record: Record) -> str:
@@ -106,7 +115,7 @@ def prefill(record: Record) -> str:
         )
     ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in measured) for other in others)
     lines.append("| all | | | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
-    drawn = [f"![{text}](docs/plots/prefill_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
+    drawn = [f"![{text}](plots/prefill_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
     swept = {row["sweep"] for row in record["rows"] if "sweep" in row}
     end = [picture for picture, sweep in zip(drawn, plots.SWEEPS, strict=True) if sweep in swept]
     return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
@@ -224,7 +233,7 @@ def _of_all(summary: dict[str, float], end: list[str]) -> list[str]:
 
 
 def _plot(record: Record) -> list[str]:
-    return ["", "![Throughput by workload](docs/plots/prefix.svg)"] if record["name"] == "prefix" else []
+    return ["", "![Throughput by workload](plots/prefix.svg)"] if record["name"] == "prefix" else []
 
 
 def memory(record: Record) -> str:
@@ -232,13 +241,7 @@ def memory(record: Record) -> str:
     lines = []
     held = [row for row in record["rows"] if row["part"] == "held"]
     if held:
-        phases = list(held[0]["used"])
-        lines += [f"| GiB of the GPU held | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
-        for row in held:
-            name = "vtensor" if row["what"] == "vtensor" else "SGLang as it ships"
-            sizes = (row["used"][phase] / (1 << 30) for phase in phases)
-            lines.append(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
-        lines.append("")
+        lines += _held(held)
     said = {
         "freed_share_idle": "of the GPU is free that SGLang would hold, idle",
         "freed_share_one": "in one conversation",
@@ -253,8 +256,18 @@ def memory(record: Record) -> str:
             value = record["summary"][key]
             lines.append(f"- {f'{value:.1%}' if 'share' in key else f'{value:.3f}'} {text}")
     lines += [f"- A second server of SGLang as it ships: {row['said']}" for row in record["rows"] if "said" in row]
-    end = ["", "![Memory over time](docs/plots/memory.svg)"] if held else []
+    end = ["", "![Memory over time](plots/memory.svg)"] if held else []
     return "\n".join([*lines, "", source(record), *end])
+
+
+def _held(rows: list[dict[str, Any]]) -> list[str]:
+    phases = list(rows[0]["used"])
+    lines = [f"| GiB of the GPU held | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for row in rows:
+        name = "vtensor" if row["what"] == "vtensor" else "SGLang as it ships"
+        sizes = (row["used"][phase] / (1 << 30) for phase in phases)
+        lines.append(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+    return [*lines, ""]
 
 
 def source(record: Record) -> str:
@@ -279,25 +292,56 @@ TABLES = {
 }
 
 
+def prefix_short(record: Record) -> str:
+    """Throughput of whole servers on what shares prefixes, beside SGLang's own with each of its two page sizes."""
+    lines = [
+        "| requests that share | SGLang, tokens/s | with pages of 128 | vtensor | vtensor / the stronger |",
+        "|---" * 5 + "|",
+    ]
+    rates = {(one["workload"], one["contestant"]): one["tokens_per_second"] for one in record["comparisons"]}
+    for kind in dict.fromkeys(one["workload"] for one in record["comparisons"]):
+        if f"{kind}_vs_best" in record["summary"]:
+            row = " | ".join(f"{rates[kind, server]:,.0f}" for server in ("fa3", "fa3-page128", "vtensor"))
+            lines.append(f"| {WORKLOADS.get(kind, kind)} | {row} | {_ratio(record['summary'], f'{kind}_vs_best')} |")
+    return "\n".join([*lines, "", where(record)])
+
+
+def memory_short(record: Record) -> str:
+    """What two kinds of servers hold of a GPU."""
+    return "\n".join([*_held([row for row in record["rows"] if row["part"] == "held"]), where(record)])
+
+
+def where(record: Record) -> str:
+    """On what a table was measured, in half a line: docs/benchmarks.md has the command too."""
+    versions = record["versions"]
+    return f"{record['device']}, SGLang {versions['sglang']}, commit {record['commit']}, {record['date']}."
+
+
+SHORT = {"prefix": prefix_short, "memory": memory_short}
+
+
 def render(text: str) -> str:
-    """The README with every marked block made anew. Raises `KeyError` for a mark without a function."""
+    """A page with every marked block made anew. Raises `KeyError` for a mark without a function."""
 
     def block(match: re.Match[str]) -> str:
-        table, record = TABLES[match[1]], results.read(match[1])
-        return f"<!-- results {match[1]} -->\n{table(record) if record else 'Not measured yet.'}\n<!-- end -->"
+        kind, name = match[1], match[2]
+        table, record = (TABLES if kind == "results" else SHORT)[name], results.read(name)
+        return f"<!-- {kind} {name} -->\n{table(record) if record else 'Not measured yet.'}\n<!-- end -->"
 
-    return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (results|short) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
-    """Rewrite README.md, or compare it."""
-    text = README.read_text()
-    wanted = render(text)
-    if check and text != wanted:
-        print("README.md does not say what benchmarks/results says: run python -m benchmarks.report")
+    """Rewrite the pages, or compare them."""
+    texts = {page: page.read_text() for page in PAGES}
+    wanted = {page: render(text) for page, text in texts.items()}
+    stale = [str(page.relative_to(ROOT)) for page in PAGES if texts[page] != wanted[page]]
+    if check and stale:
+        print(f"{', '.join(stale)} does not say what benchmarks/results says: run python -m benchmarks.report")
         raise typer.Exit(1)
     if not check:
-        README.write_text(wanted)
+        for page in PAGES:
+            page.write_text(wanted[page])
         for path in plots.draw():
             print(path)
 

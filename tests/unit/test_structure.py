@@ -99,11 +99,43 @@ def test_the_wheel_imports_and_has_its_entry_points(wheel, tmp_path):
     assert done.stdout.strip() == "['sglang-vtensor', 'vtensor', 'vtensor_host']", done.stderr
 
 
-def test_the_readme_says_what_was_measured():
+def test_the_pages_say_what_was_measured():
     from benchmarks import report
 
-    assert report.README.read_text() == report.render(report.README.read_text())
-    assert set(report.re.findall(r"<!-- results (\w+) -->", report.README.read_text())) == set(report.TABLES)
+    marked = set()
+    for page in report.PAGES:
+        text = page.read_text()
+        assert text == report.render(text), f"{page.name}: run python -m benchmarks.report"
+        marked |= set(re.findall(r"<!-- (results|short) (\w+) -->", text))
+    assert {name for kind, name in marked if kind == "results"} == set(report.TABLES)
+    assert {name for kind, name in marked if kind == "short"} == set(report.SHORT)
+
+
+def test_no_number_of_a_benchmark_is_written_by_hand():
+    """Every table of rates stands between marks."""
+    from benchmarks import report
+
+    for page in report.PAGES:
+        rest = re.sub(r"<!-- (results|short) (\w+) -->.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+        assert not re.search(r"^\|.*(tokens/s|TFLOP|\bms\b)", rest, re.MULTILINE), page
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", text):
+        other = page.parent / target if target else page
+        headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
 def test_the_page_size_table_is_what_the_layout_chooses():
@@ -111,3 +143,9 @@ def test_the_page_size_table_is_what_the_layout_chooses():
 
     for page in (page_sizes, sides):
         assert page.PAGE.read_text() == page.table()
+
+
+def test_pre_commit_runs_the_linters_of_make_lint():
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == re.findall(r"\t\$\(BIN\)/(.*)", recipe)
