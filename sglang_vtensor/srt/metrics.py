@@ -28,8 +28,8 @@ class Gauge(NamedTuple):
 #: `Runtime.stats` as gauges: pages by state, bytes by what they are for.
 GAUGES = {
     "vtensor_pages": Gauge(
-        "Pages by state; kept ones are free, but hold the unfinished end of a cached text; stuck ones are those whose "
-        "memory the driver does not take back.",
+        "Pages by state; kept ones are among the free ones, and hold the unfinished end of a cached text; stuck ones "
+        "are those that the driver did not take back.",
         "state",
         {
             "live": "pages_live",
@@ -40,7 +40,7 @@ GAUGES = {
         },
     ),
     "vtensor_bytes": Gauge(
-        "Device memory: backed by pages, and owned by requests and cached prefixes.",
+        "Device memory: of all pages (backed), and of those that requests, cached prefixes and kept ends use (owned).",
         "kind",
         {"backed": "backed_bytes", "owned": "owned_bytes"},
     ),
@@ -72,7 +72,10 @@ COUNTERS = {
         "decode_steps_shared",
         "Decode steps of the kernel that reads shared prefixes once.",
     ),
-    "vtensor_decode_steps_plain": ("decode_steps_plain", "Decode steps for which that would not have paid."),
+    "vtensor_decode_steps_plain": (
+        "decode_steps_plain",
+        "Decode steps of the other kernel, as that one would not be faster.",
+    ),
     "vtensor_shared_bytes_saved": ("shared_bytes_saved", "Bytes of K and V that were read once instead of again."),
     "vtensor_grouping_seconds": ("grouping_seconds", "Of the scheduling thread, what following who shares what took."),
     "vtensor_shortages": ("shortages", "How often the driver began to refuse memory."),
