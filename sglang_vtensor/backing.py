@@ -45,7 +45,7 @@ class Leaving:
 
 @dataclass(eq=False, slots=True)
 class Ahead:
-    """A frame that is to have a `new` page. It has it once that is `done`."""
+    """A vacant frame for which the worker creates a page, `new`. The frame has the page once this is `done`."""
 
     frame: int
     new: Leaving | None = None
@@ -146,10 +146,12 @@ class Backing:
     # For what is used.
 
     def take(self, frames: Sequence[int]) -> bool:
-        """Each of these frames, which nobody used, has memory from now on; False if that is not to be had.
+        """Give memory to each of these frames, which nobody used, and mark their pages as used. False if the driver or
+        the capacity has not enough for all of them.
 
-        A frame that has a page keeps it; else one is created, and where no more may be, the one that was free the
-        longest is given back for it. After False none of them is used: what was created on the way stays there, free.
+        A frame that has a page keeps it. For another frame a page is created. Where no more pages may be created, the
+        page that was free the longest is given back for the new one. After False none of the frames is used; the pages
+        that were created on the way stay there, free.
         """
         had = {frame: self._free.pop(frame) for frame in frames if frame in self._pages}
         missing = [frame for frame in frames if frame not in had]
@@ -189,7 +191,8 @@ class Backing:
         return len(created)
 
     def give(self, frames: Iterable[int], epoch: int) -> None:
-        """Nobody uses these frames any more, but for batches up to `epoch`. Their pages stay there, and are free."""
+        """Nobody uses these frames any more; batches up to `epoch` may still read them. Their pages stay there, and are
+        free."""
         free = Free(epoch, time.monotonic())
         for frame in frames:
             assert self.uses(frame), f"frame {frame} is not used"
@@ -246,15 +249,16 @@ class Backing:
         return Ahead(frame)
 
     def back(self, ahead: Ahead) -> None:
-        """The driver's part of it."""
+        """Create, map and clear the page of a frame in hand: the calls of the driver, without the lock. Raises
+        `VMMError`."""
         ahead.new = Leaving(self.vmm.create(self.page_bytes), ahead.frame, mapped=False)
         self._show(ahead.new)
         self.vmm.wait_cleared()
         ahead.done = True
 
     def finish_back(self, ahead: Ahead) -> None:
-        """The frame has its page, free; or that was refused, and all is as it was before. A new page that is only half
-        there is stuck, and the next turn gives it back."""
+        """Let go of a frame in hand. It has its page now, which is free; or the driver refused, and all is as before. A
+        new page that the driver created and did not map is stuck, and a later turn gives it back."""
         self._in_hand -= 1
         self.placement.put_back(ahead.frame)
         if ahead.new is None:
@@ -297,7 +301,8 @@ class Backing:
         return None
 
     def finish_trim(self, leaving: Leaving, *, done: bool) -> None:
-        """The page in hand is gone; or it is stuck, and its frame is aside as long as it is mapped there."""
+        """Let go of a page in hand: it is gone if `done`. Else it is stuck, and its frame is aside as long as the page
+        is mapped there."""
         self._in_hand -= 1
         if not leaving.mapped:
             self.placement.put_back(leaving.frame)

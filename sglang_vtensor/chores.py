@@ -28,6 +28,8 @@ MOST_HINTS = 4096
 
 
 class Chores:
+    """The worker's tasks for one memory; `turn` does one of them."""
+
     def __init__(self, memory: KVMemory, worker: Worker) -> None:
         self.memory = memory
         self.worker = worker
@@ -39,13 +41,13 @@ class Chores:
     # For the scheduling thread, with the lock.
 
     def handed_out(self, placed: Sequence[Sequence[int]]) -> None:
-        """Requests got these frames, and will go on behind them."""
+        """Requests got these frames. Each one's next frame is behind its last one: that is remembered for the worker."""
         for frames in placed:
             if frames and (behind := self.memory.placement.room_behind(frames[-1])) is not None:
                 self._hints.append(behind)
 
     def wait_for(self, frames: set[int]) -> None:
-        """One of these is about to have memory: let that be."""
+        """Wait until the worker has let go of these frames, if it is just giving one of them memory."""
         until = patience()
         while self._ahead is not None and self._ahead.frame in frames and self.worker.wait(until):
             pass

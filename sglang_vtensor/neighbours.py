@@ -45,8 +45,9 @@ class NoNeighbours(RuntimeError):
 class Record:
     """What a server tells of itself, in bytes of device memory.
 
-    `backed`: what its KV cache holds. `idle`: of that, what nobody uses. `cached`: of that, what it could evict.
-    `minimum`: below that it gives nothing. `wanted`: what the driver refused it, and it cannot go on without.
+    `backed`: the memory that its KV cache holds. `idle`: the part of it that nobody uses. `cached`: the part that it
+    could evict. `minimum`: it gives nothing away below this. `wanted`: memory that the driver refused, and without
+    which its requests wait.
     """
 
     backed: int = 0
@@ -102,7 +103,7 @@ class Neighbours:
         return path, file, shared
 
     def tell(self, record: Record) -> None:
-        """Let the others know."""
+        """Write this server's record, for the others to read."""
         for index, value in enumerate(astuple(record), start=2):
             struct.pack_into("<q", self._map, 8 * index, value)
 
@@ -196,7 +197,7 @@ class Neighbours:
             logger.warning(message, *args)
 
     def close(self) -> None:
-        """Leave. What others have of it they lose at their next look."""
+        """Leave: remove this server's file. The others notice at their next look."""
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         for shared in self._others.values():

@@ -195,7 +195,8 @@ class Placement:
             self._vacate(frame)
 
     def keep(self, frame: int) -> None:
-        """An owned frame holds what may be wanted, and nobody owns it."""
+        """An owned frame becomes a kept one: nobody owns it, and its page holds the end of a text that may be
+        continued."""
         self._expect(frame, FrameState.OWNED)
         self._set(frame, FrameState.KEPT)
 
@@ -212,12 +213,14 @@ class Placement:
     # What backing does.
 
     def set_aside(self, frame: int) -> None:
-        """Nobody is to be placed at a frame before it was put back as often as it was set aside; an owner stays."""
+        """From now on nobody is placed at this frame, until `put_back` was called as often as this. An owner keeps
+        it."""
         self._aside[frame] = self._aside.get(frame, 0) + 1
         if self._states[frame] == FrameState.VACANT:
             self._set(frame, FrameState.ASIDE)
 
     def put_back(self, frame: int) -> None:
+        """Undo one `set_aside`."""
         self._aside[frame] -= 1
         if self._aside[frame]:
             return

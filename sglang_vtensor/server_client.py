@@ -13,7 +13,7 @@ class NoAnswer(RuntimeError):
 
 
 class Told(dict[str, Any]):
-    """What a rank tells of itself. Raises `NoAnswer` for what it does not tell."""
+    """The statistics of a rank. Raises `NoAnswer` for a key that the server does not have, being of another version."""
 
     url = ""
 

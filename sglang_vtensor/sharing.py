@@ -89,8 +89,8 @@ class Sharing:
         return self._end_of.keys()
 
     def join(self, slot: int, pages: Sequence[int]) -> None:
-        """A request joins. `pages` are those that others may have too, and are not changed any more: what is behind
-        them is its own."""
+        """A request joins. `pages` are the pages that others may read too, and that do not change any more. The pages
+        behind them are its own."""
         if slot in self._end_of or len(self._end_of) == self.requests:
             raise ValueError(f"slot {slot}, of {set(self.slots())}: one that has not joined wanted, of {self.requests}")
         self.changes += 1

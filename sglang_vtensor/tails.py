@@ -40,12 +40,13 @@ class Tails:
         return sorted(self._tails)
 
     def keep(self, tail: Tail, frame: int) -> None:
+        """Remember that the page of `frame` holds the tail, which is the newest one now."""
         tail.frame = frame
         self._tails[frame] = tail
         self.tokens += tail.tokens
 
     def drop(self, tail: Tail) -> int:
-        """It is none any more. Returns the frame that it had."""
+        """The tail is kept no longer. Returns the frame that it had."""
         frame = tail.frame
         assert frame is not None
         del self._tails[frame]

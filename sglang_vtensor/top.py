@@ -145,7 +145,7 @@ def _size(nbytes: float) -> str:
 
 
 def run(console: Console, urls: Sequence[str], *, every: float, key: str | None = None) -> None:
-    """Until interrupted."""
+    """Show the servers at `urls` and refresh the view `every` so many seconds, until interrupted."""
     before: dict[str, Sample] = {}
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:

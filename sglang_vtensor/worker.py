@@ -68,8 +68,9 @@ class Worker:
 
     @contextlib.contextmanager
     def calling(self, frame: int, let_go: Callable[[bool, VMMError | None], None], *, quiet: bool) -> Iterator[None]:
-        """A call of the driver for what is in hand, which is let go of behind it, under the lock, whatever came of it:
-        `let_go` is told whether it was done, and why the driver refused. `quiet`: others tell of that."""
+        """Around a call of the driver for the page that is in hand. Afterwards `let_go(done, refusal)` is called under
+        the lock, whatever came of the call. A refusal of a call that is not `quiet` is counted and logged here, and the
+        frame is left alone for a while; the caller reports that of a `quiet` one."""
         done, refusal = False, None
         start = time.perf_counter()
         try:
@@ -118,7 +119,8 @@ class Worker:
             self.start()
 
     def give_way(self) -> bool:
-        """Whether it may have something to do, which the caller, who has nothing more urgent, has let it go on with.
+        """Sleep for a moment if the worker may have something to do. For a caller that has nothing more urgent. Returns
+        whether it slept.
 
         It wants the interpreter after each call of the driver. A thread that never waits, and gives it up for moments
         only, as one that polls a socket does, takes it back before the other one has woken up.

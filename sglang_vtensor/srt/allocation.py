@@ -51,8 +51,9 @@ class _Partials:
                 self._locked.append(partial.node)
 
     def agreed(self) -> bool:
-        """Nothing that was found is gone since, on any rank. It cannot be, as the tree is not evicted between match and
-        allocation, except where the limit leaves no page to claim; then the batch waits and is matched again."""
+        """Whether all that the matches found is still there, on every rank. It is, as nothing evicts the tree between
+        match and allocation. Only where the limit leaves no page to claim it is not: then the batch waits and is
+        matched again."""
         return not self._found or self._runtime.agree(self._there)
 
     def _claim(self, req: Req, partial: Partial) -> bool:

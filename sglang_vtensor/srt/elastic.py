@@ -233,10 +233,10 @@ class Elastic:
         )
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
-        """Those of the waiting requests that may be admitted now, and whether beyond the limit.
+        """The waiting requests that may be admitted now, and whether they may have memory beyond the limit.
 
-        Who ran once, and was retracted, comes to its end whatever the limit. As long as others run it waits for them,
-        within the limit; when none does (`busy` is False), it is admitted before all that have not begun.
+        A request that was retracted comes to its end whatever the limit is. While others run (`busy`), it waits for
+        them within the limit. When none runs, it is admitted before the requests that have not begun.
         """
         memory = self.runtime.memory
         if memory.allowance == memory.limit:
@@ -247,14 +247,15 @@ class Elastic:
         return waiting, False
 
     def bars(self, waiting: list[Req], *, busy: bool) -> bool:
-        """Whether it is the limit that keeps the first of the waiting requests out, of which none was admitted although
-        nothing runs: SGLang counts the longest answer that it may give. It is to be admitted alone, and may grow."""
+        """Whether the limit keeps the first waiting request out. To be asked when no request was admitted although
+        nothing runs: SGLang counts the longest answer that a request may give, and the limit has no room for that. The
+        request is then to be admitted alone, and may grow beyond the limit."""
         limited = self.limit < self.runtime.memory.limit
         return bool(waiting) and not busy and limited and self.pressure is None and not self.sleeping
 
     @contextlib.contextmanager
     def beyond_the_limit(self, really: bool) -> Iterator[None]:
-        """What is admitted meanwhile may have all of the capacity, if `really`."""
+        """Within this, requests are admitted as if there were no limit, if `really`."""
         memory = self.runtime.memory
         allowance = memory.allowance
         if really:

@@ -223,7 +223,7 @@ class PagedRadixCache(RadixCache):
         upper = super()._split_node(key, child, split_len)
         count = split_len // self.page_size
         upper.frames, child.frames = child.frames[:count], child.frames[count:]
-        # What is parked at the child shows the whole path, and stays there, and so do its tails.
+        # The tails stay with the child: they follow the end of its text.
         self._dress(upper, child.depth - len(child.key))
         upper.firsts = [self._first(child.key)]
         return upper

@@ -20,16 +20,16 @@ class Requests(Protocol):
         """Whether it has such a row."""
 
     def prefix(self, req: Req) -> int:
-        """What comes before the tokens that it computes next: what a match found, or all of its earlier chunks."""
+        """How many tokens stand before those that it computes next: the match, or all of its earlier chunks."""
 
     def allocated(self, req: Req) -> int:
-        """What has slots."""
+        """How many of its tokens have slots."""
 
     def committed(self, req: Req) -> int:
-        """What is written when the batch in flight is done."""
+        """How many of its tokens have K and V once the batch in flight is done."""
 
     def own(self, req: Req) -> int:
-        """What has slots that no node of the tree has."""
+        """How many of its slots belong to no node of the tree."""
 
     def extended(self, req: Req, tokens: int) -> None:
         """It got slots for an extend, to `tokens` in all."""

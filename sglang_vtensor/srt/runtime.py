@@ -43,7 +43,7 @@ class RequestFrames:
     behind: int = 0
 
     def ask(self, count: int) -> Ask:
-        """For `count` frames more, behind the last one."""
+        """What to ask the memory for, to get `count` more frames behind the last one."""
         after = self.frames[-1] if self.frames else None
         return Ask(after, count, own=len(self.frames) > self.protected)
 
@@ -117,7 +117,8 @@ class Runtime:
         return self._group is not None
 
     def agree(self, done: bool) -> bool:
-        """Whether every rank has done it. All of them must ask, at the same point of the same batch."""
+        """Whether every rank says `done`: a vote of the ranks. All of them must call this at the same point of the same
+        batch."""
         if self._group is None:
             return done
         vote = torch.tensor(int(done))
@@ -126,9 +127,11 @@ class Runtime:
         return bool(vote)
 
     def missing_tokens(self) -> int:
-        """Tokens that the pool's size promises and that are not to be had; admission is to count without them.
+        """How many tokens of the pool's size cannot be had now, because of the limit or of the driver. Admission counts
+        without them.
 
-        Where there are several ranks, the limit's only: what drivers refuse differs, and they find out by `agree`.
+        With several ranks only the limit counts, as it is the same for all; what one rank's driver refuses, the others
+        learn by `agree`.
         """
         memory = self.memory
         pages = memory.missing_pages() if self._group is None else memory.limit - memory.allowance
@@ -146,8 +149,8 @@ class Runtime:
         return runs
 
     def slide(self, record: RequestFrames, start: int) -> None:
-        """The next batch computes the request's tokens from `start` on: what is behind their windows needs no memory on
-        that side. Only what is the request's own, as others may read what is the tree's."""
+        """The next batch computes the request's tokens from `start` on. Frames that lie behind a window of all these
+        tokens lose their memory on that window's side: only the request's own frames, as others may read the tree's."""
         for side, window in enumerate(self.windows):
             stop = 0 if window is None else max(0, start - window) // self.page_tokens
             first = max(record.behind, record.protected)

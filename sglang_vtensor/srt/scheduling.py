@@ -131,8 +131,9 @@ def _put_off(scheduler: Any, reqs: list[Any], chunked: Any, alone: bool) -> None
 
 
 def spare(runtime: Runtime, retracted: list[Any], aborted: list[Any], may_wait: Callable[[Any], bool]) -> None:
-    """The last request of a decode batch, if it finds no page, is retracted too, and waits; it stays among the aborted
-    only where the pool, with nothing else in it, is too small for it, or if it cannot wait."""
+    """SGLang aborts the last request of a decode batch when that finds no memory. Here the request is retracted
+    instead, and waits. It stays aborted only if the whole pool is too small for it, or if it cannot wait
+    (`may_wait`)."""
     memory = runtime.memory
     for req in list(aborted):
         if may_wait(req) and memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= (memory.limit):

@@ -14,8 +14,9 @@ from sglang_vtensor.layout import KVLayout
 
 @dataclass(frozen=True)
 class Sides:
-    """`layouts[side]` are the layouts, the first one that of all tokens. Layer `i` is layer `layers[i][1]` of side
-    `layers[i][0]`. Of a side, a token is read by those up to `windows[side]` tokens behind it; None: by all."""
+    """`layouts[side]` is the layout of a side; the first side holds all tokens. Layer `i` of the model is layer
+    `layers[i][1]` of side `layers[i][0]`. On a side, a token is read by the next `windows[side]` tokens; None: by all
+    tokens behind it."""
 
     layouts: Sequence[KVLayout]
     layers: Sequence[tuple[int, int]]
