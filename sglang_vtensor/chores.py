@@ -41,7 +41,7 @@ class Chores:
     # For the scheduling thread, with the lock.
 
     def handed_out(self, placed: Sequence[Sequence[int]]) -> None:
-        """Requests got these frames. Each one's next frame is behind its last one: that is remembered for the worker."""
+        """Requests got these frames. The worker is to remember the frame behind each request."""
         for frames in placed:
             if frames and (behind := self.memory.placement.room_behind(frames[-1])) is not None:
                 self._hints.append(behind)
