@@ -1,8 +1,13 @@
 """`python -m benchmarks.accuracy`: questions with known answers, to the same server with and without the plugin.
 
-A document is lines of facts, up to some tokens, and several questions about it and some of arithmetic behind it share
-it as their prefix. A right answer has the wanted number in it. What is counted is how many answers are right on each
-side, and how many are word for word the same; a small model is wrong often, and is to be so on both sides alike.
+A document is a list of facts. Several questions follow each document and share it as their prefix: lookups of a fact,
+and sums that have nothing to do with the document. An answer is right if the wanted number is in it. The benchmark
+counts the right answers of each side, and the answers that are word for word the same on both. A small model is often
+wrong; the plugin must not change how often.
+
+    python -m benchmarks.accuracy                                         300 questions, for a GPU
+    python -m benchmarks.accuracy --kv-cache-dtype fp8_e4m3               over an FP8 cache
+    python -m benchmarks.accuracy --lengths 200,1000 --documents 3        few enough for a CPU
 """
 
 from __future__ import annotations
@@ -26,18 +31,21 @@ from benchmarks.serving import server
 from sglang_vtensor import real_model
 
 console = Console(width=130)
-LENGTHS = "200,1000,4000,7900"
+LENGTHS = "200,1000,4000,8000"
 QUESTIONS, NEW, AT_ONCE = 5, 24, 8
+#: Tokens of a prompt that are not its document: the chat template and the question.
+RESERVED = 64
 NAMES = ["Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irene", "Jonas"]
 NAMES += ["Karla", "Leo", "Mona", "Nils", "Olga", "Paul", "Rosa", "Simon", "Tina", "Uwe"]
 THINGS = ["boat", "bridge", "castle", "door", "engine", "forest", "garden", "hammer", "island", "kettle"]
 THINGS += ["ladder", "mirror", "notebook", "orchard", "piano", "quilt", "radio", "saddle", "tower", "umbrella"]
+THINGS += ["anchor", "basket", "candle", "drum", "fountain", "glove", "helmet", "jacket", "lantern", "wagon"]
 NUMBERS = range(100, 1000)
 
 
 @dataclass(frozen=True)
 class Question:
-    """Of a document of about `length` tokens; the answer has `wanted` in it as a word."""
+    """A question behind a document. Its prompt has at most `length` tokens; a right answer has the number `wanted`."""
 
     kind: str
     length: int
@@ -47,7 +55,8 @@ class Question:
 
 
 def questions(tokenizer: Any, lengths: list[int], documents: int, seed: int = 0) -> list[Question]:
-    """So many documents of each length, and for each of them questions of both kinds."""
+    """Questions of both kinds, for so many documents of each length. Equal arguments give equal questions. Raises
+    `ValueError` if there are too few facts for a length."""
     rng = random.Random(seed)
     made = []
     for length in lengths:
@@ -55,12 +64,18 @@ def questions(tokenizer: Any, lengths: list[int], documents: int, seed: int = 0)
             pairs = [(name, thing) for name in NAMES for thing in THINGS]
             rng.shuffle(pairs)
             numbers = rng.sample(NUMBERS, len(pairs))
-            lines, tokens = [], 0
+            lines: list[str] = []
+            tokens = RESERVED
             for (name, thing), number in zip(pairs, numbers, strict=True):
-                lines.append(f"The number of the {thing} of {name} is {number}.")
-                tokens += len(tokenizer(lines[-1])["input_ids"]) + 1
-                if tokens >= length - 100:  # the question and the answer are not long
+                line = f"The number of the {thing} of {name} is {number}."
+                tokens += len(tokenizer(line)["input_ids"]) + 1  # and the end of the line
+                if tokens > length:
                     break
+                lines.append(line)
+            else:
+                raise ValueError(f"All {len(pairs)} facts have {tokens} tokens, fewer than {length}: ask for less.")
+            if not lines:
+                raise ValueError(f"No fact fits into {length} tokens: ask for more than {tokens}.")
             document = "\n".join(lines)
             for n in range(QUESTIONS):
                 if n % 2:
@@ -75,7 +90,7 @@ def questions(tokenizer: Any, lengths: list[int], documents: int, seed: int = 0)
 
 
 def answers(url: str, tokenizer: Any, asked: list[Question]) -> list[str]:
-    """What a server says, greedily."""
+    """The server's greedy answer to each question, as text."""
 
     def ask(question: Question) -> str:
         chat = [{"role": "system", "content": question.document}, {"role": "user", "content": question.asked}]
@@ -90,15 +105,17 @@ def answers(url: str, tokenizer: Any, asked: list[Question]) -> list[str]:
 
 
 def is_right(question: Question, said: str) -> bool:
+    """Whether the wanted number is one of the numbers of the answer."""
     return question.wanted in re.findall(r"\d+", said)
 
 
 def main(
     model: Annotated[str | None, typer.Option(help="A model's folder. Default: SmolLM2-135M-Instruct.")] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the documents, with commas.")] = LENGTHS,
+    lengths: Annotated[str, typer.Option(help="Most tokens of a prompt, with commas.")] = LENGTHS,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 15,
     kv_cache_dtype: Annotated[str, typer.Option(help="Of the KV cache, on both sides.")] = "auto",
-    write: Annotated[bool, typer.Option(help="Write accuracy.json, or accuracy_<dtype>.json.")] = True,
+    against: Annotated[str, typer.Option(help="SGLang's own attention backend on a GPU.")] = "fa3",
+    write: Annotated[bool, typer.Option(help="Write accuracy.json: with _<dtype>, and with _host on a CPU.")] = True,
 ) -> None:
     """Ask, compare, print and write."""
     from transformers import AutoTokenizer
@@ -108,7 +125,7 @@ def main(
     asked = questions(tokenizer, [int(length) for length in lengths.split(",")], documents)
     host = not torch.cuda.is_available()
     common = ["--load-format", "auto", "--kv-cache-dtype", kv_cache_dtype]
-    sides = {"sglang": [] if host else ["--attention-backend", "fa3"], "vtensor": ["--kv-backend", "vtensor"]}
+    sides = {"sglang": [] if host else ["--attention-backend", against], "vtensor": ["--kv-backend", "vtensor"]}
     said = {}
     with tempfile.TemporaryDirectory() as logs:
         for name, arguments in sides.items():
