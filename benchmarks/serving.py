@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.geometries import LLAMA
-from sglang_vtensor.demo import free_port, stop
+from sglang_vtensor.demo import end_with_parent, free_port, stop
 
 VOCABULARY, CONFIG = LLAMA.vocabulary, LLAMA.config
 CONTESTANTS = {
@@ -220,7 +220,13 @@ def started(
 
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             yield wait

