@@ -163,10 +163,12 @@ def test_limit_sleep_and_wake_are_buttons(page, server):
     page.problems.clear()  # the console says 400
     page.run(f"{field} = '50%'")
     page.click(".set")
-    half, rank = equal(page, server)
-    assert half["stats"]["pages_limit"] < rank["pages_capacity"]
+    limit = "Number(document.querySelector('[data-stat=pages_limit]').textContent)"
+    page.wait(f"{limit} < {rank['pages_capacity']}")
+    equal(page, server)
     page.run(f"{field} = 'all'")
     page.click(".set")
+    page.wait(f"{limit} === {rank['pages_capacity']}")
     page.click(".sleep")
     assert page.run("document.querySelector('.sleep').textContent") == "Sleep: sure?"
     time.sleep(0.5)
