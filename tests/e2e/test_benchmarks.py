@@ -1,4 +1,4 @@
-"""The benchmarks run on the host: no time is asserted, only what is served, counted and written."""
+"""The prefix-caching suite runs: no time is asserted, only that every workload is served and counted."""
 
 import json
 import subprocess
@@ -43,15 +43,3 @@ def test_what_the_host_benchmark_times_runs():
     assert took["ours"] > took["ours memory"] > 0
     assert took["rust"] > took["rust memory"] == 0
     assert took["python"] > took["python memory"] == 0
-
-
-def test_the_accuracy_suite_finds_the_same_answers_on_the_host(tmp_path, monkeypatch):
-    from benchmarks import accuracy, results
-
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setenv("VTENSOR_COMMIT", "0123456789ab")
-    accuracy.main(lengths="200", documents=2)
-    summary = results.read("accuracy_host")["summary"]
-    assert summary["accuracy_questions"] == 10
-    assert summary["accuracy_same"] == 1
-    assert summary["accuracy_vtensor"] == summary["accuracy_sglang"] > 0
