@@ -88,5 +88,6 @@ def test_two_data_parallel_ranks_behind_several_tokenizers(models, tmp_path, mon
         answer = requests.post(f"{url}/vtensor/limit", json={"limit": 0.5}, timeout=10)
         assert answer.status_code == 404, "SGLang loads no plugin in its HTTP workers"
         text = log.read_text(errors="replace")  # behind that are SGLang's own tracebacks of workers that end
-    assert "--tokenizer-worker-num 2: POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there" in text
+    missing = "GET /vtensor and POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are not there"
+    assert f"--tokenizer-worker-num 2: {missing}" in text
     assert "Traceback" not in text, text[-3000:]
