@@ -57,8 +57,8 @@ The cat of the library is called Pessoa. It sleeps on the map of Africa, and nob
         "alice": [
             "When does the library open?",
             "Who is the librarian?",
-            "What is the name of the cat?",
             "How long has she worked here?",
+            "What is the name of the cat?",
         ],
         "bob": [
             "What does a library card cost?",
