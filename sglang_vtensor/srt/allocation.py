@@ -189,17 +189,21 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     with runtime.memory.clock:
         records = [runtime.requests[slot(req)] for req in batch.reqs]
         secured = _secure_decode(runtime, batch.tree_cache, records, seq_lens)
+        if secured:
+            _slide(runtime, records, seq_lens)
+            tokens = runtime.page_tokens
+            runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
+            places = [
+                record.frames[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)
+            ]
+            out = np.array(places, dtype=np.int64)
     if not secured:
         memory = runtime.memory
         raise RuntimeError(
             f"no page for the next tokens of {len(seq_lens)} requests: {memory.available_pages()} are left below the "
             f"limit, {memory.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}"
         )
-    tokens = runtime.page_tokens
-    _slide(runtime, records, seq_lens)
-    runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
-    out = [record.frames[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)]
-    out_cache_loc = _to_device(np.array(out, dtype=np.int64), batch.device)
+    out_cache_loc = _to_device(out, batch.device)
     # A copy: the batch advances seq_lens while this write may still be queued.
     batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32))
     for req in batch.reqs:
@@ -234,34 +238,36 @@ def _secure(runtime: Runtime, tree: Any, records: list[RequestFrames], lengths: 
 
     If the limit or the driver is short of pages, the tree is evicted of as many first: what it held is backed.
     """
-    wanted = [
-        runtime.memory.layout.pages_for(length) - len(record.frames)
-        for length, record in zip(lengths, records, strict=True)
+    tokens = runtime.page_tokens
+    lacking = [
+        (record, pages)
+        for record, length in zip(records, lengths, strict=True)
+        if (pages := -(-length // tokens) - len(record.frames)) > 0
     ]
-    total = sum(wanted)
-    if not total:
+    if not lacking:
         return True
+    total = sum(pages for _, pages in lacking)
     short = total - runtime.memory.room()
     if short > 0:
-        tree.evict(EvictParams(num_tokens=short * runtime.page_tokens))
-    if _attempt(runtime, records, wanted, growing):
+        tree.evict(EvictParams(num_tokens=short * tokens))
+    if _attempt(runtime, lacking, growing):
         return True
     # Whatever was refused, and on whichever rank: all of them give up the same, kept pages first.
     evict = total - runtime.memory.forget_tails(total)
-    tree.evict(EvictParams(num_tokens=evict * runtime.page_tokens))
-    return _attempt(runtime, records, wanted, growing)
+    tree.evict(EvictParams(num_tokens=evict * tokens))
+    return _attempt(runtime, lacking, growing)
 
 
-def _attempt(runtime: Runtime, records: list[RequestFrames], wanted: list[int], growing: bool) -> bool:
-    """Frames for all of the records on every rank, or for none."""
-    asks = [record.ask(count) for record, count in zip(records, wanted, strict=True)]
+def _attempt(runtime: Runtime, lacking: list[tuple[RequestFrames, int]], growing: bool) -> bool:
+    """So many frames more for each of these records on every rank, or for none."""
+    asks = [record.ask(count) for record, count in lacking]
     placed = runtime.memory.allocate(asks, growing=growing)
     if not runtime.agree(placed is not None):
         for frames in placed or []:
             runtime.memory.free(frames)
         return False
     assert placed is not None
-    for record, frames in zip(records, placed, strict=True):
+    for (record, _), frames in zip(lacking, placed, strict=True):
         record.frames += frames
     return True
 

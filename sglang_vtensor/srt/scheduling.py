@@ -154,7 +154,8 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         else:
             with scheduler.device_module.stream(_forward_stream(scheduler)):
                 runtime.copy_partials()
-    runtime.batch = [runtime.sglang.slot(req) for req in batch.reqs]
+    with runtime.memory.clock:
+        runtime.batch = [runtime.sglang.slot(req) for req in batch.reqs]
     if runtime.sharing is not None and batch.forward_mode.is_decode():
         runtime.sharing.begin(runtime.batch, int(batch.seq_lens_cpu.sum()))
     try:

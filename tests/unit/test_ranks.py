@@ -24,13 +24,16 @@ def rank(number: int, store: str) -> None:
     records = [RequestFrames([], 0, 0), RequestFrames([], 0, 0)]
     tail = memory.keep(take(memory, 1)[0], 3)
 
+    def lacking(*counts):
+        return list(zip(records, counts, strict=True))
+
     def have():
         memory.check_integrity()
         return [len(record.frames) for record in records], memory.owned
 
     if number == 1:
         vmm.fail_calls, vmm.fail_at = ("create",), 3
-    assert not _attempt(runtime, records, [2, 3], False), "the driver of one rank refused a page"
+    assert not _attempt(runtime, lacking(2, 3), False), "the driver of one rank refused a page"
     assert have() == ([0, 0], 0)
     assert memory.short == (number == 1)
     assert runtime.missing_tokens() == 0, "admission counts with what all ranks know"
@@ -38,16 +41,16 @@ def rank(number: int, store: str) -> None:
 
     if number == 0:
         vmm.fail_calls, vmm.fail_at = ("create",), 4
-    assert not _attempt(runtime, records, [4, 12], False), "the other one's; both forgot the kept page for it"
+    assert not _attempt(runtime, lacking(4, 12), False), "the other one's; both forgot the kept page for it"
     assert have() == ([0, 0], 0)
     assert tail.frame is None
 
-    assert _attempt(runtime, records, [2, 3], False)
+    assert _attempt(runtime, lacking(2, 3), False)
     assert have() == ([2, 3], 5)
     # What one rank could not have in place, it has elsewhere: where frames are is nothing that ranks compare.
     if number == 1:
         memory.placement.set_aside(records[0].frames[-1] + 1)
-    assert _attempt(runtime, records, [1, 1], True)
+    assert _attempt(runtime, lacking(1, 1), True)
     assert have() == ([3, 4], 7)
     dist.destroy_process_group()
 
