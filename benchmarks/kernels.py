@@ -510,6 +510,7 @@ class Paged:
         `tokens` of them, whole pages."""
         self.q_heads, self.kv_heads, self.dim, _ = (GEOMETRIES | SERVED)[geometry]
         self.requests, self.context, self.tokens = len(contexts), max(contexts), tokens
+        self.kv_dtype = kv_dtype
         self.token_bytes = 2 * self.kv_heads * self.dim * kv_dtype.itemsize
         self.rotation = max(SHARED_LAYERS, -(-ROTATION_BYTES // (tokens * self.token_bytes)))
         shape = (tokens, self.rotation, 2, self.kv_heads, self.dim)
@@ -535,6 +536,7 @@ class Paged:
             kv_heads=self.kv_heads,
             head_dim=self.dim,
             device="cuda",
+            kv_dtype=self.kv_dtype,
             config=config,
         )
         decoder.update(self.sharing.tables)

@@ -61,8 +61,9 @@ from sglang_vtensor.sharing import DEPTH, Tables
 class SharedDecoder:
     """Decode over what requests share, for up to `max_requests` requests of one token each, on static buffers.
 
-    Requests are known by their slots, below `slots`, and have up to `max_tokens` tokens, in pages of `page_tokens`. One
-    decoder serves all layers of a geometry; two streams must not share one.
+    Requests are known by their slots, below `slots`, and have up to `max_tokens` tokens, in pages of `page_tokens`. The
+    type of keys and values, `kv_dtype`, chooses the configuration where `config` is not given. One decoder serves all
+    layers of a geometry; two streams must not share one.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SharedDecoder:
         kv_heads: int,
         head_dim: int,
         device: torch.device | str,
+        kv_dtype: torch.dtype = torch.bfloat16,
         config: Config | None = None,
     ) -> None:
         if max_requests < 1 or slots < 1 or q_heads % kv_heads:
@@ -88,7 +90,7 @@ class SharedDecoder:
         self.max_requests, self.slots = max_requests, slots
         self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, head_dim
         self.group = q_heads // kv_heads
-        self.config = config or configs.shared_decode(head_dim, configs.capability(device))
+        self.config = config or configs.shared_decode(head_dim, configs.capability(device), kv_dtype)
         if self.group > self.config.block_m:
             raise ValueError(f"{self.group} query heads a KV head: up to {self.config.block_m} wanted")
         if page_tokens % self.config.block_n:

@@ -54,6 +54,7 @@ class SharedDecodeBackend(AttentionBackend):
             kv_heads=memory.layout.kv_heads,
             head_dim=memory.layout.head_dim,
             device=memory.vmm.device,
+            kv_dtype=memory.layout.dtype,
         )
         self.sharing = self.runtime.sharing = BatchSharing(
             self.runtime,
