@@ -118,6 +118,12 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
             records.append(runtime.requests[slot])
 
     with runtime.memory.clock:
+        # What a chunk left in its last page is counted already, and the next one fills it.
+        counted = sum(
+            _room([record], [prefix_len], runtime.page_tokens)
+            for req, record, prefix_len in zip(batch.reqs, records, prefix_lens, strict=True)
+            if req not in begins
+        )
         partials = _Partials(batch, fresh)
         secured = partials.agreed() and _secure(
             runtime,
@@ -133,7 +139,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
                 del runtime.requests[sglang.slot(req)]
                 batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
-    runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens)  # beside what decodes
+    runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens) - counted  # beside what decodes
     _slide(runtime, records, prefix_lens)
     counts = runtime.memory.counts
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):

@@ -175,6 +175,8 @@ class Runtime:
         self.memory.free(record.frames[used:])
         del record.frames[used:]
         with self.memory.clock:
+            left = len(record.frames) * self.page_tokens - allocated_tokens
+            self.memory.unfilled_tokens = max(0, self.memory.unfilled_tokens - left)
             runs = sum(1 for _ in runs_of(record.frames))
             self.memory.ended(runs, sum(1 for _ in runs_of(record.frames[record.own :])))
         return record
