@@ -70,8 +70,6 @@ class Backing:
         #: Why the driver gave no page when it was last asked for one; None since it gave one again.
         self.refusal: VMMError | None = None
         self.creates = self.releases = 0
-        #: Of the frames that were taken, those that had memory, and those that got a new page.
-        self.had_memory = self.created = 0
         self._pages: dict[int, Handle] = {}  # by frame: what is mapped there, to stay
         #: Frames whose pages nobody uses, the longest so first.
         self._free: OrderedDict[int, Free] = OrderedDict()
@@ -160,7 +158,6 @@ class Backing:
             self._free.update(had)
             self._free.update(dict.fromkeys(missing[:created], Free(0, time.monotonic())))
             return False
-        self.had_memory += len(had)
         return True
 
     def _get(self, missing: Sequence[int]) -> int:
@@ -185,7 +182,6 @@ class Backing:
                 self._take_down(Leaving(self._pages.pop(frame), frame))
             created.clear()
         self.creates += len(created)
-        self.created += len(created)
         if created or refusal is not None:
             self.refusal = refusal
         return len(created)

@@ -23,7 +23,7 @@ from sglang_vtensor.backing import Backing
 from sglang_vtensor.chores import Chores
 from sglang_vtensor.clock import Clock, Timed
 from sglang_vtensor.layout import KVLayout, frames_for
-from sglang_vtensor.placement import Placement
+from sglang_vtensor.placement import Placement, runs_of
 from sglang_vtensor.snapshot import snapshot
 from sglang_vtensor.tails import Tail, Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
@@ -90,7 +90,11 @@ class KVMemory:
         self.launched = 0
         self._given = 0  # the epoch of what was given up last
         self.counts = dict.fromkeys(
-            ("allocated", "shared", "prefix_tokens", "prompt_tokens", "tails_continued", "copies", "copied_tokens"), 0
+            (
+                *("allocated", "with_memory", "created", "in_place", "shared"),
+                *("prefix_tokens", "prompt_tokens", "tails_continued", "copies", "copied_tokens"),
+            ),
+            0,
         )
         #: Contexts that were counted as they ended: how many, their runs, the most of one; and their own parts that
         #: are more than one run.
@@ -205,7 +209,6 @@ class KVMemory:
                 placed = self._attempt(asks)
             if placed is None:
                 return None
-            self.counts["allocated"] += total
             self.chores.handed_out(placed)
         if self.ready < self.kept_ready:
             self.worker.wake()
@@ -224,9 +227,21 @@ class KVMemory:
             frames += some
             lacking += len(some) - self.backing.backed_among(some)
         if len(placed) == len(asks) and self._take(frames):
+            self._count(asks, placed, created=lacking)
             return placed
         self.placement.free(frames)
         return None
+
+    def _count(self, asks: Sequence[Ask], placed: Sequence[Sequence[int]], *, created: int) -> None:
+        """These frames are handed out, and so many of them have new pages. What was tried before in vain is not
+        counted."""
+        total = sum(map(len, placed))
+        self.counts["allocated"] += total
+        self.counts["created"] += created
+        self.counts["with_memory"] += total - created
+        for ask, frames in zip(asks, placed, strict=True):
+            if ask.after is not None and frames[:1] == [ask.after + 1]:
+                self.counts["in_place"] += next(runs_of(frames))[1]
 
     def _place(self, ask: Ask, without: int, having: int) -> list[int] | None:
         """Frames for one request. For others of its batch some were placed, `without` memory and `having` it. Where no

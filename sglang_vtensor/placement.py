@@ -74,8 +74,7 @@ def runs_of(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
 class Placement:
     """`num_frames` frames in lanes of `lane_frames`. Frame 0 is the padding frame, and is owned for good.
 
-    Not thread-safe. `placed` counts frames that were placed, `in_place` those of them that lie right behind the frame
-    that they follow.
+    Not thread-safe.
     """
 
     def __init__(self, num_frames: int, lane_frames: int) -> None:
@@ -98,8 +97,6 @@ class Placement:
         #: By size, live ones that may be halved, the longest unused first.
         self._roomy: dict[int, OrderedDict[int, Extent]] = {}
         self._next_lane = 0
-        self.placed = 0
-        self.in_place = 0
         self.halved = 0
         self._own(self._at(0), [0])
 
@@ -165,7 +162,6 @@ class Placement:
             if own or end == after + 1 + count:
                 frames.extend(range(after + 1, end))
                 self._own(extent, frames)
-                self.in_place += len(frames)
         while len(frames) < count:
             left = count - len(frames)
             found = self._take_extent(left)
@@ -176,7 +172,6 @@ class Placement:
             some = list(range(found.start, end))
             self._own(found, some)
             frames += some
-        self.placed += count
         return frames
 
     def take(self, frames: Sequence[int]) -> None:
@@ -184,7 +179,6 @@ class Placement:
         for frame in frames:
             self._expect(frame, FrameState.VACANT)
             self._own(self._at(frame), [frame])
-        self.placed += len(frames)
 
     def free(self, frames: Iterable[int]) -> None:
         """Owned frames are vacant from now on."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def snapshot(memory: KVMemory) -> dict[str, int | float]:
     """Counts are pages, `_bytes` and `_seconds` say so; counters grow from the start. The caller holds the lock."""
-    one, page_bytes = memory.backing, sum(side.page_bytes for side in memory.sides)
+    page_bytes = sum(side.page_bytes for side in memory.sides)
     return {
         "page_tokens": memory.layout.page_tokens,
         "page_bytes": page_bytes,
@@ -29,9 +29,9 @@ def snapshot(memory: KVMemory) -> dict[str, int | float]:
         "pages_created": sum(backing.creates for backing in memory.backings),
         "pages_released": sum(backing.releases for backing in memory.backings),
         "pages_allocated": memory.counts["allocated"],
-        "pages_with_memory": one.had_memory,
-        "pages_created_at_once": one.created,
-        "pages_in_place": memory.placement.in_place,
+        "pages_with_memory": memory.counts["with_memory"],
+        "pages_created_at_once": memory.counts["created"],
+        "pages_in_place": memory.counts["in_place"],
         "extents_halved": memory.placement.halved,
         "contexts": memory.contexts,
         "context_runs": memory.context_runs,

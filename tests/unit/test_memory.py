@@ -148,6 +148,30 @@ def test_a_conversation_goes_on_in_place_and_a_branch_begins_its_own():
     assert memory.stats()["pages_in_place"] == 3
 
 
+def test_what_was_tried_in_vain_is_not_counted():
+    """Of the frames that are handed out, each had memory or got it, and lies in place or does not."""
+    vmm = FaultyVirtualMemory(capacity_bytes=5 * LAYOUT.page_bytes)
+    memory = make(vmm)
+    memory.worker.retry_seconds = 0.0
+    for _ in range(3):
+        assert take(memory, 6) is None
+    counted = ("pages_allocated", "pages_with_memory", "pages_created_at_once", "pages_in_place")
+    assert [memory.stats()[key] for key in counted] == [0, 0, 0, 0]
+    assert take(memory, 4) is not None
+    assert [memory.stats()[key] for key in counted] == [4, 4, 0, 0], "their pages were created before"
+
+
+def test_a_place_that_is_given_up_for_one_with_memory_is_not_in_place():
+    memory = make(capacity_pages=8)
+    mine, others = take(memory, 4), take(memory, 4)
+    memory.free(others)
+    done(memory)
+    (frame,) = go_on(memory, mine)
+    assert frame in others
+    stats = memory.stats()
+    assert (stats["pages_allocated"], stats["pages_in_place"]) == (9, 0)
+
+
 def test_impossible_sizes_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"room for 0 pages of 8 tokens.*--mem-fraction-static"):
         make(capacity_pages=0)
