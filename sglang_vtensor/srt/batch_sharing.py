@@ -107,6 +107,6 @@ class BatchSharing:
         return {
             "decode_steps_shared": self.steps_shared,
             "decode_steps_plain": self.steps_plain,
-            "shared_bytes_saved": self.saved_tokens * self.runtime.memory.layout.stride_bytes,
+            "shared_bytes_saved": self.saved_tokens * self.runtime.memory.layout.kv_bytes,
             "grouping_seconds": self.seconds,
         }

@@ -170,7 +170,7 @@ def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
     stats = server.runtime.stats()
     assert (stats["decode_steps_shared"], stats["decode_steps_plain"]) == (3, 1)
     tokens = 2 * 5 * PAGE + 5 * PAGE + 5 * PAGE
-    assert stats["shared_bytes_saved"] == tokens * server.runtime.memory.layout.stride_bytes
+    assert stats["shared_bytes_saved"] == tokens * server.runtime.memory.layout.kv_bytes
     assert server.backend.some_state == "of the inner one"
 
 

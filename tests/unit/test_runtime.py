@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sglang_vtensor import patches
+from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.memory import Ask
 from sglang_vtensor.srt.allocator import VTensorAllocator
+from sglang_vtensor.srt.batch_sharing import BatchSharing
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
 from tests.unit.faults import FaultyVirtualMemory
 from tests.unit.test_memory import make, take
@@ -163,3 +165,15 @@ def test_sglangs_allocator_counts_tokens_of_the_capacity_and_hands_out_slots_of_
     allocator.alloc(5)
     allocator.clear()
     assert allocator.available_size() == 16 * TOKENS
+
+
+def test_what_is_not_read_again_is_counted_without_padding():
+    padded = KVLayout(2, 1, 24, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
+    assert padded.kv_bytes < padded.stride_bytes
+    runtime = Runtime(make(sides=padded, capacity_pages=16), 4, patches.load().requests)
+    sharing = BatchSharing(runtime, requests=4, group=1, token_bytes=padded.kv_bytes)
+    for slot in (1, 2, 3):
+        runtime.requests[slot] = record([5, 6, 7 + slot], 2)
+    sharing.begin([1, 2, 3], 60)
+    sharing.count(True)
+    assert sharing.stats()["shared_bytes_saved"] == 2 * 16 * padded.kv_bytes, "two pages, for two requests more"
