@@ -1,6 +1,7 @@
 """The prefix-caching suite runs: no time is asserted, only that every workload is served and counted."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -32,6 +33,14 @@ def test_the_prefix_suite_runs_on_the_host(tmp_path):
     # Every turn goes on where the last one ended: the system prompt, and its own.
     assert rows["chat"]["context_runs"] <= 2.05 * rows["chat"]["contexts"]
     assert all(row["requests_per_second"] > 0 and row["ttft_median_ms"] > 0 for row in rows.values())
+
+
+def test_a_cache_is_filled_until_a_request_is_retracted():
+    command = [sys.executable, "-m", "benchmarks.live_tokens", "--quick", "--count", "120"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    ratio = float(re.findall(r"'fp8_live_tokens_vs_bf16': ([0-9.]+)", done.stdout)[0])
+    assert 3.5 < ratio < 4.5, "the same bytes hold four times as many tokens in FP8 as in float32"
 
 
 def test_what_the_host_benchmark_times_runs():

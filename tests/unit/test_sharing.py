@@ -125,6 +125,7 @@ def test_what_pays_on_hopper_though_nothing_is_shared():
     assert not shared_decode_pays(1, 32768, **plain, capability=90), "with 4 KV heads: 39 for 31"
     assert not shared_decode_pays(64, 64 * 1280, **plain, capability=80), "not measured"
     fp8 = {"group": 4, "token_bytes": 2048, "capability": 90, "kv_dtype": torch.float8_e4m3fn}
+    assert shared_decode_pays(256, 256 * 512, 0, 0, **fp8), "118 microseconds for 129"
     assert not shared_decode_pays(64, 64 * 8192, 0, 0, **fp8), "measured: 351 microseconds for 316"
     assert shared_decode_pays(64, 64 * 8704, 8192, 63 * 8192, **fp8), "62 for 335"
     assert shared_decode_pays(256, 256 * 16640, 8 * 16384, 248 * 16384, **fp8), "263 for 2,640"
