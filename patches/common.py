@@ -30,6 +30,8 @@ _EXTRA_TOKENS = 4
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_TOKENIZER_MODULE = "sglang.srt.managers.tokenizer_manager"
+_TOKENIZER = f"{_TOKENIZER_MODULE}.TokenizerManager"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
 
@@ -71,14 +73,14 @@ class Patch(abc.ABC):
         return [
             Seam(f"{SERVER_ARGS}.add_cli_args", self.add_cli_args),
             Seam(f"{SERVER_ARGS}.from_cli_args", self.from_cli_args),
-            Seam(f"{SERVER_ARGS}.check_server_args", self.add_routes, HookType.AFTER),
+            Seam(f"{SERVER_ARGS}.check_server_args", self.serve, HookType.AFTER),
             Seam(scheduler, self.configure_scheduler, HookType.BEFORE),
             Seam("sglang.srt.utils.auth.decide_request_auth", self.decide_request_auth),
         ]
 
     def in_schedulers(self) -> list[Seam]:
         """In a scheduler with `--kv-backend vtensor`. Other processes import nothing of what is called there."""
-        from sglang_vtensor.srt import allocation, scheduling
+        from sglang_vtensor.srt import allocation, occupation, scheduling
 
         return [
             Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
@@ -93,13 +95,22 @@ class Patch(abc.ABC):
             Seam(f"{SCHEDULER}.maybe_sleep_on_idle", scheduling.sleep_on_idle),
             Seam(f"{SCHEDULER}.get_internal_state", scheduling.add_internal_state, HookType.AFTER),
             Seam(f"{SCHEDULER}.set_internal_state", scheduling.set_internal_state),
-            Seam(f"{_WEIGHTS}.release_memory_occupation", scheduling.release_memory),
-            Seam(f"{_WEIGHTS}.resume_memory_occupation", scheduling.resume_memory),
+            Seam(f"{_WEIGHTS}.release_memory_occupation", occupation.release_memory),
+            Seam(f"{_WEIGHTS}.resume_memory_occupation", occupation.resume_memory),
         ]
 
     def for_shared_decode(self) -> list[Seam]:
         """And where decode may read what requests share once."""
         return [Seam("sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__", self.init_hybrid)]
+
+    def in_servers(self) -> list[Seam]:
+        """Where the HTTP server or the engine of such a scheduler is."""
+        from sglang_vtensor.srt.occupation import tell_refusal
+
+        return [
+            Seam(f"{_TOKENIZER}.release_memory_occupation", tell_refusal),
+            Seam(f"{_TOKENIZER}.resume_memory_occupation", tell_refusal),
+        ]
 
     def on_the_host(self) -> list[Seam]:
         """And without a GPU."""
@@ -212,12 +223,17 @@ class Patch(abc.ABC):
             options.check_device(int(device_mib) << 20)
         return choose_page_size(settings, model, attn_tp_size=self.attn_tp_size(server_args))
 
-    def add_routes(self, _: None, server_args: ServerArgs) -> None:
-        """In the process of the HTTP server; an engine without one has no application."""
+    def serve(self, _: None, server_args: ServerArgs) -> None:
+        """In the process of the HTTP server, or of an engine, which has no application."""
         from sglang_vtensor.srt.options import Options
 
+        if not Options.of(server_args).ours:
+            return
+        if _TOKENIZER_MODULE in sys.modules:
+            hook(self.in_servers())
+            HookRegistry.apply_hooks()
         server = sys.modules.get("sglang.srt.entrypoints.http_server")
-        if server is None or not Options.of(server_args).ours:
+        if server is None:
             return
         workers = self.settings(server_args).tokenizer_worker_num
         if workers > 1:
@@ -332,7 +348,9 @@ class Patch(abc.ABC):
 
         settings: Any = self.settings(scheduler.server_args)
         name = str(settings.served_model_name) if settings.enable_metrics else None
-        equip(scheduler, Options.of(scheduler.server_args), name)
+        # SGLang loads no plugin in its HTTP workers.
+        tells_refusals = settings.tokenizer_worker_num == 1
+        equip(scheduler, Options.of(scheduler.server_args), name, tells_refusals=tells_refusals)
 
 
 def shared_decode(runner: Any) -> Any:

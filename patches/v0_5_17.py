@@ -93,6 +93,9 @@ class Requests:
         """A salt is part of `extra_key` here."""
         return repr(owner.extra_key)
 
+    def idle(self, scheduler: Any) -> bool:
+        return scheduler.is_fully_idle()
+
     def ranks(self, scheduler: Any) -> tuple[int, int]:
         return scheduler.ps.tp_rank, scheduler.ps.dp_rank or 0
 

@@ -87,6 +87,9 @@ class Requests:
     def namespace(self, owner: Req | RadixKey) -> str:
         return repr((owner.extra_key, owner.cache_salt or None))
 
+    def idle(self, scheduler: Any) -> bool:
+        return scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused)
+
     def ranks(self, scheduler: Any) -> tuple[int, int]:
         from sglang.srt.runtime_context import get_parallel
 

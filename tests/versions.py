@@ -19,6 +19,9 @@ FP4 = "fp4_e2m1" if HERE == "v0_5_17" else "nvfp4"
 #: Options that only this version has, and that we refuse.
 REFUSED_OPTIONS = [] if HERE == "v0_5_17" else ["--radix-eviction-policy tlru", "--enable-nvidia-megakernel"]
 
+#: Whether weights from tensors are taken between `begin_weight_update` and `end_weight_update` only.
+WEIGHT_SESSIONS = HERE != "v0_5_17"
+
 
 def scheduler(kwargs: dict[str, Any]) -> Any:
     """SGLang's scheduler in this process, as its own process would build it; `kwargs` are arguments of a server."""

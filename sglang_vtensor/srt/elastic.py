@@ -5,6 +5,8 @@ admitted (`Runtime.missing_tokens`). Requests that run come to their end whateve
 meanwhile too; what is cached is evicted.
 
     awake --sleep--> drowsy: what runs comes to its end, what arrives waits --nothing runs--> asleep --wake--> awake
+
+SGLang's release of memory is the same for a server that runs nothing (`occupation`); only a resume ends that.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -62,8 +65,13 @@ class Elastic:
         self.minimum_bytes = minimum_bytes
         self.limit = runtime.memory.limit
         self.sleeping = False
-        #: Whether it sleeps as its memory was released: who wakes it otherwise is refused.
-        self.released = False
+        #: Tags whose memory was released (`occupation`). While there are any, nothing runs.
+        self.released: frozenset[str] = frozenset()
+        #: A release that waits for the last batch, and why the last release or resume was refused.
+        self.release_when_idle: Callable[[], None] | None = None
+        self.refusal: str | None = None
+        #: Whether who is refused is told so.
+        self.tells_refusals = True
         #: Pages that the neighbours leave this server, while they want something.
         self.pressure: int | None = None
         self.neighbours = self._neighbours()
@@ -108,7 +116,7 @@ class Elastic:
                     return False
             elif key in (SLEEP, WAKE):
                 if self.released:
-                    logger.warning("the KV memory was released: only POST /resume_memory_occupation ends that")
+                    logger.warning("memory was released: only POST /resume_memory_occupation ends that")
                     return False
                 sleeping = key == SLEEP
             else:
@@ -123,10 +131,16 @@ class Elastic:
         """Pages that `nbytes` bytes have room for, beside the padding page, which is always there."""
         return nbytes // self.runtime.memory.layout.page_bytes - 1
 
+    @property
+    def holding(self) -> bool:
+        """Whether what arrives waits."""
+        return self.sleeping or bool(self.released)
+
     def apply(self) -> None:
         """Set the memory's allowance, and evict what is beyond it."""
         memory = self.runtime.memory
-        allowance = 0 if self.sleeping else self.limit if self.pressure is None else min(self.limit, self.pressure)
+        empty = self.sleeping or GPU_MEMORY_TYPE_KV_CACHE in self.released
+        allowance = 0 if empty else self.limit if self.pressure is None else min(self.limit, self.pressure)
         if allowance != memory.allowance:
             memory.allow(allowance)
         self._evict_excess()
@@ -137,11 +151,13 @@ class Elastic:
         if excess and self.tree.evictable_size():
             self.tree.evict(EvictParams(num_tokens=excess * self.runtime.page_tokens))
 
-    def release(self) -> None:
-        """Nothing runs and nothing is cached: give all memory back before this returns, but for the padding page. What
-        arrives waits until `resume`."""
+    def release(self, released: frozenset[str]) -> None:
+        """The memory of these tags is out, and what arrives waits. If the KV cache is among them, nothing of it is
+        cached: all of its memory is given back before this returns, but for the padding page."""
         memory = self.runtime.memory
-        self.sleeping = self.released = True
+        self.released = released
+        if GPU_MEMORY_TYPE_KV_CACHE not in released:
+            return
         with memory.clock:
             self.apply()
         self.runtime.idle()
@@ -153,9 +169,10 @@ class Elastic:
         if memory.vmm.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def resume(self) -> None:
-        """Memory comes as requests need it. If the device has none, they wait, and the log says so."""
-        self.sleeping = self.released = False
+    def resume(self, released: frozenset[str]) -> None:
+        """Only these are out from now on. Pages are created as requests need them: if the device has none, the requests
+        wait, and the log says so."""
+        self.released = released
         with self.runtime.memory.clock:
             self.apply()
 
@@ -165,7 +182,7 @@ class Elastic:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
         want something, or nothing more. Most calls, of thousands a second, find nothing to do."""
         memory, now = self.runtime.memory, time.monotonic()
-        if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.limit or self.sleeping:
+        if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.limit or self.holding:
             with memory.clock:
                 self._tick(waiting, now)
         else:
@@ -181,7 +198,7 @@ class Elastic:
         if self.cache_idle_seconds is not None and now >= self._expire_at:
             self._expire_at = now + min(EXPIRE_EVERY_SECONDS, self.cache_idle_seconds / 2)
             self.tree.expire(now - self.cache_idle_seconds)
-        if not self.sleeping:
+        if not self.holding:
             self._emptied = False
         elif not self._emptied and not self.runtime.requests:
             self._emptied = True
@@ -229,7 +246,7 @@ class Elastic:
             idle=memory.ready * page,
             cached=(evictable + len(memory.tails)) * page,
             minimum=self.minimum_bytes,
-            wanted=0 if self.sleeping else wanted * page,
+            wanted=0 if self.holding else wanted * page,
         )
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
@@ -239,6 +256,8 @@ class Elastic:
         them within the limit. When none runs, it is admitted before the requests that have not begun.
         """
         memory = self.runtime.memory
+        if self.released:  # also who was retracted, as the engine was paused
+            return [], False
         if memory.allowance == memory.limit:
             return waiting, False
         begun = [] if busy else [req for req in waiting if req.is_retracted]
@@ -251,7 +270,7 @@ class Elastic:
         nothing runs: SGLang counts the longest answer that a request may give, and the limit has no room for that. The
         request is then to be admitted alone, and may grow beyond the limit."""
         limited = self.limit < self.runtime.memory.limit
-        return bool(waiting) and not busy and limited and self.pressure is None and not self.sleeping
+        return bool(waiting) and not busy and limited and self.pressure is None and not self.holding
 
     @contextlib.contextmanager
     def beyond_the_limit(self, really: bool) -> Iterator[None]:
@@ -268,7 +287,7 @@ class Elastic:
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
         memory = self.runtime.memory
-        if self.sleeping or self.limit == memory.limit:
+        if self.holding or self.limit == memory.limit:
             return
         with memory.clock:
             too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]
@@ -295,7 +314,8 @@ class Elastic:
 
     def asleep(self, waiting: Sequence[Req]) -> bool:
         """Whether the server sleeps and has nothing left to bring to its end: who waits, waits until it is woken."""
-        return self.sleeping and not self.runtime.requests and not any(req.is_retracted for req in waiting)
+        drowsy = bool(self.runtime.requests) or any(req.is_retracted for req in waiting)
+        return bool(self.released) or (self.sleeping and not drowsy)
 
     @staticmethod
     def take_health_checks(waiting: list[Req]) -> list[str | None]:
@@ -314,7 +334,7 @@ class Elastic:
         page = self.runtime.memory.layout.page_bytes
         return {
             "limit_bytes": (self.limit + 1) * page,
-            "sleeping": int(self.sleeping),
+            "sleeping": int(self.holding),
             "neighbours": len(self.neighbours.others()) if self.neighbours else 0,
             "left_by_neighbours_bytes": 0 if self.pressure is None else (self.pressure + 1) * page,
         }

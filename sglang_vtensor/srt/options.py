@@ -287,7 +287,11 @@ def refuse_unsupported(
         ("--enable-lmcache", args.enable_lmcache, "it brings a tree of its own"),
         ("--enable-flexkv", args.enable_flexkv, "it brings a tree of its own"),
         ("--radix-cache-backend", args.radix_cache_backend is not None, "the tree is where pages are shared"),
-        ("--enable-memory-saver", args.enable_memory_saver, "two owners of the same memory"),
+        (
+            "--enable-memory-saver on host memory",
+            args.enable_memory_saver and args.device == "cpu",
+            "torch_memory_saver keeps the memory of a GPU",
+        ),
         ("--enable-mixed-chunk", args.enable_mixed_chunk, "decode requests in an extend batch are not yet mapped"),
         ("--enable-unified-memory", args.enable_unified_memory, "it is another layout of the pool"),
         ("--enable-page-major-kv-layout", args.enable_page_major_kv_layout, "it is another layout of the pool"),

@@ -56,5 +56,8 @@ class Requests(Protocol):
         """Who may share with whom: equal only for equal keys that a user, an adapter or a salt made; to be compared and
         sorted, not read."""
 
+    def idle(self, scheduler: Any) -> bool:
+        """Whether SGLang lets go of memory now: nothing runs, and no batch is in flight."""
+
     def ranks(self, scheduler: Any) -> tuple[int, int]:
         """The tensor-parallel and the data-parallel rank of a scheduler."""

@@ -12,6 +12,7 @@ from sglang_vtensor.srt.allocation import PutOff
 from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
 from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.metrics import Metrics
+from sglang_vtensor.srt.occupation import finish_release
 from sglang_vtensor.srt.options import Options
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def runtime_of(scheduler: Any) -> Runtime:
     return runtime
 
 
-def equip(scheduler: Any, options: Options, metrics_of: str | None) -> None:
-    """A scheduler was made. `metrics_of` is the model's name, where the server is asked for metrics."""
+def equip(scheduler: Any, options: Options, metrics_of: str | None, *, tells_refusals: bool) -> None:
+    """A scheduler was made. `metrics_of` is the model's name, where the server is asked for metrics;
+    `tells_refusals`: whether our code is in the process that hands answers out."""
     runtime = runtime_of(scheduler)
     scheduler.vtensor_elastic = Elastic(
         runtime,
@@ -37,6 +39,7 @@ def equip(scheduler: Any, options: Options, metrics_of: str | None) -> None:
         cache_idle_seconds=options.vtensor_cache_idle_seconds,
         minimum_bytes=options.minimum_bytes(runtime.memory.limit * runtime.memory.layout.page_bytes),
     )
+    scheduler.vtensor_elastic.tells_refusals = tells_refusals
     if metrics_of is not None:
         tp_rank, dp_rank = runtime.sglang.ranks(scheduler)
         labels = {"model_name": metrics_of, "tp_rank": str(tp_rank), "dp_rank": str(dp_rank)}
@@ -62,7 +65,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     elastic.tick(scheduler.waiting_queue)
     send = scheduler.ipc_channels.send_to_tokenizer.send_output
     elastic.refuse_too_long(scheduler.waiting_queue, send)
-    if elastic.sleeping:
+    if elastic.holding:
         # Not by a token, as an idle server that is awake answers them, but as a busy one does.
         scheduler.return_health_check_ipcs.extend(elastic.take_health_checks(scheduler.waiting_queue))
         # Grammars are compiled meanwhile: SGLang takes those that are done, or failed, as it makes an extend batch.
@@ -73,7 +76,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     chunked, last = scheduler.chunked_req, scheduler.last_batch
     busy = chunked is not None or not running_batch.is_empty()
     offered, beyond = elastic.offers(scheduler.waiting_queue, busy=busy)
-    if elastic.sleeping and not offered and chunked is None:
+    if elastic.holding and not offered and chunked is None:
         return None, running_batch
     if running_batch.is_empty():
         running_batch.batch_is_full = False  # no request will end that would set it back
@@ -178,6 +181,7 @@ def _forward_stream(scheduler: Any) -> Any:
 
 def on_idle(original: Callable[..., None], scheduler: Any) -> None:
     runtime = runtime_of(scheduler)
+    finish_release(scheduler)
     scheduler.vtensor_elastic.tick(scheduler.waiting_queue)
     runtime.idle()
     _tell(runtime)
@@ -197,31 +201,6 @@ def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:
         original(scheduler)
 
 
-# What it is asked.
-
-
-def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
-    """SGLang's release of memory, by `tags`; the KV cache is free when this returns. SGLang flushes it first."""
-    result = original(updater, recv_req)
-    if _has_kv(recv_req.tags):
-        updater.scheduler.vtensor_elastic.release()
-    return result
-
-
-def resume_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
-    result = original(updater, recv_req)
-    if _has_kv(recv_req.tags):
-        updater.scheduler.vtensor_elastic.resume()
-    return result
-
-
-def _has_kv(tags: Sequence[str] | None) -> bool:
-    """Without tags SGLang means all of them."""
-    from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
-
-    return not tags or GPU_MEMORY_TYPE_KV_CACHE in tags
-
-
 def _count_tokens(runtime: Runtime, scheduler: Any, batch: Any) -> None:
     """Each request of a batch gets one token, but for a prompt that has more chunks to come."""
     mode = batch.forward_mode
@@ -235,6 +214,9 @@ def _tell(runtime: Runtime) -> None:
         runtime.metrics.update()
 
 
+# What it is asked.
+
+
 def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     runtime, tree = runtime_of(scheduler), scheduler.tree_cache
     free, total = runtime.memory.vmm.memory()
@@ -246,6 +228,8 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
             stats["history"] = runtime.history.columns()
     result.internal_state["vtensor"] = stats | {
         "dp_rank": runtime.sglang.ranks(scheduler)[1],
+        "released": sorted(scheduler.vtensor_elastic.released),
+        "refusal": scheduler.vtensor_elastic.refusal,
         "device_bytes": total,
         "device_free_bytes": free,
         "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),

@@ -3,15 +3,22 @@ change meanwhile, and the answers are those of a server that began with them."""
 
 from __future__ import annotations
 
+import base64
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import requests
+import torch
+from safetensors.torch import load_file
+from sglang.srt.utils import MultiprocessingSerializer
 
 from benchmarks.serving import server
 from sglang_vtensor import tiny_model
 from sglang_vtensor.server_client import NoAnswer, server_stats
 from sglang_vtensor.server_client import ask as ask_for
+from tests import versions
 from tests.conversations import asking
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.harness import Request, Scheduler
@@ -34,8 +41,23 @@ def post(url: str, what: str, body: dict | None = None) -> requests.Response:
     return answer
 
 
+def change_weights(url: str, folder: Path, *, from_disk: bool) -> None:
+    if from_disk:
+        post(url, "update_weights_from_disk", {"model_path": str(folder)})
+        return
+    tensors = list(load_file(folder / "model.safetensors").items())
+    torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors are for a process's own children
+    payload = base64.b64encode(MultiprocessingSerializer.serialize(tensors)).decode()
+    if versions.WEIGHT_SESSIONS:
+        post(url, "begin_weight_update")
+    assert post(url, "update_weights_from_tensor", {"serialized_named_tensors": [payload]}).json()["success"]
+    if versions.WEIGHT_SESSIONS:
+        post(url, "end_weight_update")
+
+
 def test_twenty_turns(rollout, models, schedulers, tmp_path_factory):
-    """Generate, pause, release, update the weights, resume, go on."""
+    """Generate, pause, release everything; another process uses the memory; resume the weights, update them, resume the
+    KV cache, go on."""
     other = tiny_model.build(tmp_path_factory.mktemp("weights") / "other", seed=1)
     second = Scheduler(other, dtype="float32")
     prompt, ask = Prompts(51), asking(rollout, NEW)
@@ -48,22 +70,49 @@ def test_twenty_turns(rollout, models, schedulers, tmp_path_factory):
             expected = reference.generate(*[Request(f"t{turn}r{n}", p, NEW) for n, p in enumerate(prompts)])
             for theirs, mine in zip(expected, ask(prompts), strict=True):
                 assert_same(theirs, mine, tie=TIE["float32"], what=f"turn {turn}")
+            (held,) = server_stats(rollout)
             post(rollout, "pause_generation")
-            post(rollout, "release_memory_occupation", KV)
+            post(rollout, "release_memory_occupation", {} if turn % 3 else {"tags": ["kv_cache", "weights"]})
             (stats,) = server_stats(rollout)
             assert (stats["pages_backed"], stats["pages_owned"], stats["tree_tokens"]) == (1, 0, 0), "but for padding"
-            post(rollout, "update_weights_from_disk", {"model_path": str((other, models["gqa"])[turn % 2])})
-            post(rollout, "resume_memory_occupation", KV)
+            freed = held["backed_bytes"] - stats["backed_bytes"]
+            trained = torch.full((freed,), turn, dtype=torch.uint8)
+            assert freed > 0
+            assert int(trained[-1]) == turn
+            del trained
+            post(rollout, "resume_memory_occupation", {"tags": ["weights"]})
+            change_weights(rollout, (other, models["gqa"])[turn % 2], from_disk=turn % 4 < 2)
+            post(rollout, "resume_memory_occupation", {} if turn % 3 else KV)
             post(rollout, "continue_generation")
         (after,) = server_stats(rollout)
         gained = after["pages_created"] - before["pages_created"]
-        assert (
-            gained
-            == after["pages_released"] - before["pages_released"] + after["pages_backed"] - before["pages_backed"]
-        )
+        lost = after["pages_released"] - before["pages_released"]
+        assert gained == lost + after["pages_backed"] - before["pages_backed"]
         assert gained > 0
     finally:
         second.close()
+
+
+def test_a_refusal_has_its_reason_and_harms_nobody(rollout):
+    answers: list = []
+    running = threading.Thread(target=lambda: answers.extend(asking(rollout, 200)([Prompts(55)(40)])))
+    running.start()
+    deadline = time.monotonic() + 30
+    while not server_stats(rollout)[0]["requests"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    cases = [
+        ("release", {}, "1 requests have not ended, and memory is released by a server that runs nothing"),
+        ("resume", KV, "of kv_cache, released is nothing: resume what is released"),
+        ("release", {"tags": ["weight"]}, "tags 'weight' are unknown: give of kv_cache, weights, cuda_graph"),
+    ]
+    for what, body, why in cases:
+        answer = requests.post(f"{rollout}/{what}_memory_occupation", json=body, timeout=60)
+        assert answer.status_code == 400
+        assert why in answer.text
+    running.join(60)
+    assert len(answers[0].tokens) == 200
+    post(rollout, "release_memory_occupation", KV)
+    post(rollout, "resume_memory_occupation", KV)
 
 
 def test_who_comes_while_memory_is_released_waits_for_it(rollout):

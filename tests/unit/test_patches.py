@@ -313,7 +313,7 @@ def test_an_event_loop_sleeps_while_requests_wait_for_a_sleeping_server(sleeping
     elastic.tick = lambda waiting: None
     history = SimpleNamespace(sample=lambda: None)
     elastic.runtime = SimpleNamespace(requests=running, idle=lambda: None, metrics=None, history=history)
-    elastic.sleeping = sleeping
+    elastic.sleeping, elastic.released, elastic.release_when_idle = sleeping, frozenset(), None
     called = []
     scheduler = SimpleNamespace(
         vtensor_elastic=elastic,

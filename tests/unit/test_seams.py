@@ -20,7 +20,13 @@ PATCHES = Path(patches.__file__).parent
 
 def seams():
     patch = patches.load()
-    return [*patch.everywhere(), *patch.in_schedulers(), *patch.for_shared_decode(), *patch.on_the_host()]
+    return [
+        *patch.everywhere(),
+        *patch.in_schedulers(),
+        *patch.in_servers(),
+        *patch.for_shared_decode(),
+        *patch.on_the_host(),
+    ]
 
 
 def original(target):
