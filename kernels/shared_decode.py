@@ -47,6 +47,7 @@ from sglang_vtensor.kernels.shared_plan import (
     LEVELS,
     LINE_FIELDS,
     LOCATED,
+    LOOKED,
     SHORTEST,
     TEAM_FIELDS,
     UNIT_FIELDS,
@@ -193,6 +194,7 @@ class SharedDecoder:
             ROWS=self.rows,
             DEPTH=DEPTH,
             ARRANGED=ARRANGED,
+            LOOKED=min(LOOKED, self.rows),
             num_warps=4,
         )
         _divide[(self.teams,)](

@@ -24,8 +24,9 @@ TEAM_AT, TEAM_END, TEAM_UNIT, TEAM_BESIDE, TEAM_TILE, TEAM_FROM, TEAM_TO, TEAM_T
 #: by side; and what these have left of their shares.
 LINE_FIELDS = tl.constexpr(4)
 LINE_SHARE, LINE_RUN_TILES, LINE_BESIDE, LINE_LEFT = map(tl.constexpr, range(4))
-#: Rows whose order one program of `_arrange` finds; requests whose partial results one of `_locate` finds.
-ARRANGED, LOCATED = 32, 8
+#: Rows whose order one program of `_arrange` finds, and how many rows it looks at in one step; requests whose partial
+#: results one of `_locate` finds.
+ARRANGED, LOOKED, LOCATED = 32, 256, 8
 #: Pages of a request that one program of `_find_pages` looks up, at most.
 FOUND = 1024
 #: The levels of a request, its own run, and room to a power of two.
@@ -56,20 +57,24 @@ def _arrange(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     ARRANGED: tl.constexpr,
+    LOOKED: tl.constexpr,
 ):
     """Level by level, the batch's rows in the order of their units: where each unit begins, and who stands where."""
     level = tl.program_id(0)
-    all_rows = tl.arange(0, ROWS)
-    slot = tl.load(slots_ptr + all_rows, mask=all_rows < rows, other=0).to(tl.int64)
-    unit = tl.load(chains_ptr + slot * DEPTH + level, mask=all_rows < rows, other=-1)
     row = tl.program_id(1) * ARRANGED + tl.arange(0, ARRANGED)
     slot = tl.load(slots_ptr + row, mask=row < rows, other=0).to(tl.int64)
     mine = tl.load(chains_ptr + slot * DEPTH + level, mask=row < rows, other=-1)
     there = mine >= 0
-    same = (unit[None, :] == mine[:, None]) & (all_rows[None, :] < row[:, None])
-    rank = tl.sum(same.to(tl.int32), 1)
-    # Rows without a unit, -1, count for nobody: they stand behind `members` of this level.
-    before = tl.sum(((unit[None, :] < mine[:, None]) & (unit[None, :] >= 0)).to(tl.int32), 1)
+    rank = tl.zeros([ARRANGED], tl.int32)
+    before = tl.zeros([ARRANGED], tl.int32)
+    for first in range(0, rows, LOOKED):
+        other = first + tl.arange(0, LOOKED)
+        slot = tl.load(slots_ptr + other, mask=other < rows, other=0).to(tl.int64)
+        unit = tl.load(chains_ptr + slot * DEPTH + level, mask=other < rows, other=-1)
+        same = (unit[None, :] == mine[:, None]) & (other[None, :] < row[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+        # Rows without a unit, -1, count for nobody: they stand behind `members` of this level.
+        before += tl.sum(((unit[None, :] < mine[:, None]) & (unit[None, :] >= 0)).to(tl.int32), 1)
     start = level * ROWS + before
     tl.store(members_ptr + start + rank, row, mask=there)
     tl.store(ranks_ptr + level * ROWS + row, rank, mask=there)

@@ -236,6 +236,7 @@ def decode_batch(size):
 def test_graphs_of_both_kinds_are_captured_under_keys_of_their_own(server):
     """Larger batches than shared decode has room for have SGLang's graph only."""
     room = server.backend.decoder.max_requests
+    assert room == 7, "as many as run at once"
     hybrid = HybridAttnBackend.__new__(HybridAttnBackend)
     hybrid.decode_backend = server.backend
     sizes = [4, room, room + 1, 640]

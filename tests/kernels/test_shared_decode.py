@@ -191,9 +191,12 @@ def test_what_batches_may_be(paths, contexts):
     assert out[~there].isnan().all(), "the row of what is no request was written"
 
 
-def test_many_requests_on_one_leaf():
-    batch = Batch.random([1] * 300, [2 * PAGE + 8] * 300, q_heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16, seed=5)
-    served = Served.of(batch, [[1, 2]] * 300)
+@pytest.mark.parametrize("count", [300, 1100])
+def test_many_requests_on_one_leaf(count):
+    """And, with more of them than one step of `_arrange` looks at, on two leaves."""
+    contexts = [2 * PAGE + 8] * count
+    batch = Batch.random([1] * count, contexts, q_heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16, seed=5)
+    served = Served.of(batch, [[1, 2 + (n > 512)] for n in range(count)])
     expected = batch.expected()
     out = served.run()
     assert_close(out, expected)

@@ -66,8 +66,10 @@ class Planned:
         return places
 
 
-def check(decoder: SharedDecoder, sharing: Sharing, slots: list[int], contexts: list[int]) -> list[Piece]:
-    """Plan a step, and compare. Returns the model's pieces."""
+def check(
+    decoder: SharedDecoder, sharing: Sharing, slots: list[int], contexts: list[int], every: int = 1
+) -> list[Piece]:
+    """Plan a step, and compare, of the rows every so many. Returns the model's pieces."""
     decoder.update(sharing.tables)
     decoder.plan(torch.tensor(slots, device=DEVICE), torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
     tables = sharing.tables
@@ -77,7 +79,7 @@ def check(decoder: SharedDecoder, sharing: Sharing, slots: list[int], contexts: 
     planned = Planned(decoder)
     for team in range(decoder.teams):
         assert list(planned.work(team)) == [piece for piece in pieces if piece.team == team], f"team {team}"
-    for row, context in enumerate(contexts):
+    for row, context in [*enumerate(contexts)][::every]:
         assert planned.places(row) == list(model.places(row, units, pieces)), f"row {row}"
         # Whatever the model says: every key of every request once.
         keys = []
@@ -136,3 +138,36 @@ def test_random_batches(monkeypatch):
                     sharing.leave(slots[i])
             slots, contexts = [slots[i] for i in stay], [contexts[i] for i in stay]
     assert min(kinds.values()) >= 5, kinds
+
+
+def test_more_than_a_thousand_requests(monkeypatch):
+    """Samples of 70 prompts, 16 each; some have ended, and others are alone. Rows are looked at in several steps."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 16)
+    requests = 16 * 70 + 5
+    decoder = SharedDecoder(
+        max_requests=requests,
+        slots=requests + 1,
+        page_tokens=PAGE,
+        max_tokens=64 * PAGE,
+        q_heads=4,
+        kv_heads=1,
+        head_dim=64,
+        device=DEVICE,
+        config=Config(16, PAGE, 4, 1, False, 1),
+    )
+    assert decoder.rows == 2048
+    rng = random.Random(0)
+    sharing = Sharing(slots=requests + 1, requests=requests, page_tokens=PAGE)
+    slots, contexts = rng.sample(range(1, requests + 1), requests), []
+    for n, slot in enumerate(slots):
+        prompt = n % 70
+        path = [prompt * 100 + page for page in range(1, 3 + prompt % 9)] if n < 16 * 70 else []
+        sharing.join(slot, path)
+        contexts.append(PAGE * len(path) + rng.randint(1, 5 * PAGE))
+    assert decoder.fits(sharing.tables)
+    pieces = check(decoder, sharing, slots, contexts, every=97)
+    assert sum(piece.unit.shared for piece in pieces) >= 70 * 4, "four tiles of rows each"
+    stay = [n for n in range(requests) if n % 70 < 35 or n > 1000]
+    for n in set(range(requests)).difference(stay):
+        sharing.leave(slots[n])
+    check(decoder, sharing, [slots[n] for n in stay], [contexts[n] for n in stay], every=53)
