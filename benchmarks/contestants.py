@@ -40,6 +40,9 @@ GPU |= {
     "vtensor-elastic": CONTESTANTS["vtensor"],
     # Decode reads what requests share once for each of them.
     "vtensor-plain": [*CONTESTANTS["vtensor"], *KEEP, "--vtensor-shared-decode", "off"],
+    # Beside torch_memory_saver, which keeps the weights, and SGLang's own KV cache too.
+    "vtensor-saver": [*CONTESTANTS["vtensor"], *KEEP, "--enable-memory-saver"],
+    "fa3-saver": [*CONTESTANTS["fa3"], "--enable-memory-saver"],
     "vllm": [],
 }
 # A server that waits must not take one of the few cores from the one that works.
@@ -80,6 +83,15 @@ COUNTED = (
 Workload = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A workload whose prompts are computed first. That takes `prompt_seconds`, and the clock starts behind it; both
+    parts are given random numbers of one seed."""
+
+    prompts: Workload
+    answers: Workload
+
+
 def capacity(device_bytes: int, servers: int, geometry: Geometry = LLAMA) -> int:
     """KV tokens for each of so many servers on one device; 0 or less if they do not fit."""
     free = int(device_bytes * (1 - SPARE)) - servers * geometry.server_bytes
@@ -104,10 +116,11 @@ class Client:
 
     url: str
     vocabulary: int
+    temperature: float = 0.0
     answers: list[Answer] = field(default_factory=list)
 
     async def said(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> Said:
-        return await stream(http, self.url, tokens, new)
+        return await stream(http, self.url, tokens, new, self.temperature)
 
     async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
         """The new tokens. Raises `aiohttp.ClientResponseError` if the server refuses, `RuntimeError` for an answer of
@@ -148,14 +161,18 @@ class Client:
         asyncio.run(workload(self, random.Random(seed)))
         return time.perf_counter() - start
 
-    def run(self, workload: Workload, seed: int) -> dict[str, Any]:
+    def run(self, workload: Workload | Staged, seed: int) -> dict[str, Any]:
         """One round, from an empty cache: a row of the results."""
         self.flush()
         time.sleep(SETTLE_SECONDS)
+        prompts = {}
+        if isinstance(workload, Staged):
+            prompts["prompt_seconds"] = round(self.drive(workload.prompts, seed), 3)
+            workload = workload.answers
         before = self.stats()
         seconds = self.drive(workload, seed)
         after = self.stats()
-        measured = row(self.answers, seconds) | {"mapping_share": 0.0}
+        measured = row(self.answers, seconds) | {"mapping_share": 0.0} | prompts
         if after:
             waited = after["scheduling_seconds"] - before["scheduling_seconds"]
             measured |= {"mapping_share": round(waited / seconds, 5), "backed_bytes": after["backed_bytes"]}
@@ -171,7 +188,7 @@ class VllmClient(Client):
             "model": VLLM_NAME,
             "prompt": tokens,
             "max_tokens": new,
-            "temperature": 0,
+            "temperature": self.temperature,
             "ignore_eos": True,
             "return_token_ids": True,
             "stream": True,
@@ -247,6 +264,7 @@ class Plan:
     vllm_boot: Path | None = None
     kv_cache_dtype: str = "auto"
     geometry: Geometry = LLAMA
+    temperature: float = 0.0
 
 
 def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
@@ -306,7 +324,7 @@ def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], d
             url = f"http://127.0.0.1:{port}"
             wait = started(name, what, url, log, environment, health=health, folder=folder, patience=START_SECONDS)
             waits[name] = stack.enter_context(wait)
-            clients[name] = client(url, plan.vocabulary)
+            clients[name] = client(url, plan.vocabulary, plan.temperature)
         seconds = {name: wait() for name, wait in waits.items()}
         for name, up in clients.items():
             if (room := up.kv_tokens()) and abs(room - plan.tokens) > ROUND_TOKENS:

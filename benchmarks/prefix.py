@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +37,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.contestants import GPU, HOST, HOST_TOKENS, ROUND_TOKENS, Client, Plan, Workload, capacity, servers
+from benchmarks.contestants import (
+    GPU,
+    HOST,
+    HOST_TOKENS,
+    ROUND_TOKENS,
+    Client,
+    Plan,
+    Staged,
+    Workload,
+    capacity,
+    servers,
+)
 from benchmarks.geometries import GEOMETRIES, LLAMA, Geometry
 from benchmarks.rounds import Row, compare, rotated, summarize, whole
 from benchmarks.workloads import FULL, TOKENS, workloads
@@ -49,7 +60,9 @@ CONTEXT = 65_536
 class Suite:
     """One run: measures rounds, and keeps and shows them."""
 
-    def __init__(self, names: list[str], made: dict[str, Workload], plan: Plan, head: Row, file: Path | None) -> None:
+    def __init__(
+        self, names: list[str], made: Mapping[str, Workload | Staged], plan: Plan, head: Row, file: Path | None
+    ) -> None:
         self.names, self.made, self.plan, self.head, self.file = names, made, plan, head, file
         self.rows: list[Row] = []
         self.label = ""

@@ -81,6 +81,8 @@ def compare(rows: Sequence[Row]) -> list[Row]:
 def summarize(rows: Sequence[Row]) -> dict[str, float]:
     """Ratios of throughput with their spread, and the worst of what must be low.
 
+    Where prompts were computed before the clock started, `<workload>_tpot_vs_` is the other's time a token over ours.
+
     `<workload>_vs_best` is the lower of the ratios against `PEERS`, and is there where both were measured: if they ran
     in one run, that is the ratio against the stronger one.
     """
@@ -97,6 +99,12 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
         for other, ours in measured.items():
             summary[f"{kind}_vs_{other}"] = ours.median
             summary |= {f"{kind}_vs_{other}_least": ours.least, f"{kind}_vs_{other}_most": ours.most}
+        if any("prompt_seconds" in row for row in rows if row["workload"] == kind):
+            for other in measured.keys() - {"best"}:
+                slower = ratios(rows, kind, other, "tpot_median_ms")
+                summary[f"{kind}_tpot_vs_{other}"] = 1 / statistics.median(slower)
+            if "best" in measured:
+                summary[f"{kind}_tpot_vs_best"] = min(summary[f"{kind}_tpot_vs_{peer}"] for peer in PEERS)
         if "triton" in measured and kind != "random":
             against_triton.append(measured["triton"].median)
         if slower := ratios(rows, kind, "fa3", "ttft_p99_ms"):

@@ -81,13 +81,13 @@ class Said:
     meta: dict[str, Any]
 
 
-async def stream(http: aiohttp.ClientSession, url: str, tokens: list[int], new: int) -> Said:
+async def stream(http: aiohttp.ClientSession, url: str, tokens: list[int], new: int, temperature: float = 0.0) -> Said:
     """Ask for exactly `new` tokens. Raises `aiohttp.ClientResponseError` if the server refuses."""
     body = {
         "input_ids": tokens,
         "stream": True,
         "sampling_params": {
-            "temperature": 0,
+            "temperature": temperature,
             "max_new_tokens": new,
             "ignore_eos": True,
             "stream_interval": STREAM_INTERVAL,

@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from benchmarks import results, rollout
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,11 +37,38 @@ def test_the_prefix_suite_runs_on_the_host(tmp_path):
     assert all(row["requests_per_second"] > 0 and row["ttft_median_ms"] > 0 for row in rows.values())
 
 
-def test_a_cache_is_filled_until_a_request_is_retracted():
-    command = [sys.executable, "-m", "benchmarks.live_tokens", "--quick", "--count", "120"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+def run(*command: str) -> str:
+    """What a benchmark printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    ratio = float(re.findall(r"'fp8_live_tokens_vs_bf16': ([0-9.]+)", done.stdout)[0])
+    return done.stdout
+
+
+def test_rollouts_run_on_the_host(tmp_path):
+    before = {path.name for path in results.FOLDER.iterdir()}
+    run("benchmarks.rollout", "--quick", "--rounds", "1", "--rows", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["workload"] for row in rows} == set(rollout.QUICK)
+    for row in rows:
+        case = rollout.QUICK[row["workload"]]
+        assert row["requests"] == case.groups * case.samples
+        assert row["prompt_seconds"] > 0
+        assert row["cached_share"] > 0.5, "samples computed their prompts again"
+    assert {path.name for path in results.FOLDER.iterdir()} == before, "nobody asked for a result"
+
+
+def test_log_probabilities_are_compared_on_the_host():
+    printed = run("benchmarks.logprobs", "--quick")
+    (summary,) = (line for line in printed.splitlines() if "'logprob_difference_max'" in line)
+    assert "vtensor prefill" in printed
+    assert 0 <= float(summary.split("'logprob_difference_max': ")[1].split(",")[0]) < 1e-3
+
+
+def test_a_cache_is_filled_until_a_request_is_retracted():
+    printed = run("benchmarks.live_tokens", "--quick", "--count", "120")
+    ratio = float(re.findall(r"'fp8_live_tokens_vs_bf16': ([0-9.]+)", printed)[0])
     assert 3.5 < ratio < 4.5, "the same bytes hold four times as many tokens in FP8 as in float32"
 
 

@@ -1,0 +1,83 @@
+"""What the benchmark of rollouts makes of its cases and of its rows."""
+
+import statistics
+
+import pytest
+
+from benchmarks import logprobs, results, rollout, rounds
+from tests.unit.test_results import HEAD, measured
+
+
+def test_uneven_answers_are_drawn_once_and_the_longest_is_four_times_the_median():
+    case = rollout.CASES["rollout_8k_uneven"]
+    lengths = case.lengths()
+    assert lengths == case.lengths()
+    assert len(lengths) == case.groups * case.samples
+    assert max(lengths) == 2 * case.new
+    assert statistics.median(lengths) == pytest.approx(max(lengths) / 4, rel=0.02)
+    assert set(rollout.CASES["rollout_8k"].lengths()) == {1000}
+
+
+def test_a_case_has_room_for_all_its_pages():
+    case = rollout.Case(prompt=200, new=100, groups=2, samples=3)
+    pages = 2 * (2 + 3 * 2)  # a prompt's; of each sample the last page of the prompt and one more
+    assert case.tokens == 128 * pages
+
+
+def test_time_a_token_is_compared_where_prompts_were_computed_before():
+    rows = measured({"vtensor": [3, 3], "fa3": [1, 1], "fa3-page128": [2, 2]}, workload="rollout_8k")
+    assert not [key for key in rounds.summarize(rows) if "tpot" in key]
+    times = {"vtensor": 10.0, "fa3": 40.0, "fa3-page128": 30.0}
+    rows = [row | {"prompt_seconds": 1.0, "tpot_median_ms": times[row["contestant"]]} for row in rows]
+    summary = rounds.summarize(rows)
+    assert summary["rollout_8k_vs_fa3"] == 3
+    assert summary["rollout_8k_tpot_vs_fa3"] == pytest.approx(4)
+    assert summary["rollout_8k_tpot_vs_best"] == pytest.approx(3)
+
+
+def released(name, *, held=1000, freed=(990, 10, 10), used=(5, 7, 7)):
+    return [
+        {"contestant": name, "turn": turn, "held_bytes": held, "freed_bytes": free, "used_bytes": use}
+        | {"release_seconds": 0.1 * (turn + 1), "resume_seconds": 0.01}
+        for turn, (free, use) in enumerate(zip(freed, used, strict=True))
+    ]
+
+
+def test_what_releases_say():
+    summary = rollout.told([*released("vtensor-saver"), *released("fa3-saver", used=(5, 7, 9))])
+    assert summary["freed_share"] == 0.99
+    assert summary["release_seconds"] == pytest.approx(0.2)
+    assert summary["leaked_bytes_3_turns"] == 0
+    assert summary["leaked_bytes_3_turns_fa3"] == 2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_rounds_and_releases_stand_in_one_file(folder):
+    rows = [row | {"prompt_seconds": 1.0} for row in measured({"vtensor": [2], "fa3": [1]}, workload="rollout_8k")]
+    rollout.Told("rollout").write(HEAD, rows, [])
+    rollout.Told("rollout").write(HEAD, [], released("vtensor-saver"))
+    rollout.Told("rollout").write(HEAD, [row | {"round": 2} for row in rows], [])
+    record = results.read("rollout")
+    assert [row["round"] for row in record["rows"]] == [1, 1, 2, 2]
+    assert len(record["releases"]) == 3
+    assert (record["summary"]["rollout_8k_vs_fa3"], record["summary"]["freed_share"]) == (2, 0.99)
+    assert record["commit"] == HEAD["commit"]
+
+
+def test_releases_alone_make_a_file(folder):
+    rollout.Told("rollout").write(HEAD, [], released("vtensor-saver"))
+    assert results.read("rollout")["summary"]["freed_share"] == 0.99
+
+
+def test_tokens_are_compared_until_one_differs():
+    one = [[(1, -0.5), (2, -1.0), (3, -2.0)], [(7, -1.0)]]
+    other = [[(1, -0.25), (2, -1.0), (4, -9.0)], [(8, -1.0)]]
+    assert logprobs.differences(one, other) == [0.25, 0]
+    assert logprobs.row("a", one, other)["max"] == 0.25
+    with pytest.raises(RuntimeError, match="the first tokens differ already, of all 1 texts"):
+        logprobs.row("a", one[1:], other[1:])
