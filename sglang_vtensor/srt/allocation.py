@@ -38,7 +38,11 @@ class _Partials:
         self._locked = []
         self._there = True
         for req, partial in self._found:
-            if partial.node is None:
+            if partial.begun is not None:
+                # Written by a batch in front of this one. Should its request end meanwhile, the page stays until this
+                # batch is done (invariant 3).
+                self._there = self._there and self._runtime.writes_in(partial.begun)
+            elif partial.node is None:
                 # Of several that continue one tail the first claims it, and the others copy from its page, which is
                 # written to behind what they copy, and later.
                 if partial.frame not in self._claimed and self._claim(req, partial):

@@ -7,8 +7,9 @@ A node owns its frames. A request that matched a node has locked it, and reads t
 whole pages, and SGLang's `value` of a node is the slots of its frames, on the host. Where the frames of a node lie is
 nothing that the tree depends on: it is one run as long as placement had room.
 
-A match goes on inside a page: of the page behind the last whole one, be it a child's or the unfilled last page of a
-request that ended there (a tail), the longest common start is taken too. So reuse is exact to the token.
+A match goes on inside a page: of the page behind the last whole one, be it a child's, the unfilled last page of a
+request that ended there (a tail), or the one in which a running request's prompt ended, the longest common start is
+taken too. So reuse is exact to the token, and samples of one prompt compute it once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
-from sglang_vtensor.srt.runtime import Partial, Runtime, slots_of
+from sglang_vtensor.srt.runtime import Begun, Partial, Runtime, slots_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
-#: Unfilled last pages that are remembered at one node, the newest ones.
+#: Unfilled pages that are remembered at one node, of requests that ended and of requests that run: the newest ones.
 MAX_TAILS = 8
 #: A request waits for a prefix that another one is computing if so many tokens, at least, need not be computed twice.
 AWAITED_TOKENS = 512
@@ -56,7 +57,7 @@ class PagedRadixCache(RadixCache):
     """What is the same for every version of SGLang; `patches` has a class for each, with the names that it calls.
 
     A node has `frames` (in the order of its tokens), `tails` (`(RadixKey, Tail)`, what followed in pages that were not
-    filled), `firsts` (the first pages of its children, as
+    filled), `begun` (`(RadixKey, Begun)`, the same of requests that run), `firsts` (the first pages of its children, as
     tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it),
     `depth` (tokens from the root to its end) and `saved` (tokens that its children need not have each).
 
@@ -91,6 +92,7 @@ class PagedRadixCache(RadixCache):
     def _dress(self, node: TreeNode, depth: int) -> None:
         """What a node has here beside its frames while nothing hangs from it. `depth`: tokens from root to its end."""
         node.tails = []
+        node.begun = []
         node.firsts = []
         node.gone = False
         node.depth = depth
@@ -154,6 +156,11 @@ class PagedRadixCache(RadixCache):
                 tokens = key.match(rest)
                 if tokens > (best.tokens if best else 0):
                     best = Partial(tail.frame, tokens, tail=tail)
+        for key, begun in node.begun:
+            if self.runtime.writes_in(begun) and sglang.namespace(key) == mine[0]:
+                tokens = key.match(rest)
+                if tokens > (best.tokens if best else 0):
+                    best = Partial(begun.record.frames[begun.page], tokens, begun=begun)
         at = bisect_left(node.firsts, mine)
         for namespace, first in node.firsts[max(0, at - 1) : at + 1]:
             if namespace != mine[0]:
@@ -258,6 +265,14 @@ class PagedRadixCache(RadixCache):
         if runtime.sharing is not None and not over:
             runtime.sharing.changed(slot)
         self.hold(req, leaf, len(key))
+        if not over and len(tokens) > len(key) and self.page_size > 1:
+            with runtime.memory.clock:
+                self._note_begun(leaf, runtime.sglang.key(req, tokens[len(key) :]), Begun(slot, record, full))
+
+    def _note_begun(self, node: TreeNode, key: RadixKey, begun: Begun) -> None:
+        """A request computed the tokens of `key` behind `node`, and goes on in their page."""
+        known = [(other, one) for other, one in node.begun if one.record is not begun.record]
+        node.begun = [*(pair for pair in known if self.runtime.writes_in(pair[1])), (key, begun)][-MAX_TAILS:]
 
     def end_request(self, req: Req, written: int, *, kept: bool) -> None:
         """The request is over, with `written` tokens. What of it is `kept`, the tree has by now (`advance`): its

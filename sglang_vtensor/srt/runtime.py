@@ -48,17 +48,29 @@ class RequestFrames:
         return Ask(after, count, own=len(self.frames) > self.protected)
 
 
+@dataclass(slots=True, eq=False)
+class Begun:
+    """An unfilled page of a running request, which goes on writing behind what it has there: page `page` of its
+    context, the first one of its own (`Runtime.writes_in`)."""
+
+    slot: int
+    record: RequestFrames
+    page: int
+
+
 @dataclass(slots=True)
 class Partial:
     """What a match found inside a page: its first `tokens` are those of the request, whose own page is to begin so.
 
-    They are copied from `frame`, which `node` holds; or `tail` is that frame, which nobody owns, and is claimed.
+    They are copied from `frame`, which `node` holds, or which is that of `begun`; or `tail` is that frame, which nobody
+    owns, and is claimed.
     """
 
     frame: int
     tokens: int
     node: Any = None
     tail: Tail | None = None
+    begun: Begun | None = None
 
 
 def slots_of(frames: Sequence[int], tokens: int) -> torch.Tensor:
@@ -147,6 +159,11 @@ class Runtime:
             runs.append((first * tokens, min(left, count * tokens)))
             left -= count * tokens
         return runs
+
+    def writes_in(self, begun: Begun) -> bool:
+        """Whether the page is yet what it was: its request runs, no node has taken it, and it is behind no window."""
+        record = begun.record
+        return self.requests.get(begun.slot) is record and record.behind <= begun.page == record.protected
 
     def slide(self, record: RequestFrames, start: int) -> None:
         """The next batch computes the request's tokens from `start` on. Frames that lie behind a window of all these

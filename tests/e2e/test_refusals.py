@@ -26,6 +26,10 @@ from tests.harness import Scheduler
         ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference on host memory: SGLang has no"),
         ({"rl_on_policy_target": "fsdp"}, "--rl-on-policy-target on host memory: SGLang has no deterministic"),
+        (
+            {"enable_memory_saver": True},
+            "--enable-memory-saver on host memory: torch_memory_saver keeps the memory of a",
+        ),
         ({"attention_backend": "triton"}, "--attention-backend triton does not run on host memory: use vtensor or"),
         ({"grammar_backend": "xgrammar"}, "--grammar-backend xgrammar needs a GPU's pinned memory.*Use llguidance"),
         ({"vtensor_reserve": "lots"}, "--vtensor-reserve 'lots': give a share such as 0.02, 2% or all, or bytes"),

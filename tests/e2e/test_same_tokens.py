@@ -118,19 +118,25 @@ def test_what_another_request_computes_is_not_computed_again(pair, chunk):
     requests.insert(1, Request("unlike", prompt(20), 12))
     with having(ours, AWAITED_TOKENS=8):
         before = ours.stats()["awaited_prefixes"]
-        both(reference, ours, requests, tie=tie, cached=[0, 0] + [min(150, 160 // page * page)] * 5)
+        expected, got = answers_of_both(reference, ours, requests)
+        for request, theirs, mine in zip(requests, expected, got, strict=True):
+            assert_same(theirs, mine, tie=tie, what=request.rid)
+        cached = [answer.cached for answer in got]
+        # Into the page where the first one's prompt ends; or its chunk, which need not be a prompt's end.
+        whole = 150 // page * page
+        assert cached[:2] == [0, 0]
+        assert all(whole <= found <= 150 if chunk else found == 150 for found in cached[2:]), cached
         awaited = ours.stats()["awaited_prefixes"] - before
         assert awaited == 5 or (chunk and awaited < 5), "beside a chunk of one request there may be no room for others"
 
 
 def test_equal_prompts_wait_for_each_other_once(pair):
     """As equal as two prompts can be, in a namespace each, and aborted while others wait for it."""
-    page = pair.page_size
     reference, ours, tie = pair(chunked_prefill_size=max(64, pair.page_size))
     tokens = Prompts(17)(200)
     with having(ours, AWAITED_TOKENS=8):
         twins = [Request(f"{name}{n}", tokens, 9, extra_key=name) for n in range(3) for name in "ab"]
-        both(reference, ours, twins, tie=tie, cached=[0, 0] + [min(199, 200 // page * page)] * 4)
+        both(reference, ours, twins, tie=tie, cached=[0, 0] + [199] * 4)
         tokens = Prompts(18)(200)
         last = [Request(f"left{n}", tokens, 9) for n in range(2)]
         script = [[Request("gone", tokens, 9)], last, [Abort("gone")]]

@@ -72,6 +72,33 @@ def test_the_same_prompt_many_times_at_once(same):
     same([[Request(f"again{n}", prompt + Prompts(3)(n), 20 + n) for n in range(9)]])
 
 
+def test_samples_of_one_prompt_are_read_once_until_the_last_but_one_ends(ours, same):
+    """Stragglers keep sharing as others end: the bytes that were saved are those of every step with two samples."""
+    prompt, samples = Prompts(7)(100 * S), 8
+    news = [4 + 6 * n for n in range(samples)]
+    same([[Request("first", prompt, 1)]])  # as SGLang computes a prompt that is to have several samples
+    before = ours.stats()
+    same([[Request(f"s{n}", prompt, new) for n, new in enumerate(news)]])
+    after = ours.stats()
+    assert after["prompt_tokens"] - before["prompt_tokens"] == samples * len(prompt)
+    served = after["prefix_tokens_served"] - before["prefix_tokens_served"]
+    assert served == samples * (len(prompt) - 1), "all but the last token, whose page is copied"
+    page = ours.stats()["page_tokens"]
+    shared = (len(prompt) - 1) // page * page
+    # A request's first token comes of the prompt; each further one takes a step.
+    alive = [sum(new - 1 > step for new in news) for step in range(max(news))]
+    steps = sum(count > 1 for count in alive)
+    saved = sum((count - 1) * shared for count in alive if count > 1)
+    told = {name: after[name] - before[name] for name in ("decode_steps_shared", "shared_bytes_saved")}
+    assert steps <= told["decode_steps_shared"] <= steps + 2, told
+    per_token = ours.call(stride_bytes)
+    assert saved * per_token <= told["shared_bytes_saved"] <= 1.1 * saved * per_token, (saved, told)
+
+
+def stride_bytes(scheduler):
+    return scheduler.token_to_kv_pool_allocator.runtime.memory.layout.stride_bytes
+
+
 def test_more_than_are_followed(ours, same):
     stem = Prompts(4)(64 * S)
     before = ours.stats()["decode_steps_plain"]

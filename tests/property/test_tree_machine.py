@@ -127,6 +127,9 @@ class TreeMachine(RuleBasedStateMachine):
             for key, tail in node.tails:
                 if tail.frame is not None and self.tokens_a_page > 1:
                     yield self.sglang.namespace(key), text + list(key.token_ids)
+            for key, begun in node.begun:
+                if self.runtime.writes_in(begun):
+                    yield self.sglang.namespace(key), text + list(key.token_ids)
             stack += [(child, text) for child in node.children.values()]
 
     # What SGLang's scheduler does, in its order.
@@ -183,11 +186,14 @@ class TreeMachine(RuleBasedStateMachine):
                 assert not self.memory.available_pages()
                 return False
             record.frames.append(frame)
-        else:
+        elif partial.node is not None:
             self.tree.inc_lock_ref(partial.node)
         taken = self.take(req, upto)
-        if partial.tail is None:
+        if partial.node is not None:
             self.tree.dec_lock_ref(partial.node)
+        if partial.begun is not None:
+            READS["a page that another one writes in"] += 1
+            assert self.runtime.writes_in(partial.begun)
         if not taken:
             if partial.tail is not None:
                 self.memory.unclaim(partial.tail, record.frames.pop())
@@ -516,3 +522,4 @@ def test_busy_histories():
     print(f"reads: {dict(READS)}")
     assert READS["one run"] > 1000
     assert READS["several runs"] > 1000
+    assert READS["a page that another one writes in"] > 30
