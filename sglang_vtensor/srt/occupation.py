@@ -60,10 +60,11 @@ def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) ->
 
 
 def finish_release(scheduler: Any) -> None:
-    """The scheduler is idle: what waited for that is done, and answered."""
+    """There is no batch to be made. If the last one is done too, what waited for that is done, and answered."""
     elastic = scheduler.vtensor_elastic
-    release, elastic.release_when_idle = elastic.release_when_idle, None
-    if release is not None:
+    release = elastic.release_when_idle
+    if release is not None and elastic.runtime.sglang.idle(scheduler):
+        elastic.release_when_idle = None
         release()
 
 

@@ -189,8 +189,11 @@ def raises(scheduler):
         ask(scheduler, "resume", [])
 
 
-def test_a_release_waits_for_the_last_batch(ours):
-    """A client knows that its request ended while one batch more, which the scheduler launched ahead, is in flight."""
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_release_waits_for_the_last_batch(schedulers, overlap):
+    """A client knows that its request ended before the scheduler has let go of its last batch: with overlap one batch
+    more is in flight, which was launched ahead."""
+    ours = schedulers(**OURS, **({} if overlap else {"disable_overlap_schedule": True}))
     request = Request("r", Prompts(8)(40), NEW)
     (expected,) = ours.generate(request)
     stop = next(token for n, token in enumerate(expected.tokens) if n > 3 and token not in expected.tokens[:n])
