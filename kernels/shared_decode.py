@@ -101,7 +101,7 @@ class SharedDecoder:
         self.each = self.config.block_m // self.group
         self.teams = max(1, configs.multiprocessors(device) * self.config.occupancy // kv_heads)
         #: Tiles of rows that shared runs may take: twice what all requests fill, and some that are not full.
-        self.max_tiles = 2 * -(-max_requests // self.each) + max(16, max_requests // 4)
+        self.max_tiles = 2 * -(-max_requests // self.each) + max(16, min(256, max_requests // 4))
         self.rows = triton.next_power_of_2(max_requests)
         self.own = triton.next_power_of_2(self.group)
         self.padded = triton.next_power_of_2(head_dim)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Larger batches are done by SGLang's own decode. Partial results of so many requests take 240 MiB with Llama-3-8B's
+#: Larger batches are done by SGLang's own decode. Partial results of so many requests take 180 MiB with Llama-3-8B's
 #: heads, and less where a server runs fewer.
 MAX_REQUESTS = 2048
 

@@ -1,0 +1,62 @@
+"""What the process that hands answers out makes of a refusal in a scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_vtensor import patches
+from sglang_vtensor.patches import common
+from sglang_vtensor.srt.occupation import tell_refusal
+from sglang_vtensor.srt.options import Options, Refused
+
+
+class Manager:
+    """SGLang's tokenizer manager, with the refusals of each data-parallel rank."""
+
+    def __init__(self, *refusals):
+        self.refusals, self.asked = refusals, []
+
+    async def get_internal_state(self):
+        return [{"vtensor": {"refusal": refusal}} for refusal in self.refusals]
+
+
+async def original(manager, obj, request):
+    manager.asked.append((obj, request))
+
+
+def test_a_refusal_of_any_rank_is_raised():
+    manager = Manager(None, "resume_memory_occupation is refused: why")
+    with pytest.raises(Refused, match=r"^resume_memory_occupation is refused: why$"):
+        asyncio.run(tell_refusal(original, manager, "asked", None))
+    assert manager.asked == [("asked", None)]
+
+
+def test_without_a_refusal_the_answer_is_sglangs():
+    manager = Manager(None, None)
+    assert asyncio.run(tell_refusal(original, manager, "asked")) is None
+    assert manager.asked == [("asked", None)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "loaded", "hooked"), [("vtensor", True, 2), ("vtensor", False, 0), ("default", True, 0)]
+)
+def test_only_a_server_of_ours_asks(monkeypatch, backend, loaded, hooked):
+    """A process without SGLang's tokenizer manager, as a scheduler's is, does not import it for this."""
+    seams = []
+    monkeypatch.setattr(common, "hook", seams.extend)
+    monkeypatch.setattr(common.HookRegistry, "apply_hooks", lambda: None)
+    modules = {name: module for name, module in sys.modules.items() if "http_server" not in name}
+    modules.pop("sglang.srt.managers.tokenizer_manager", None)
+    if loaded:
+        modules["sglang.srt.managers.tokenizer_manager"] = SimpleNamespace()
+    monkeypatch.setattr(sys, "modules", modules)
+    args = SimpleNamespace()
+    Options(kv_backend=backend).attach(args)
+    patches.load().serve(None, args)
+    assert [seam.target.split(".")[-1] for seam in seams] == ["release_memory_occupation", "resume_memory_occupation"][
+        :hooked
+    ]
