@@ -440,13 +440,15 @@ ALL = ",".join(GEOMETRIES)
 @app.command()
 def warm(geometries: Geometries = ALL) -> None:
     """Compile what the other two commands run. Several of these may run at once, one a geometry."""
-    from sglang_vtensor.kernels.prefix_prefill import compile_prefill
+    from sglang_vtensor.kernels.compiling import Compiling, launches
+    from sglang_vtensor.kernels.prefix_prefill import prefill_calls
 
     for geometry in geometries.split(","):
         case = Case(geometry, [(7000, 256), (1000, 200)])
         keys, values = case.ours(0)
         shapes = {"q_heads": case.q_heads, "max_tokens": 7256, "page_tokens": PAGE}
-        list(compile_prefill(keys, values, q_dtype=case.q.dtype, **shapes))
+        calls = prefill_calls(keys, values, q_dtype=case.q.dtype, **shapes)
+        Compiling(geometry, {key: launches(some) for key, some in calls.items()}, device=keys.device).wait()
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
         if FLASHINFER:

@@ -10,6 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_vtensor.kernels import attend, hopper
+from sglang_vtensor.kernels.compiling import on
 from sglang_vtensor.kernels.plan import Config, Plan
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -112,7 +113,7 @@ def launch(
     scale = base_two(scale, soft_cap)
     padded = triton.next_power_of_2(dim)
     if config.hopper:
-        hopper._attend_hopper[(plan.lists.shape[0] - 1,)](
+        on(hopper._attend_hopper, (plan.lists.shape[0] - 1,))(
             q,
             k,
             v,
@@ -131,7 +132,7 @@ def launch(
             **hopper.options(config),
         )
     else:
-        attend._attend[(plan.work.shape[0] * kv_heads,)](
+        on(attend._attend, (plan.work.shape[0] * kv_heads,))(
             q,
             k,
             v,
@@ -156,7 +157,7 @@ def launch(
             **shape,
         )
     if plan.merges.shape[0]:
-        attend._merge[(plan.merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS)](
+        on(attend._merge, (plan.merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS))(
             *outputs,
             plan.merges,
             *out_strides,

@@ -6,8 +6,8 @@ prefix_prefill(q, k, v, plan, scale=scale)                                      
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -17,7 +17,7 @@ from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.layout import SLOTS
 
-__all__ = ["Config", "Plan", "compile_prefill", "plan_prefill", "prefix_prefill"]
+__all__ = ["Config", "Plan", "plan_prefill", "prefill_calls", "prefix_prefill"]
 
 
 def plan_prefill(
@@ -107,7 +107,7 @@ def prefix_prefill(
     return out
 
 
-def compile_prefill(
+def prefill_calls(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
@@ -116,10 +116,11 @@ def compile_prefill(
     max_tokens: int,
     page_tokens: int,
     kinds: Collection[tuple[float, Scales]] = ((0.0, None),),
-) -> Iterator[tuple[int, int]]:
-    """Compile for every class of shapes up to `max_tokens`, so that nothing compiles while serving: yields how many of
-    how many are done. `k` and `v` are those that will be read; only their first page, the padding one, is read now.
-    `kinds` are a soft cap and scales for each kind of layer, as `prefix_prefill` takes them.
+) -> dict[Config, list[Callable[[], torch.Tensor]]]:
+    """Calls that need every kernel of every class of shapes up to `max_tokens`, by their configuration: to be compiled
+    ahead, so that nothing compiles while serving. `k` and `v` are those that will be read; only their first page, the
+    padding one, is read by these calls. `kinds` are a soft cap and scales for each kind of layer, as `prefix_prefill`
+    takes them.
     """
     kv_heads, dim = k.shape[1:]
     plans: dict[Config, Plan] = {}
@@ -139,7 +140,10 @@ def compile_prefill(
                     kv_dtype=k.dtype,
                 )
                 plans.setdefault(plan.config, plan)
-    for done, (plan, (soft_cap, scales)) in enumerate(itertools.product(plans.values(), kinds), start=1):
+
+    def calls(plan: Plan) -> Iterator[Callable[[], torch.Tensor]]:
         q = torch.zeros(plan.rows, q_heads, dim, dtype=q_dtype, device=k.device)
-        prefix_prefill(q, k, v, plan, scale=dim**-0.5, soft_cap=soft_cap, scales=scales)
-        yield done, len(plans) * len(kinds)
+        for soft_cap, scales in kinds:
+            yield partial(prefix_prefill, q, k, v, plan, scale=dim**-0.5, soft_cap=soft_cap, scales=scales)
+
+    return {config: list(calls(plan)) for config, plan in plans.items()}

@@ -32,10 +32,13 @@ Safe in a CUDA graph: grids and buffers are fixed; who shares what, and all leng
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import triton
 
 from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.compiling import on
 from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, narrow, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_attend import _pieces
@@ -160,7 +163,7 @@ class SharedDecoder:
             raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: ({self.slots}, tokens) torch.int32 wanted")
         if requests:
             found = min(FOUND, triton.next_power_of_2(self.max_pages))
-            _find_pages[(requests, triton.cdiv(self.max_pages, found))](
+            on(_find_pages, (requests, triton.cdiv(self.max_pages, found)))(
                 slots,
                 contexts,
                 table,
@@ -184,7 +187,7 @@ class SharedDecoder:
         if not requests:
             return
         tables = self.tables
-        _arrange[(DEPTH, triton.cdiv(requests, ARRANGED))](
+        on(_arrange, (DEPTH, triton.cdiv(requests, ARRANGED)))(
             slots,
             tables.chains,
             self.members,
@@ -197,7 +200,7 @@ class SharedDecoder:
             LOOKED=min(LOOKED, self.rows),
             num_warps=4,
         )
-        _divide[(self.teams,)](
+        on(_divide, (self.teams,))(
             slots,
             contexts,
             tables.chains,
@@ -220,7 +223,7 @@ class SharedDecoder:
             SHORTEST=SHORTEST,
             num_warps=4 if self.rows <= 256 else 8,
         )
-        _locate[(triton.cdiv(requests, LOCATED),)](
+        on(_locate, (triton.cdiv(requests, LOCATED),))(
             slots,
             contexts,
             tables.chains,
@@ -246,6 +249,24 @@ class SharedDecoder:
             LOCATED=LOCATED,
             num_warps=4,
         )
+
+    def rehearse(
+        self,
+        table: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        q_dtype: torch.dtype,
+        kinds: Collection[tuple[float, Scales]] = ((0.0, None),),
+    ) -> None:
+        """A step of one request without tokens: it needs every kernel, and reads nothing. `kinds` are a soft cap and
+        scales for each kind of layer."""
+        slots, contexts = torch.zeros(2, 16, dtype=torch.int64, device=k.device)[:, :1]
+        self.find_pages(table, slots, contexts)
+        self.plan(slots, contexts)
+        q = torch.zeros(1, self.q_heads, self.head_dim, dtype=q_dtype, device=k.device)
+        for soft_cap, scales in kinds:
+            self(q, k, v, scale=self.head_dim**-0.5, soft_cap=soft_cap, scales=scales)
 
     def _requests(self, slots: torch.Tensor, contexts: torch.Tensor) -> int:
         """How many a step has. Raises `ValueError` if these do not say who they are."""
@@ -294,7 +315,7 @@ class SharedDecoder:
             "BLOCK_M": config.block_m,
             "OWN": self.own,
         }
-        _pieces[(self.teams * self.kv_heads,)](
+        on(_pieces, (self.teams * self.kv_heads,))(
             q,
             k,
             v,
@@ -330,7 +351,7 @@ class SharedDecoder:
             num_stages=config.num_stages,
             **shape,
         )
-        _together[(slots.shape[0], self.kv_heads)](
+        on(_together, (slots.shape[0], self.kv_heads))(
             out,
             self.part_out,
             self.part_lse,

@@ -9,7 +9,6 @@ Decode is in `shared_decode.py`, and where that does not pay SGLang's own, by sl
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,10 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_vtensor.kernels.compiling import Compiling, launches
 from sglang_vtensor.kernels.configs import ours_before_fa3
 from sglang_vtensor.kernels.launch import DIMS, Scales
-from sglang_vtensor.kernels.prefix_prefill import Plan, compile_prefill, plan_prefill, prefix_prefill
+from sglang_vtensor.kernels.prefix_prefill import Plan, plan_prefill, prefill_calls, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
 
@@ -159,9 +159,10 @@ class FlashAttention3(PrefillBackend):
 
 
 class TritonPrefill(PrefillBackend):
-    """Our prefix-prefill kernel. What it may need is compiled here, and nothing while serving."""
+    """Our prefix-prefill kernel. What it may need is compiled from here on. Where nothing else does prefill, that is
+    waited for; else whoever calls looks whether the kernels of a batch are there (`ready`)."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, *, wait: bool = True) -> None:
         super().__init__(runner)
         keys, values = self.pool.views[0]
         self.kv_heads, self.head_dim = keys.shape[1:]
@@ -172,25 +173,29 @@ class TritonPrefill(PrefillBackend):
             )
         self.q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.plan: Plan | None = None
-        start = time.perf_counter()
-        for done, of in compile_prefill(
+        calls = prefill_calls(
             keys,
             values,
             q_dtype=runner.dtype,
             q_heads=self.q_heads,
             max_tokens=self.slots.shape[1],
             page_tokens=self.page_tokens,
-            kinds=self._kinds(runner),
-        ):
-            logger.info("prefix-prefill kernel: %d of %d shapes compiled", done, of)
-        torch.cuda.synchronize()
-        logger.info("prefix-prefill kernel: ready after %.1f s", time.perf_counter() - start)
+            kinds=kinds_of_layers(runner),
+        )
+        wanted = {config: launches(some) for config, some in calls.items()}
+        self.compiling = Compiling("prefill kernels", wanted, device=keys.device)
+        self.runtime.compiling.append(self.compiling)
+        if wait:
+            self.compiling.wait()
+            for some in calls.values():
+                for call in some:  # what this GPU cannot run is known now
+                    call()
+            torch.cuda.synchronize()
 
-    def _kinds(self, runner: ModelRunner) -> Collection[tuple[float, Scales]]:
-        """A soft cap and scales of each kind of layer that this model has: each kind is a kernel of its own."""
-        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
-        every = [(float(layer.logit_cap), self.pool.scales(layer, runner.dtype)) for layer in layers]
-        return {(cap > 0, scales is not None): (cap, scales) for cap, scales in every}.values()
+    @property
+    def ready(self) -> bool:
+        """Whether the batch that `init_forward_metadata` was told of compiles nothing."""
+        return self.plan is not None and self.compiling.ready(self.plan.config)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         contexts = _contexts(forward_batch)
@@ -235,23 +240,48 @@ class TritonPrefill(PrefillBackend):
 
 
 class Fastest(PrefillBackend):
-    """FlashAttention-3 or our kernel, whichever is the faster for a batch by the measured table."""
+    """FlashAttention-3 or our kernel, whichever is the faster for a batch by the measured table. While our kernel is
+    being compiled FlashAttention-3 does all batches, so the server answers before that is done."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__(runner)
         self.fa3 = FlashAttention3(runner)
-        self.ours = TritonPrefill(runner)
+        self.ours = TritonPrefill(runner, wait=False)
         self.chosen: PrefillBackend = self.fa3
+        self._said = False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         new, contexts, ours = forward_batch.extend_seq_lens_cpu, _contexts(forward_batch), self.ours
         heads = ours.q_heads, ours.kv_heads
         first = ours_before_fa3(new, contexts, *heads, ours.head_dim, str(self.slots.device), self.pool.dtype)
-        self.chosen = ours if first else self.fa3
-        self.chosen.init_forward_metadata(forward_batch)
+        self.chosen = self.fa3
+        if first:
+            ours.init_forward_metadata(forward_batch)
+            if ours.ready:
+                self.chosen = ours
+                return
+            self._say_once()
+        self.fa3.init_forward_metadata(forward_batch)
+
+    def _say_once(self) -> None:
+        if not self._said:
+            self._said = True
+            logger.info(
+                "prefill: FlashAttention-3 does a batch for which our kernel is faster, as %d of our kernels are not "
+                "compiled yet; this line comes once",
+                self.ours.compiling.left,
+            )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.chosen.forward_extend(*args, **kwargs)
+
+
+def kinds_of_layers(runner: ModelRunner) -> Collection[tuple[float, Scales]]:
+    """A soft cap and scales of each kind of layer that this model has: each kind is a kernel of its own."""
+    pool = runner.token_to_kv_pool
+    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+    every = [(float(layer.logit_cap), pool.scales(layer, runner.dtype)) for layer in layers]
+    return {(cap > 0, scales is not None): (cap, scales) for cap, scales in every}.values()
 
 
 def _contexts(forward_batch: ForwardBatch) -> list[int]:

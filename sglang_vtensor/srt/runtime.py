@@ -24,6 +24,7 @@ from sglang_vtensor.srt.memory_map import LINES, lines
 from sglang_vtensor.tails import Tail
 
 if TYPE_CHECKING:
+    from sglang_vtensor.kernels.compiling import Compiling
     from sglang_vtensor.srt.batch_sharing import BatchSharing
     from sglang_vtensor.srt.metrics import Metrics
     from sglang_vtensor.srt.requests import Requests
@@ -100,6 +101,8 @@ class Runtime:
         self._spare: list[torch.cuda.Event] = []  # of batches that are done
         #: Where decode may read what requests share once.
         self.sharing: BatchSharing | None = None
+        #: Kernels that are compiled while the server starts, and behind that.
+        self.compiling: list[Compiling] = []
         #: Requests that waited for a prefix that another one was computing.
         self.awaited_prefixes = 0
         #: Tokens that launched batches computed for answers: what requests were given, and for each that ended at most
@@ -244,6 +247,7 @@ class Runtime:
         stats.update(tree)
         stats.update(self.elastic_stats())
         stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
+        stats["kernels_uncompiled"] = sum(compiling.left for compiling in self.compiling)
         stats["requests"] = len(self.requests)
         stats["awaited_prefixes"] = self.awaited_prefixes
         stats["generated_tokens"] = self.generated_tokens

@@ -8,6 +8,7 @@ graph reads of who shares what is on the device, and is told of before it is rep
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,11 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_vtensor.kernels.compiling import Compiling, launches
 from sglang_vtensor.kernels.configs import capability
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
+from sglang_vtensor.srt.attention_cuda import kinds_of_layers
 from sglang_vtensor.srt.batch_sharing import BatchSharing
 from sglang_vtensor.srt.runtime import Runtime
 
@@ -65,6 +68,12 @@ class SharedDecodeBackend(AttentionBackend):
             capability=capability(memory.vmm.device),
             kv_dtype=memory.layout.dtype,
         )
+        rehearsal = partial(
+            self.decoder.rehearse, self.table, *self.pool.views[0], q_dtype=runner.dtype, kinds=kinds_of_layers(runner)
+        )
+        compiling = Compiling("shared decode", {"step": launches([rehearsal])}, device=memory.vmm.device)
+        self.runtime.compiling.append(compiling)
+        compiling.wait()  # its graphs are captured next
         #: Set while the graphs of shared batches are captured.
         self.capturing = False
         #: Whether the batch at hand is done here.

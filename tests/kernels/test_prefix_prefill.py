@@ -11,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.compiling import launches
 from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
-from sglang_vtensor.kernels.prefix_prefill import compile_prefill, plan_prefill, prefix_prefill
+from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored
 
 SMALL = Config(16, 16, 4, 1)
@@ -284,28 +285,33 @@ def test_what_does_not_fit_is_refused_before_the_launch():
 
 
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
-def test_compiling_at_start_runs_every_class_of_shapes(cache):
+def test_what_is_compiled_at_start_reads_the_padding_page_only(cache):
     pages = torch.full((2 * PAGE, 2, 2, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     pages[:PAGE] = 0.0  # only the padding page has memory
     shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE}
-    told = list(compile_prefill(stored(pages[:, 0], cache), stored(pages[:, 1], cache), **shapes))
-    assert told == [(n + 1, len(told)) for n in range(len(told))]
-    assert told, "no shape was compiled"
+    calls = prefill_calls(stored(pages[:, 0], cache), stored(pages[:, 1], cache), **shapes)
+    assert calls, "no shape would be compiled"
+    for config, some in calls.items():
+        assert {launch.name for launch in launches(some)} >= {"_attend_hopper" if config.hopper else "_attend"}
+        for call in some:
+            call()
 
 
-def test_compiling_at_start_runs_every_kind_of_layer(monkeypatch):
+def test_every_kind_of_layer_is_compiled_at_start(monkeypatch):
     """Scales and soft caps are kernels of their own, which would else compile while serving."""
     pages = torch.zeros((2 * PAGE, 2, 2, 64), dtype=torch.bfloat16, device=DEVICE)
     ran = []
-    module = sys.modules[compile_prefill.__module__]
+    module = sys.modules[prefill_calls.__module__]
     monkeypatch.setattr(module, "prefix_prefill", lambda *_, soft_cap, scales, **__: ran.append((soft_cap, scales)))
     one = torch.ones((), device=DEVICE)
     kinds = [(0.0, None), (30.0, (one, one))]
     shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE, "kinds": kinds}
-    told = list(compile_prefill(*(stored(pages[:, n], torch.float8_e4m3fn) for n in (0, 1)), **shapes))
-    assert [done for done, _ in told] == list(range(1, len(ran) + 1))
-    assert told[-1] == (len(ran), len(ran))
-    assert ran == kinds * (len(ran) // 2)
+    calls = prefill_calls(*(stored(pages[:, n], torch.float8_e4m3fn) for n in (0, 1)), **shapes)
+    for some in calls.values():
+        for call in some:
+            call()
+    assert calls
+    assert ran == kinds * len(calls)
 
 
 # Triton's interpreter makes a number of a NaN that it converts to FP8 itself.

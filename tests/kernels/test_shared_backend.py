@@ -63,6 +63,8 @@ class Server:
             token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table.to(DEVICE)),
             model_config=SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM),
+            model=torch.nn.Module(),
+            dtype=torch.bfloat16,
         )
         self.backend = SharedDecodeBackend.around(self.runner, self.inner)
 
