@@ -3,6 +3,13 @@
 #   docker build -t sglang-vtensor .
 #   docker run --gpus all --ipc host -p 127.0.0.1:30000:30000 sglang-vtensor --model-path MODEL
 #
+# The first start compiles kernels for the GPU. To have that done before, and kept, on a machine with that GPU:
+#
+#   VOLUMES="-v vtensor-triton:/root/.triton -v vtensor-cache:/root/.cache"
+#   docker run --gpus all --ipc host $VOLUMES --entrypoint sglang-vtensor sglang-vtensor compile --model MODEL
+#
+# Servers with these volumes find the kernels there: docker run --gpus all --ipc host $VOLUMES ...
+#
 # The devel image has the compilers that SGLang and Triton call at run time.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 

@@ -1,4 +1,4 @@
-"""The command `sglang-vtensor`: demo, stats, top, limit, sleep, wake, check."""
+"""The command `sglang-vtensor`: demo, stats, top, limit, sleep, wake, check, compile."""
 
 from __future__ import annotations
 
@@ -211,6 +211,27 @@ def check() -> None:
         table.add_row(mark, finding.subject, finding.text)
     console.print(table)
     raise typer.Exit(any(finding.level == "problem" for finding in findings))
+
+
+@app.command("compile", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compile_kernels(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A model's folder or hub id. Its weights are not read.")],
+    tp: Annotated[int, typer.Option("--tp", "--tp-size", min=1, help="GPUs of the server.")] = 1,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As of the server.")] = "auto",
+) -> None:
+    """Compile the kernels of a server ahead, on the GPU that will serve, so that its first start is as quick as others.
+
+    Further arguments are those of `sglang serve`: give the ones that the server will have.
+    """
+    from sglang_vtensor import precompile
+    from sglang_vtensor.demo import NotStarted
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as in the demo
+    try:
+        precompile.run(console, model, tp=tp, kv_cache_dtype=kv_cache_dtype, more=context.args)
+    except (precompile.NotCompiled, NotStarted) as error:
+        raise _failure(error) from error
 
 
 def mib(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import requests
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sglang_vtensor import __version__, demo
+from sglang_vtensor import __version__, demo, precompile
 from sglang_vtensor.cli import app, stats_table
 from sglang_vtensor.server_client import pages_by_state, server_stats
 from sglang_vtensor.top import Sample, memory, summary, view
@@ -328,3 +329,64 @@ def test_a_demo_whose_server_does_not_start_shows_the_log_and_no_traceback(monke
 def test_version():
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.stdout) == (0, f"sglang-vtensor {__version__}\n")
+
+
+# compile: on a GPU that is not there, with a server that is not started.
+
+
+def test_to_compile_without_a_gpu_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = CliRunner().invoke(app, ["compile", "--model", "m", "--tp", "2"])
+    assert done.exit_code == 1
+    assert "0 GPUs are here, and --tp 2 needs 2 of the kind that will serve" in done.output
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Two GPUs, and a server that has three kernels to compile when it answers, one fewer at each look. Yields the
+    arguments that it was started with, and what it tells."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(precompile.time, "sleep", lambda _: None)
+    started, left = [], [3]
+
+    @contextlib.contextmanager
+    def serve(_, model, *, port, log, arguments):
+        log.write_text("kernel x failed twice")
+        started.append((model, list(arguments)))
+        yield f"http://127.0.0.1:{port}"
+        started.append("ended")
+
+    def stats(_):
+        left[0] = max(0, left[0] - 1)
+        (tmp_path / f"hash{left[0]}").mkdir(exist_ok=True)
+        (tmp_path / f"hash{left[0]}" / "kernel.cubin").touch()
+        return [{"kernels_uncompiled": left[0]}, {"kernels_uncompiled": 0}]
+
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(precompile, "server_stats", stats)
+    return started, left
+
+
+def test_to_compile_starts_a_server_as_it_will_be_and_waits_for_all_kernels(gpus, tmp_path):
+    started, left = gpus
+    told = ["--tp", "2", "--kv-cache-dtype", "fp8_e4m3", "--page-size", "256"]
+    done = CliRunner().invoke(app, ["compile", "--model", "m", *told])
+    assert done.exit_code == 0, done.output
+    (model, arguments), end = started
+    assert (model, end, left) == ("m", "ended", [0])
+    assert arguments[:2] == ["--load-format", "dummy"]
+    for name, value in (("--tp-size", "2"), ("--kv-cache-dtype", "fp8_e4m3"), ("--page-size", "256")):
+        assert arguments[arguments.index(name) + 1] == value
+    assert f"3 new ones of Triton's in {tmp_path}" in " ".join(done.output.split())
+
+
+def test_kernels_that_are_never_compiled_are_an_error_with_the_log(gpus, monkeypatch):
+    started, _ = gpus
+    monkeypatch.setattr(precompile, "PATIENCE_SECONDS", -1.0)
+    done = CliRunner().invoke(app, ["compile", "--model", "m"])
+    assert done.exit_code == 1
+    assert started[-1] == "ended"
+    assert "2 kernels were not compiled; the server said:" in done.output
+    assert "kernel x failed twice" in done.output
