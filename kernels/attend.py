@@ -12,8 +12,11 @@ The query heads that share a KV head are packed into the rows of a tile, heads f
 
     row r of a request  =  token r // group, query head  kv_head * group + r % group
 
+With WINDOWED, a token sees `window` tokens before it, beside itself. The plan begins with the first tile that some row
+of a tile sees; nothing before that is read, and needs no memory. Sinks are scores that take weight and give no value.
+
 A work item is one tile of rows against some keys. A tile whose keys are divided into parts leaves a partial result of
-each part, in float32 with its log-sum-exp, and `_merge` puts them together. Scores are kept in base 2.
+each part, in float32 with its log-sum-exp, and `merge` puts them together. Scores are kept in base 2.
 
 The plan is int32 rows, made on the host: of work items the fields `ITEM_*`, of merges `MERGE_*`, of runs `RUN_*`.
 """
@@ -169,15 +172,47 @@ def _whole_tiles(
 
 
 @triton.jit
-def _put_together(highest, total, acc, lse, out):
-    """Add partial results, the first dimension of `lse` and `out`, to the maximum, the total and the result of rows."""
-    new_highest = tl.maximum(highest, tl.max(lse, 0))
+def _tile_in_part(
+    q,
+    k_head,
+    v_head,
+    at,
+    loaded,
+    seen,
+    highest,
+    total,
+    acc,
+    scale,
+    cap,
+    stride_k_token,
+    stride_v_token,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    CAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add a tile of keys, in slots `at`, to the maximum, the total and the result of rows: `seen` says which row sees
+    which key. Keys that are not `loaded` are seen by no row."""
+    dims = tl.arange(0, DIM_PADDED)
+    mask = _inside(loaded, dims, DIM, DIM_PADDED)
+    k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
+    v = _widened(tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
+    scores = tl.where(seen, _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    # A row that has seen nothing yet has -inf for its maximum, and -inf - -inf is no number.
     finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(scores - finite[:, None])
     decay = tl.exp2(highest - finite)
-    weights = tl.exp2(lse - finite[None, :])
-    total = total * decay + tl.sum(weights, 0)
-    acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * out, 0)
-    return new_highest, total, acc
+    total = total * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    # Zero times infinity, or NaN, is NaN: a bad value must not reach the rows that do not see it.
+    values = v.to(tl.float32)
+    bad = (values - values) != 0
+    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
+        touched = tl.dot(seen.to(tl.float16), bad.to(tl.float16)) > 0
+        acc = tl.where(touched, float("nan"), acc)
+        v = tl.where(bad, 0.0, v)
+    return new_highest, total, _dot(weights.to(v.dtype), v, acc, WIDE)
 
 
 @triton.jit
@@ -197,6 +232,7 @@ def _attend(
     v_scale_ptr,
     scale,
     cap,
+    window,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -212,6 +248,7 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAP: tl.constexpr,
+    WINDOWED: tl.constexpr,
     SINKS: tl.constexpr,
     SCALED: tl.constexpr,
     NARROW: tl.constexpr,
@@ -239,6 +276,7 @@ def _attend(
     q_head = head * GROUP + rows % GROUP
     # The last key that a row sees is its own token. Rows past the end follow the last token, and are not stored.
     position = context - new + tl.minimum(token, new - 1)
+    first_seen = context - new + tile * BLOCK_M // GROUP - window
     dims = tl.arange(0, DIM_PADDED)
     q_rows = q_ptr + (first_row + token) * stride_q_token + q_head * stride_q_head
     q_mask = _inside(valid, dims, DIM, DIM_PADDED)
@@ -250,9 +288,39 @@ def _attend(
     k_head = k_ptr + head * stride_k_head
     v_head = v_ptr + head * stride_v_head
 
-    # Whole tiles of keys that every row sees.
+    # Whole tiles of keys that every row sees are from `edge` to `middle`.
     seen_by_all = tl.minimum(context - new + tile * BLOCK_M // GROUP + 1, high)
     middle = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
+    edge = low
+    if WINDOWED:
+        last = context - new + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, new - 1)
+        edge = low + (tl.maximum(last - window - low, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        edge = tl.minimum(edge, middle)
+        # Tiles that are behind the window of some row. What is behind those of all rows is not loaded.
+        for n in tl.range(low, edge, BLOCK_N, num_stages=1):
+            run += (n >= tl.load(runs_ptr + run * RUN_FIELDS + RUN_END)).to(tl.int32)
+            keys = n + tl.arange(0, BLOCK_N)
+            at = (keys + tl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(tl.int64)
+            highest, total, acc = _tile_in_part(
+                q,
+                k_head,
+                v_head,
+                at,
+                keys >= first_seen,
+                keys[None, :] >= position[:, None] - window,
+                highest,
+                total,
+                acc,
+                scale,
+                cap,
+                stride_k_token,
+                stride_v_token,
+                DIM,
+                DIM_PADDED,
+                CAP,
+                WIDE,
+            )
+        run += (edge >= tl.load(runs_ptr + run * RUN_FIELDS + RUN_END)).to(tl.int32)
     highest, total, acc, run = _whole_tiles(
         q,
         k_head,
@@ -262,7 +330,7 @@ def _attend(
         runs_ptr,
         run,
         head,
-        low,
+        edge,
         middle,
         highest,
         total,
@@ -284,28 +352,31 @@ def _attend(
     for n in tl.range(middle, high, BLOCK_N, num_stages=1):
         run += (n >= tl.load(runs_ptr + run * RUN_FIELDS + RUN_END)).to(tl.int32)
         keys = n + tl.arange(0, BLOCK_N)
-        mask = _inside(keys < high, dims, DIM, DIM_PADDED)
         at = (keys + tl.load(runs_ptr + run * RUN_FIELDS + RUN_SHIFT)).to(tl.int64)
-        k = tl.load(k_head + at[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
-        v = _widened(tl.load(v_head + at[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
-        seen = (keys[None, :] <= position[:, None]) & (keys < high)[None, :]
-        scores = tl.where(seen, _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen nothing yet has -inf for its maximum, and -inf - -inf is no number.
-        finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - finite[:, None])
-        decay = tl.exp2(highest - finite)
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None]
-        highest = new_highest
-        # Zero times infinity, or NaN, is NaN: a bad value must not reach the rows that do not see it.
-        values = v.to(tl.float32)
-        bad = (values - values) != 0
-        if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            touched = tl.dot(seen.to(tl.float16), bad.to(tl.float16)) > 0
-            acc = tl.where(touched, float("nan"), acc)
-            v = tl.where(bad, 0.0, v)
-        acc = _dot(weights.to(v.dtype), v, acc, WIDE)
+        loaded = keys < high
+        seen = (keys[None, :] <= position[:, None]) & loaded[None, :]
+        if WINDOWED:
+            loaded = loaded & (keys >= first_seen)
+            seen = seen & (keys[None, :] >= position[:, None] - window)
+        highest, total, acc = _tile_in_part(
+            q,
+            k_head,
+            v_head,
+            at,
+            loaded,
+            seen,
+            highest,
+            total,
+            acc,
+            scale,
+            cap,
+            stride_k_token,
+            stride_v_token,
+            DIM,
+            DIM_PADDED,
+            CAP,
+            WIDE,
+        )
 
     if part < 0:
         if SINKS:
@@ -323,60 +394,3 @@ def _attend(
         out = _divided(acc, total, v_scale_ptr, SCALED)
         tl.store(part_out_ptr + at_row[:, None] * DIM_PADDED + dims[None, :], out, mask=q_mask)
         tl.store(part_lse_ptr + at_row, highest + tl.log2(total), mask=valid)
-
-
-@triton.jit
-def _merge(
-    out_ptr,
-    part_out_ptr,
-    part_lse_ptr,
-    sink_ptr,
-    merge_ptr,
-    stride_out_token,
-    stride_out_head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PARTS: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Put the parts of one tile together: BLOCK_R of its rows a program, PARTS of its parts at a time."""
-    item = merge_ptr + (tl.program_id(0) // KV_HEADS) * MERGE_FIELDS
-    head = tl.program_id(0) % KV_HEADS
-    parts = tl.load(item + MERGE_PARTS)
-    if parts < 2:
-        return
-    first_row = tl.load(item + MERGE_ROW).to(tl.int64)
-    new = tl.load(item + MERGE_NEW)
-    tile = tl.load(item + MERGE_TILE)
-    part = tl.load(item + MERGE_PART).to(tl.int64)
-    in_tile = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows = tile * BLOCK_M + in_tile
-    token = rows // GROUP
-    if tile * BLOCK_M + tl.program_id(1) * BLOCK_R >= new * GROUP:
-        return
-    valid = token < new
-    q_head = head * GROUP + rows % GROUP
-    dims = tl.arange(0, DIM_PADDED)
-    mask = _inside(valid, dims, DIM, DIM_PADDED)
-
-    highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, DIM_PADDED], tl.float32)
-    if SINKS:
-        highest = tl.load(sink_ptr + q_head).to(tl.float32) * _LOG2E
-        total += 1.0
-    several = tl.arange(0, PARTS)
-    for i in range(0, parts, PARTS):
-        at_row = ((part + i + several[:, None]) * KV_HEADS + head) * BLOCK_M + in_tile[None, :]
-        there = (i + several < parts)[:, None] & valid[None, :]
-        lse = tl.load(part_lse_ptr + at_row, mask=there, other=float("-inf"))
-        at = at_row[:, :, None] * DIM_PADDED + dims[None, None, :]
-        out = tl.load(part_out_ptr + at, mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
-        highest, total, acc = _put_together(highest, total, acc, lse, out)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_rows = out_ptr + (first_row + token) * stride_out_token + q_head * stride_out_head
-    tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_vtensor.kernels import attend, hopper
+from sglang_vtensor.kernels import attend, hopper, merge
 from sglang_vtensor.kernels.compiling import on
 from sglang_vtensor.kernels.plan import Config, Plan
 
@@ -61,6 +61,12 @@ def check(
             )
     if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"sinks are {tuple(sinks.shape)}: ({q.shape[1]},) wanted")
+
+
+def check_window(window: int | None) -> None:
+    """Raise `ValueError` for what is no window."""
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} tokens: at least 1 wanted, or None where all tokens are seen")
 
 
 def narrow(k: torch.Tensor, config: Config) -> bool:
@@ -143,11 +149,13 @@ def launch(
             *(scales or partial),
             scale,
             soft_cap,
+            plan.window or 0,
             *strides,
             DIM_PADDED=padded,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             CAP=cap,
+            WINDOWED=plan.window is not None,
             SCALED=scales is not None,
             NARROW=narrow(k, config),
             TMA=config.tma,
@@ -157,7 +165,7 @@ def launch(
             **shape,
         )
     if plan.merges.shape[0]:
-        on(attend._merge, (plan.merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS))(
+        on(merge._merge, (plan.merges.shape[0] * kv_heads, config.block_m // MERGED_ROWS))(
             *outputs,
             plan.merges,
             *out_strides,

@@ -46,13 +46,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many parts the work items fill, and the rows of q; and work items, merges and runs (see `attend`), int32 on
-    the device. In the kernel for Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`, each a work item times KV
-    heads plus a head."""
+    """How many parts the work items fill, the rows of q, and the window that it is for; and work items, merges and runs
+    (see `attend`), int32 on the device. In the kernel for Hopper, program `p` does `schedule[lists[p]:lists[p + 1]]`,
+    each a work item times KV heads plus a head."""
 
     config: Config
     parts: int
     rows: int
+    window: int | None
     work: torch.Tensor
     merges: torch.Tensor
     runs: torch.Tensor
@@ -132,10 +133,12 @@ def plan_prefill(
     config: Config,
     slots: int,
     device: torch.device | str,
+    window: int | None = None,
 ) -> Plan:
     """The plan for a ragged batch: request `i` has `new[i]` new tokens at the end of its context, of which they see all
-    up to themselves. Its context is `runs[i]`, each `(first slot, tokens)`. A request without new tokens has no work.
-    `slots` programs run at a time on this GPU. Raises `ValueError` for lengths that cannot be.
+    up to themselves, or with a `window` that many before each. Its context is `runs[i]`, each `(first slot, tokens)`. A
+    request without new tokens has no work. `slots` programs run at a time on this GPU. Raises `ValueError` for lengths
+    that cannot be.
     """
     new_tokens = np.asarray(new, dtype=np.int64)
     if new_tokens.ndim != 1 or len(runs) != len(new_tokens):
@@ -154,14 +157,18 @@ def plan_prefill(
     prefix = context - new_tokens
     last = np.minimum((tile + 1) * block_m, new_tokens[request] * group) - 1
     high = prefix[request] + last // group + 1
-    costs = -(-high // block_n)
+    # The first tile of keys that the first row of a tile sees.
+    low = np.zeros_like(high)
+    if window is not None:
+        low = np.maximum(prefix[request] + tile * block_m // group - window, 0) // block_n * block_n
+    costs = -(-(high - low) // block_n)
     parts = divide(costs, kv_heads, slots) if len(costs) else costs
 
     # One work item a part; its keys are whole tiles, the last part has the rest.
     owner = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
-    part_low = costs[owner] * number // parts[owner] * block_n
-    part_high = np.minimum(costs[owner] * (number + 1) // parts[owner] * block_n, high[owner])
+    part_low = low[owner] + costs[owner] * number // parts[owner] * block_n
+    part_high = np.minimum(low[owner] + costs[owner] * (number + 1) // parts[owner] * block_n, high[owner])
     divided = parts > 1
     first_part = np.cumsum(np.where(divided, parts, 0)) - np.where(divided, parts, 0)
     of = request[owner]
@@ -190,7 +197,7 @@ def plan_prefill(
         lists = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(load)))])
         schedule = np.argsort(owner, kind="stable")
     arrays = _transfer([work, merges, table, lists, schedule], device)
-    return Plan(config, int(parts[divided].sum()), int(starts[-1]), *arrays)
+    return Plan(config, int(parts[divided].sum()), int(starts[-1]), window, *arrays)
 
 
 def _transfer(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[torch.Tensor]:

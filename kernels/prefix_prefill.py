@@ -12,12 +12,15 @@ from functools import partial
 import torch
 
 from sglang_vtensor.kernels import configs
-from sglang_vtensor.kernels.launch import FP8, Scales, check, launch, workspace
+from sglang_vtensor.kernels.launch import FP8, Scales, check, check_window, launch, workspace
 from sglang_vtensor.kernels.plan import Config, Plan
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.layout import SLOTS
 
-__all__ = ["Config", "Plan", "plan_prefill", "prefill_calls", "prefix_prefill"]
+#: Of a layer: its soft cap, scales and sinks.
+Kind = tuple[float, Scales, torch.Tensor | None]
+
+__all__ = ["Config", "Kind", "Plan", "plan_prefill", "prefill_calls", "prefix_prefill"]
 
 
 def plan_prefill(
@@ -30,17 +33,22 @@ def plan_prefill(
     device: torch.device | str,
     page_tokens: int,
     kv_dtype: torch.dtype = torch.bfloat16,
+    window: int | None = None,
     config: Config | None = None,
 ) -> Plan:
-    """How a ragged batch is divided over the GPU; the same for all layers of one geometry.
+    """How a ragged batch is divided over the GPU; the same for all layers of one geometry and one window.
 
     Request `i` has `new[i]` new tokens at the end of a context that is `runs[i]`: of each run the first slot and the
     tokens. All but the last run of a context are whole pages of `page_tokens`, which tiles of keys divide. 0 new tokens
     are no work. A page is mapped whole, so that a context may be read to the end of its last page: pages of whole tiles
-    allow the kernel for Hopper, which loads such; it reads no FP8 (`kv_dtype`, of the cache). `config` is chosen from
-    the table of configurations.
+    allow the kernel for Hopper, which loads such; it reads no FP8 (`kv_dtype`, of the cache), and has no windows.
+    `config` is chosen from the table of configurations.
+
+    With a `window`, as SGLang's `sliding_window_size` counts it, a token sees so many tokens before it, and itself.
+    Pages that are behind the window of a request's first new token are not read, and need no memory.
     Raises `ValueError` for lengths that cannot be.
     """
+    check_window(window)
     group = q_heads // kv_heads
     for request, some in enumerate(runs):
         if any(first < 0 or tokens < 1 or first + tokens > SLOTS for first, tokens in some):
@@ -56,15 +64,19 @@ def plan_prefill(
     if config is None:
         contexts = [sum(tokens for _, tokens in some) for some in runs]
         context = sum(a * b for a, b in zip(new, contexts, strict=False)) / max(1, sum(new))
-        hopper = page_tokens % configs.HOPPER_TILE == 0 and kv_dtype not in FP8
+        if window is not None:
+            context = min(context, window + sum(new) / max(1, len(new)))
+        hopper = page_tokens % configs.HOPPER_TILE == 0 and kv_dtype not in FP8 and window is None
         config = configs.prefill(max(new, default=0) * group, context, head_dim, configs.capability(device), hopper)
+    if config.hopper and window is not None:
+        raise ValueError(f"a window of {window} tokens, and the kernel for Hopper, which has none: leave config out")
     if page_tokens % config.block_n and (config.hopper or any(len(some) > 1 for some in runs)):
         raise ValueError(
             f"tiles of {config.block_n} keys, and pages of {page_tokens} tokens: a tile would cross two runs. Use "
             f"pages of a multiple of {config.block_n} tokens"
         )
     slots = configs.multiprocessors(device) * config.occupancy
-    return _plan(new, runs, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device)
+    return _plan(new, runs, group=group, kv_heads=kv_heads, config=config, slots=slots, device=device, window=window)
 
 
 def prefix_prefill(
@@ -115,12 +127,13 @@ def prefill_calls(
     q_heads: int,
     max_tokens: int,
     page_tokens: int,
-    kinds: Collection[tuple[float, Scales]] = ((0.0, None),),
+    window: int | None = None,
+    kinds: Collection[Kind] = ((0.0, None, None),),
 ) -> dict[Config, list[Callable[[], torch.Tensor]]]:
     """Calls that need every kernel of every class of shapes up to `max_tokens`, by their configuration: to be compiled
     ahead, so that nothing compiles while serving. `k` and `v` are those that will be read; only their first page, the
-    padding one, is read by these calls. `kinds` are a soft cap and scales for each kind of layer, as `prefix_prefill`
-    takes them.
+    padding one, is read by these calls. `window` is that of the layers whose keys these are, and `kinds` are a soft
+    cap, scales and sinks for each kind of them, as `prefix_prefill` takes them.
     """
     kv_heads, dim = k.shape[1:]
     plans: dict[Config, Plan] = {}
@@ -138,12 +151,14 @@ def prefill_calls(
                     device=k.device,
                     page_tokens=page_tokens,
                     kv_dtype=k.dtype,
+                    window=window,
                 )
                 plans.setdefault(plan.config, plan)
 
     def calls(plan: Plan) -> Iterator[Callable[[], torch.Tensor]]:
         q = torch.zeros(plan.rows, q_heads, dim, dtype=q_dtype, device=k.device)
-        for soft_cap, scales in kinds:
-            yield partial(prefix_prefill, q, k, v, plan, scale=dim**-0.5, soft_cap=soft_cap, scales=scales)
+        common = {"scale": dim**-0.5}
+        for soft_cap, scales, sinks in kinds:
+            yield partial(prefix_prefill, q, k, v, plan, soft_cap=soft_cap, sinks=sinks, scales=scales, **common)
 
     return {config: list(calls(plan)) for config, plan in plans.items()}

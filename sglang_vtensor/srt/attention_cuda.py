@@ -21,8 +21,8 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_vtensor.kernels.compiling import Compiling, launches
 from sglang_vtensor.kernels.configs import ours_before_fa3
-from sglang_vtensor.kernels.launch import DIMS, Scales
-from sglang_vtensor.kernels.prefix_prefill import Plan, plan_prefill, prefill_calls, prefix_prefill
+from sglang_vtensor.kernels.launch import DIMS
+from sglang_vtensor.kernels.prefix_prefill import Kind, Plan, plan_prefill, prefill_calls, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
 
@@ -276,12 +276,12 @@ class Fastest(PrefillBackend):
         return self.chosen.forward_extend(*args, **kwargs)
 
 
-def kinds_of_layers(runner: ModelRunner) -> Collection[tuple[float, Scales]]:
-    """A soft cap and scales of each kind of layer that this model has: each kind is a kernel of its own."""
+def kinds_of_layers(runner: ModelRunner) -> Collection[Kind]:
+    """A soft cap, scales and sinks of each kind of layer that this model has: each kind is a kernel of its own."""
     pool = runner.token_to_kv_pool
     layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
     every = [(float(layer.logit_cap), pool.scales(layer, runner.dtype)) for layer in layers]
-    return {(cap > 0, scales is not None): (cap, scales) for cap, scales in every}.values()
+    return {(cap > 0, scales is not None): (cap, scales, None) for cap, scales in every}.values()
 
 
 def _contexts(forward_batch: ForwardBatch) -> list[int]:

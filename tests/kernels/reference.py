@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +83,14 @@ class Batch:
         runs = [torch.arange(first, first + tokens, device=DEVICE) for first, tokens in self.runs[request]]
         return torch.cat([torch.empty(0, dtype=torch.int64, device=DEVICE), *runs])
 
-    def expected(self, *, soft_cap=0.0, sinks=None, scales=None) -> torch.Tensor:
+    def behind(self, window: int) -> torch.Tensor:
+        """The slots of the pages that are behind the window of a request's first new token, and have no memory."""
+        gone = [torch.empty(0, dtype=torch.int64, device=DEVICE)]
+        for request, (new, context) in enumerate(zip(self.new, self.contexts, strict=True)):
+            gone.append(self.slots(request)[: max(0, context - new - window) // self.page * self.page])
+        return torch.cat(gone)
+
+    def expected(self, *, soft_cap=0.0, sinks=None, scales=None, window=None) -> torch.Tensor:
         """In float32."""
         k_scale, v_scale = map(float, scales or (1.0, 1.0))
         outs = []
@@ -100,6 +109,8 @@ class Batch:
             position = torch.arange(context - new, context, device=q.device)[:, None]
             keys = torch.arange(context, device=q.device)[None, :]
             seen = keys <= position
+            if window is not None:
+                seen &= keys >= position - window
             scores = scores.masked_fill(~seen, float("-inf"))
             lse = scores.logsumexp(-1)
             if sinks is not None:
@@ -120,6 +131,36 @@ def stored(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     raw = torch.full((size + 128 * x.stride(0),), 0xFF, dtype=torch.uint8, device=x.device)
     raw.as_strided(x.shape, x.stride()).copy_(x.to(dtype).view(torch.uint8))
     return raw.view(dtype).as_strided(x.shape, x.stride())
+
+
+@contextlib.contextmanager
+def without_memory(slots: torch.Tensor, *tensors: torch.Tensor) -> Iterator[None]:
+    """Keys or values have no memory in these slots: on the host a kernel that reads there is an error. On a GPU these
+    are NaN, and `tests/gpu` reads where really nothing is mapped."""
+    if DEVICE == "cuda":
+        for x in tensors:
+            x[slots] = torch.full((), float("nan"), device=DEVICE).to(x.dtype)
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    gone = set(slots.tolist())
+    original = InterpreterBuilder.create_masked_load
+
+    def load(self, ptrs, mask, *rest):
+        at = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
+        for x in tensors:
+            of_slot = (at - x.data_ptr()) // (x.stride(0) * x.itemsize)
+            inside = (at - x.data_ptr()) % (x.stride(0) * x.itemsize) < x.shape[1] * x.shape[2] * x.itemsize
+            bad = gone & set(of_slot[inside & (of_slot >= 0) & (of_slot < x.shape[0])].tolist())
+            assert not bad, f"slots {sorted(bad)} were read, and have no memory"
+        return original(self, ptrs, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = load
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_masked_load = original
 
 
 def divided(context: int, page: int | None, whole: float, rng: random.Random) -> Iterator[int]:

@@ -302,9 +302,13 @@ def test_every_kind_of_layer_is_compiled_at_start(monkeypatch):
     pages = torch.zeros((2 * PAGE, 2, 2, 64), dtype=torch.bfloat16, device=DEVICE)
     ran = []
     module = sys.modules[prefill_calls.__module__]
-    monkeypatch.setattr(module, "prefix_prefill", lambda *_, soft_cap, scales, **__: ran.append((soft_cap, scales)))
+
+    def append(*_, soft_cap, scales, sinks, **__):
+        ran.append((soft_cap, scales, sinks))
+
+    monkeypatch.setattr(module, "prefix_prefill", append)
     one = torch.ones((), device=DEVICE)
-    kinds = [(0.0, None), (30.0, (one, one))]
+    kinds = [(0.0, None, None), (30.0, (one, one), torch.zeros(4, device=DEVICE))]
     shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE, "kinds": kinds}
     calls = prefill_calls(*(stored(pages[:, n], torch.float8_e4m3fn) for n in (0, 1)), **shapes)
     for some in calls.values():

@@ -1,0 +1,197 @@
+"""Layers that see a window: only so many tokens before each, as SGLang's `sliding_window_size` counts them, and sinks.
+What is behind the window of everything that a batch computes has no memory, and no kernel reads it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from sglang_vtensor.kernels import configs
+from sglang_vtensor.kernels.launch import FP8
+from sglang_vtensor.kernels.plan import Config
+from sglang_vtensor.kernels.plan import plan_prefill as _plan
+from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
+from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
+
+#: Whole tiles of every configuration.
+PAGE = 128 if DEVICE == "cuda" else 16
+
+
+def prefill(batch, window, *, sinks=None, soft_cap=0.0, cache=None, scales=None, config=None):
+    """The kernel on a poisoned output, over memory that is gone behind the window."""
+    out = torch.full_like(batch.q, float("nan"))
+    plan = plan_prefill(
+        batch.new,
+        batch.runs,
+        q_heads=batch.q.shape[1],
+        kv_heads=batch.k.shape[1],
+        head_dim=batch.q.shape[2],
+        device=DEVICE,
+        page_tokens=batch.page,
+        kv_dtype=cache or batch.k.dtype,
+        window=window,
+        config=config,
+    )
+    k, v = stored(batch.k, cache), stored(batch.v, cache)
+    options = {"soft_cap": soft_cap, "sinks": sinks, "scales": scales}
+    with without_memory(batch.behind(window), k, v):
+        prefix_prefill(batch.q, k, v, plan, scale=batch.scale, out=out, **options)
+    return out, plan
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 120)), min_size=1, max_size=4),
+    window=st.integers(1, 100),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2), (8, 1)]),
+    dim=st.sampled_from([64, 80, 128, 256]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
+    sinks=st.booleans(),
+    whole=st.sampled_from([0.0, 0.7, 1.0]),
+    seed=st.integers(0, 1000),
+    cache=st.sampled_from([None, None, *FP8]),
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_ragged_batches(lengths, window, heads, dim, dtype, soft_cap, sinks, whole, seed, cache):
+    new = [a for a, _ in lengths]
+    contexts = [a + b * (PAGE // 16) for a, b in lengths]
+    geometry = {"q_heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype}
+    batch = Batch.random(new, contexts, **geometry, seed=seed, page=PAGE, whole=whole, cache=cache)
+    sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
+    scales = None if cache is None else tuple(torch.tensor(x, device=DEVICE) for x in (0.7, 1.3))
+    options = {"soft_cap": soft_cap, "sinks": sink, "scales": scales}
+    expected = batch.expected(window=window, **options)
+    out, _ = prefill(batch, window, cache=cache, **options)
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("window", [1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE - 1, 4 * PAGE, 1000])
+def test_windows_around_a_tile(window, block_m, sinks):
+    """Of chunks that begin at the start, inside of the first window, at its end, and far behind it."""
+    starts = [0, 1, window - 1, window, window + 1, window + PAGE, 7 * PAGE + 3]
+    new = [2 * PAGE + 3, 1, PAGE, 5, 3, PAGE + 1, 40]
+    contexts = [a + b for a, b in zip(new, starts, strict=True)]
+    batch = Batch.random(new, contexts, q_heads=4, kv_heads=2, dim=64, seed=window, page=PAGE, whole=0.4)
+    sink = torch.tensor([-3.0, 0.0, 2.0, 9.0], device=DEVICE) if sinks else None
+    expected = batch.expected(window=window, sinks=sink)
+    config = Config(block_m, 16, 4, 1) if DEVICE == "cpu" else Config(block_m, 64, 4, 2)
+    out, _ = prefill(batch, window, sinks=sink, config=config)
+    assert_close(out, expected)
+
+
+def test_a_window_as_long_as_the_context_is_none():
+    """Bit for bit: the tiles are the same ones."""
+    batch = Batch.random([40, 3], [100, 90], q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=1, page=PAGE)
+    plan = plan_prefill(
+        batch.new, batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE, page_tokens=PAGE, kv_dtype=FP8[0]
+    )
+    without = prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale)
+    assert torch.equal(prefill(batch, 99, config=plan.config)[0], without)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_long_windows_are_divided_and_merged(sinks):
+    """Parts that begin behind the window of some rows, of a context whose front is gone."""
+    contexts, window = ([700, 30, 411], 330) if DEVICE == "cpu" else ([7000, 300, 4110], 3300)
+    batch = Batch.random([40, 1, 2], contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=4, page=PAGE)
+    sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
+    expected = batch.expected(window=window, sinks=sink)
+    config = Config(16, 16, 4, 1, occupancy=16) if DEVICE == "cpu" else None
+    out, plan = prefill(batch, window, sinks=sink, config=config)
+    assert plan.parts > 4
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_what_is_no_number_stays_in_the_rows_that_see_it(where, value):
+    window = 20
+    batch = Batch.random([30], [70], q_heads=4, kv_heads=2, dim=64, seed=8, page=PAGE)
+    expected = batch.expected(window=window)
+    getattr(batch, where)[int(batch.slots(0)[37]), 1, 5] = value
+    out, _ = prefill(batch, window)
+    rows = torch.arange(40, 70)
+    bad = torch.zeros(30, 4, dtype=torch.bool, device=DEVICE)
+    bad[(rows <= 37 + window).to(DEVICE), 2:] = True
+    assert_close(out[~bad], expected[~bad])
+    if value != value:
+        assert not out[bad].isfinite().all(-1).any(), "a NaN was lost"
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000)), max_size=6),
+    window=st.integers(1, 2000),
+    group=st.sampled_from([1, 4, 7]),
+    kv_heads=st.sampled_from([1, 8]),
+    slots=st.sampled_from([1, 5, 132]),
+    config=st.sampled_from([Config(16, 16, 4, 1), Config(128, 64, 4, 3), Config(64, 128, 4, 3)]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_key_that_a_row_sees_is_planned_once(lengths, window, group, kv_heads, slots, config, seed):
+    new = [a for a, _ in lengths]
+    contexts = [a + b for a, b in lengths]
+    rng = random.Random(seed)
+    runs = [[(rng.randrange(1 << 20) * 128, n) for n in divided(context, 128, 0.5, rng)] for context in contexts]
+    shape = {"group": group, "kv_heads": kv_heads, "config": config, "slots": slots}
+    plan = _plan(new, runs, **shape, device="cpu", window=window)
+    starts = {sum(new[:i]): i for i in range(len(new) - 1, -1, -1) if new[i]}
+    seen = {}
+    for first_row, _, context, tile, low, high, run, last_run, part in plan.work.tolist():
+        assert low < high
+        assert low % config.block_n == 0
+        for at, key in ((run, low), (last_run, high - 1)):
+            assert plan.runs[at, 0] <= key < plan.runs[at, 1]
+        seen.setdefault((starts[first_row], tile), []).append((low, high, part))
+        assert context == contexts[starts[first_row]]
+    for (request, tile), parts in seen.items():
+        parts.sort()
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(parts)), "a gap, or a key twice"
+        assert (len(parts) > 1) == (parts[0][2] >= 0)
+        prefix = contexts[request] - new[request]
+        first = max(0, prefix + tile * config.block_m // group - window)
+        assert first - config.block_n < parts[0][0] <= first
+        last = min((tile + 1) * config.block_m, new[request] * group) - 1
+        assert parts[-1][1] == prefix + last // group + 1
+    assert sorted(seen) == [(i, t) for i, n in enumerate(new) for t in range(-(-n * group // config.block_m))]
+
+
+def test_the_kernel_for_hopper_has_no_windows():
+    """The table chooses others for such layers, and a plan for both is an error."""
+    hopper = Config(128, 128, 4, 2, True, hopper=True)
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "device": "cpu", "page_tokens": 128}
+    with pytest.raises(ValueError, match="a window of 128 tokens, and the kernel for Hopper"):
+        plan_prefill([1], [[(128, 300)]], **shape, window=128, config=hopper)
+    with pytest.raises(ValueError, match="a window of 0 tokens: at least 1 wanted"):
+        plan_prefill([1], [[(128, 300)]], **shape, window=0)
+    assert configs.ours_before_fa3([8], [4000], 8, 2, 64, "cpu")
+    assert not configs.ours_before_fa3([8], [4000], 8, 2, 64, "cpu", window=128)
+
+
+def test_on_hopper_a_window_is_planned_for_the_other_kernel(monkeypatch):
+    monkeypatch.setattr(configs, "capability", lambda device: 90)
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "device": "cpu", "page_tokens": 128}
+    assert plan_prefill([1], [[(128, 300)]], **shape).config.hopper
+    assert not plan_prefill([1], [[(128, 300)]], **shape, window=100).config.hopper
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_compiling_at_start(sinks):
+    """Only the padding page has memory."""
+    pages = torch.full((2 * PAGE, 2, 2, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    pages[:PAGE] = 0.0
+    sink = torch.zeros(4, device=DEVICE) if sinks else None
+    shapes = {"q_dtype": torch.bfloat16, "q_heads": 4, "max_tokens": 500, "page_tokens": PAGE, "window": 40}
+    with without_memory(torch.arange(PAGE, 2 * PAGE, device=DEVICE), pages[:, 0], pages[:, 1]):
+        calls = prefill_calls(pages[:, 0], pages[:, 1], kinds=[(0.0, None, sink)], **shapes)
+        for some in calls.values():
+            for call in some:
+                call()
+    assert calls, "no shape would be compiled"
