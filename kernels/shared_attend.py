@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_vtensor.kernels.attend import _divided, _dot, _inside, _queries, _scores, _whole_tiles, _widened
+from sglang_vtensor.kernels.attend import (
+    _divided,
+    _dot,
+    _inside,
+    _queries,
+    _scores,
+    _tile_in_part,
+    _whole_tiles,
+    _widened,
+)
 from sglang_vtensor.kernels.shared_plan import (
     LINE_RUN_TILES,
     TEAM_AT,
@@ -38,6 +47,7 @@ def _pieces(
     part_out_ptr,
     part_lse_ptr,
     pages_ptr,
+    contexts_ptr,
     members_ptr,
     units_ptr,
     teams_ptr,
@@ -46,6 +56,7 @@ def _pieces(
     v_scale_ptr,
     scale,
     cap,
+    window,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -65,6 +76,7 @@ def _pieces(
     TEAMS: tl.constexpr,
     COST: tl.constexpr,
     CAP: tl.constexpr,
+    WINDOWED: tl.constexpr,
     SCALED: tl.constexpr,
     NARROW: tl.constexpr,
     TMA: tl.constexpr,
@@ -131,6 +143,36 @@ def _pieces(
             k_head = k_ptr + head * stride_k_head
             v_head = v_ptr + head * stride_v_head
             whole = key_low + (key_high - key_low) // BLOCK_N * BLOCK_N
+            edge = key_low
+            if WINDOWED:
+                # Each request of the tile sees `window` tokens before its new one. Tiles that are behind the window of
+                # some of them are masked, and what is behind all windows is not loaded.
+                first_seen = tl.load(contexts_ptr + member, mask=valid, other=0).to(tl.int32) - 1 - window
+                nearest = tl.min(tl.where(valid, first_seen, 2147483647), 0)
+                behind = tl.maximum(tl.max(first_seen, 0) - key_low, 0)
+                edge = tl.minimum(key_low + (behind + BLOCK_N - 1) // BLOCK_N * BLOCK_N, whole)
+                for n in range(key_low, edge, BLOCK_N):
+                    keys = n + tl.arange(0, BLOCK_N)
+                    slot = (tl.load(pages + n // PAGE) * PAGE + n % PAGE + tl.arange(0, BLOCK_N)).to(tl.int64)
+                    highest, total, acc = _tile_in_part(
+                        q,
+                        k_head,
+                        v_head,
+                        slot,
+                        keys >= nearest,
+                        keys[None, :] >= first_seen[:, None],
+                        highest,
+                        total,
+                        acc,
+                        scale,
+                        cap,
+                        stride_k_token,
+                        stride_v_token,
+                        DIM,
+                        DIM_PADDED,
+                        CAP,
+                        WIDE,
+                    )
             highest, total, acc, _ = _whole_tiles(
                 q,
                 k_head,
@@ -140,7 +182,7 @@ def _pieces(
                 pages,
                 0,
                 head,
-                key_low,
+                edge,
                 whole,
                 highest,
                 total,
@@ -161,17 +203,38 @@ def _pieces(
             if whole < key_high:
                 in_keys = tl.arange(0, BLOCK_N)
                 seen = whole + in_keys < key_high
-                mask = _inside(seen, dims, DIM, DIM_PADDED)
                 slot = (tl.load(pages + whole // PAGE) * PAGE + whole % PAGE + in_keys).to(tl.int64)
-                k = tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
-                v = _widened(tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
-                scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
-                new_highest = tl.maximum(highest, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_highest[:, None])
-                decay = tl.exp2(highest - new_highest)
-                total = total * decay + tl.sum(weights, 1)
-                acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
-                highest = new_highest
+                if WINDOWED:
+                    highest, total, acc = _tile_in_part(
+                        q,
+                        k_head,
+                        v_head,
+                        slot,
+                        seen & (whole + in_keys >= nearest),
+                        seen[None, :] & (whole + in_keys[None, :] >= first_seen[:, None]),
+                        highest,
+                        total,
+                        acc,
+                        scale,
+                        cap,
+                        stride_k_token,
+                        stride_v_token,
+                        DIM,
+                        DIM_PADDED,
+                        CAP,
+                        WIDE,
+                    )
+                else:
+                    mask = _inside(seen, dims, DIM, DIM_PADDED)
+                    k = tl.load(k_head + slot[:, None] * stride_k_token + dims[None, :], mask=mask, other=0.0)
+                    v = _widened(tl.load(v_head + slot[:, None] * stride_v_token + dims[None, :], mask=mask, other=0.0))
+                    scores = tl.where(seen[None, :], _scores(q, k, scale, cap, CAP, WIDE), float("-inf"))
+                    new_highest = tl.maximum(highest, tl.max(scores, 1))
+                    weights = tl.exp2(scores - new_highest[:, None])
+                    decay = tl.exp2(highest - new_highest)
+                    total = total * decay + tl.sum(weights, 1)
+                    acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], WIDE)
+                    highest = new_highest
 
             out = _divided(acc, total, v_scale_ptr, SCALED)
             rows = at_row + in_tile

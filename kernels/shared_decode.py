@@ -27,11 +27,16 @@ Keys are read by pages, which are whole tiles: one load from a page table, and a
 needs to be mapped for this, no request's context to be contiguous. The page table is taken from SGLang's table of slots
 before a step: that one may change while the step runs, as requests end whose slots are others' then.
 
+Layers that see a window have a decoder of their own (`for_window`), beside that of the layers which see all tokens. A
+unit begins there with the first tile that one of its requests sees; units behind all windows are left out, and nothing
+of them is read.
+
 Safe in a CUDA graph: grids and buffers are fixed; who shares what, and all lengths, are read on the device.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 import torch
@@ -39,7 +44,7 @@ import triton
 
 from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.compiling import on
-from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, narrow, tile_descriptors
+from sglang_vtensor.kernels.launch import DIMS, Scales, base_two, check, check_window, narrow, tile_descriptors
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_attend import _pieces
 from sglang_vtensor.kernels.shared_merge import _together
@@ -67,8 +72,11 @@ class SharedDecoder:
 
     Requests are known by their slots, below `slots`, and have up to `max_tokens` tokens, in pages of `page_tokens`. The
     type of keys and values, `kv_dtype`, chooses the configuration where `config` is not given. One decoder serves all
-    layers of a geometry; two streams must not share one.
+    layers of a geometry, and of a `window`; two streams must not share one.
     """
+
+    #: The tokens before each that it sees; None: all.
+    window: int | None = None
 
     def __init__(
         self,
@@ -119,6 +127,7 @@ class SharedDecoder:
         self.members[DEPTH * self.rows :] = torch.arange(self.rows)
         self.ranks = buffer(DEPTH * self.rows)
         self.starts = buffer(max_requests)
+        self.shortest = buffer(max_requests)
         self.units = buffer(2 * self.rows, UNIT_FIELDS.value)
         self.numbers = buffer(2 * self.rows)
         # A request has one partial result of each level and each share that ends within one, or of each team.
@@ -132,6 +141,16 @@ class SharedDecoder:
         self.part_out = buffer(parts * self.padded, dtype=torch.float32)
         self.part_lse = buffer(parts, dtype=torch.float32)
         self.step = (buffer(0), buffer(0))
+
+    def for_window(self, window: int) -> SharedDecoder:
+        """A decoder for layers with this window, as SGLang's `sliding_window_size` counts it. It plans for itself, and
+        knows the tables and the pages that this one is told of. The two run on one stream."""
+        check_window(window)
+        other = copy.copy(self)
+        other.window = window
+        for name in ("units", "numbers", "parts", "places", "work", "line"):
+            setattr(other, name, torch.zeros_like(getattr(self, name)))
+        return other
 
     def fits(self, tables: Tables) -> bool:
         """Whether the shared runs take no more tiles of rows than there is room for."""
@@ -187,17 +206,21 @@ class SharedDecoder:
         if not requests:
             return
         tables = self.tables
+        windowed = self.window is not None
         on(_arrange, (DEPTH, triton.cdiv(requests, ARRANGED)))(
             slots,
+            contexts,
             tables.chains,
             self.members,
             self.ranks,
             self.starts,
+            self.shortest,
             requests,
             ROWS=self.rows,
             DEPTH=DEPTH,
             ARRANGED=ARRANGED,
             LOOKED=min(LOOKED, self.rows),
+            WINDOWED=windowed,
             num_warps=4,
         )
         on(_divide, (self.teams,))(
@@ -208,10 +231,12 @@ class SharedDecoder:
             tables.highs,
             tables.counts,
             self.starts,
+            self.shortest,
             self.units,
             self.numbers,
             self.work,
             self.line,
+            self.window or 0,
             requests,
             UNITS=self.max_requests,
             ROWS=self.rows,
@@ -221,6 +246,7 @@ class SharedDecoder:
             TEAMS=self.teams,
             COST=COST,
             SHORTEST=SHORTEST,
+            WINDOWED=windowed,
             num_warps=4 if self.rows <= 256 else 8,
         )
         on(_locate, (triton.cdiv(requests, LOCATED),))(
@@ -293,11 +319,11 @@ class SharedDecoder:
     ) -> torch.Tensor:
         """Attention of the planned step, `(requests, q_heads, head_dim)` as `q`.
 
-        `k`, `v`: `(slots, kv_heads, head_dim)`, every page that `find_pages` saw readable to its end. All else, and
-        errors, as of `prefix_prefill`.
+        `k`, `v`: `(slots, kv_heads, head_dim)`, every page that `find_pages` saw readable to its end, but those
+        that are behind the window of all who have them. All else, and errors, as of `prefix_prefill`.
         """
         out = torch.empty_like(q) if out is None else out
-        slots, _ = self.step
+        slots, contexts = self.step
         check(q, k, v, out, sinks, scales, slots.shape[0])
         if q.shape[1:] != (self.q_heads, self.head_dim) or k.shape[1] != self.kv_heads:
             raise ValueError(
@@ -323,6 +349,7 @@ class SharedDecoder:
             self.part_out,
             self.part_lse,
             self.pages,
+            contexts,
             self.members,
             self.units,
             self.work,
@@ -330,6 +357,7 @@ class SharedDecoder:
             *(scales or (self.part_lse, self.part_lse)),
             base_two(scale, soft_cap),
             soft_cap,
+            self.window or 0,
             q.stride(0),
             q.stride(1),
             k.stride(0),
@@ -343,6 +371,7 @@ class SharedDecoder:
             TEAMS=self.teams,
             COST=COST,
             CAP=soft_cap > 0,
+            WINDOWED=self.window is not None,
             SCALED=scales is not None,
             NARROW=narrow(k, config),
             TMA=config.tma,

@@ -49,17 +49,21 @@ def _find_pages(
 @triton.jit(do_not_specialize=["rows"])
 def _arrange(
     slots_ptr,
+    contexts_ptr,
     chains_ptr,
     members_ptr,
     ranks_ptr,
     starts_ptr,
+    shortest_ptr,
     rows,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     ARRANGED: tl.constexpr,
     LOOKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
-    """Level by level, the batch's rows in the order of their units: where each unit begins, and who stands where."""
+    """Level by level, the batch's rows in the order of their units: where each unit begins, and who stands where. With
+    WINDOWED, also the shortest context of each unit's requests."""
     level = tl.program_id(0)
     row = tl.program_id(1) * ARRANGED + tl.arange(0, ARRANGED)
     slot = tl.load(slots_ptr + row, mask=row < rows, other=0).to(tl.int64)
@@ -67,6 +71,7 @@ def _arrange(
     there = mine >= 0
     rank = tl.zeros([ARRANGED], tl.int32)
     before = tl.zeros([ARRANGED], tl.int32)
+    shortest = tl.full([ARRANGED], 2147483647, tl.int32)
     for first in range(0, rows, LOOKED):
         other = first + tl.arange(0, LOOKED)
         slot = tl.load(slots_ptr + other, mask=other < rows, other=0).to(tl.int64)
@@ -75,10 +80,16 @@ def _arrange(
         rank += tl.sum(same.to(tl.int32), 1)
         # Rows without a unit, -1, count for nobody: they stand behind `members` of this level.
         before += tl.sum(((unit[None, :] < mine[:, None]) & (unit[None, :] >= 0)).to(tl.int32), 1)
+        if WINDOWED:
+            context = tl.load(contexts_ptr + other, mask=other < rows, other=0).to(tl.int32)
+            of_unit = tl.where(unit[None, :] == mine[:, None], context[None, :], 2147483647)
+            shortest = tl.minimum(shortest, tl.min(of_unit, 1))
     start = level * ROWS + before
     tl.store(members_ptr + start + rank, row, mask=there)
     tl.store(ranks_ptr + level * ROWS + row, rank, mask=there)
     tl.store(starts_ptr + mine, start, mask=there & (rank == 0))
+    if WINDOWED:
+        tl.store(shortest_ptr + mine, shortest, mask=there & (rank == 0))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -90,10 +101,12 @@ def _divide(
     highs_ptr,
     counts_ptr,
     starts_ptr,
+    shortest_ptr,
     units_ptr,
     numbers_ptr,
     teams_ptr,
     line_ptr,
+    window,
     rows,
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -103,6 +116,7 @@ def _divide(
     TEAMS: tl.constexpr,
     COST: tl.constexpr,
     SHORTEST: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """What each team does. Every program knows all units, and writes one team's work; the first one also writes the
     units that there are, without gaps: those on the line, shared runs first, and then those of tiles side by side.
@@ -121,6 +135,10 @@ def _divide(
         unit = tl.load(chains_ptr + slot * DEPTH + level, mask=own, other=-1)
         low = tl.where(own & (unit >= 0), tl.load(highs_ptr + unit, mask=own & (unit >= 0), other=0), low)
     high = tl.where(own, tl.load(contexts_ptr + row, mask=own, other=0).to(tl.int32), high)
+    if WINDOWED:
+        # The first tile that the one of its requests with the shortest context sees. A unit behind all windows is none.
+        shortest = tl.where(own, high, tl.load(shortest_ptr + lane, mask=run & (count > 0), other=0))
+        low = tl.maximum(low, tl.maximum(shortest - 1 - window, 0) // BLOCK_N * BLOCK_N)
     start = tl.where(own, DEPTH * ROWS + row, tl.load(starts_ptr + lane, mask=run & (count > 0), other=0))
     tiles = tl.where(count > 0, (tl.maximum(high - low, 0) + BLOCK_N - 1) // BLOCK_N, 0)
     there = (tiles > 0) & (run | own)

@@ -7,7 +7,7 @@ Lengths are in tiles of keys; a tile of rows is longer than its keys by its cost
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -120,9 +120,17 @@ class Planner:
                     yield piece.own, piece.place, among
 
 
-def units_of(chains: np.ndarray, lows: np.ndarray, highs: np.ndarray, contexts: list[int]) -> list[Unit]:
+def units_of(
+    chains: np.ndarray,
+    lows: np.ndarray,
+    highs: np.ndarray,
+    contexts: list[int],
+    window: int | None = None,
+    block_n: int = 1,
+) -> list[Unit]:
     """The units of a batch with tokens to read: those of `chains`, `(rows, levels)` of unit numbers and -1, by number;
-    then what each row has for itself, which is what its last unit leaves of its context."""
+    then what each row has for itself, which is what its last unit leaves of its context. With a window, a unit begins
+    with the first tile that one of its rows sees."""
     shared = []
     for number in sorted({int(number) for number in chains.flat if number >= 0}):
         rows = tuple(row for row in range(len(chains)) if number in chains[row])
@@ -132,4 +140,11 @@ def units_of(chains: np.ndarray, lows: np.ndarray, highs: np.ndarray, contexts: 
         low = max([0, *(unit.high for unit in shared if row in unit.rows)])
         if low < context:
             own.append(Unit((row,), low, context, False))
-    return shared + own
+    if window is None:
+        return shared + own
+    seen = []
+    for unit in shared + own:
+        first = min(max(0, contexts[row] - 1 - window) // block_n * block_n for row in unit.rows)
+        if first < unit.high:
+            seen.append(replace(unit, low=max(unit.low, first)))
+    return seen

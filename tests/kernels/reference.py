@@ -148,7 +148,8 @@ def without_memory(slots: torch.Tensor, *tensors: torch.Tensor) -> Iterator[None
     original = InterpreterBuilder.create_masked_load
 
     def load(self, ptrs, mask, *rest):
-        at = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
+        pointers, there = np.broadcast_arrays(ptrs.data, mask.data)
+        at = pointers[there.astype(bool)].astype(np.int64)
         for x in tensors:
             of_slot = (at - x.data_ptr()) // (x.stride(0) * x.itemsize)
             inside = (at - x.data_ptr()) % (x.stride(0) * x.itemsize) < x.shape[1] * x.shape[2] * x.itemsize

@@ -73,7 +73,8 @@ def check(
     decoder.update(sharing.tables)
     decoder.plan(torch.tensor(slots, device=DEVICE), torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
     tables = sharing.tables
-    units = units_of(tables.chains[slots], tables.lows, tables.highs, contexts)
+    block_n, window = decoder.config.block_n, decoder.window
+    units = units_of(tables.chains[slots], tables.lows, tables.highs, contexts, window, block_n)
     model = Planner(decoder.each, decoder.config.block_n, decoder.teams, shared_plan.COST, shared_plan.SHORTEST)
     pieces = model.plan(units)
     planned = Planned(decoder)
@@ -81,12 +82,14 @@ def check(
         assert list(planned.work(team)) == [piece for piece in pieces if piece.team == team], f"team {team}"
     for row, context in [*enumerate(contexts)][::every]:
         assert planned.places(row) == list(model.places(row, units, pieces)), f"row {row}"
-        # Whatever the model says: every key of every request once.
+        # Whatever the model says: every key of every request once, of a window all that it sees.
         keys = []
         for piece in pieces:
             if row in model.tiles(piece.unit)[piece.tile]:
                 keys.extend(model.keys(piece))
-        assert sorted(keys) == [*range(context)], f"row {row}"
+        first = 0 if window is None else max(0, context - 1 - window)
+        assert len(keys) == len(set(keys)), f"row {row}"
+        assert {*range(first, context)} <= {*keys} <= {*range(context)}, f"row {row}"
     places = [(piece.own, piece.place) for piece in pieces if model.keys(piece)]
     assert len(places) == len(set(places)), "two partial results in one place"
     assert max((place for own, place in places if not own), default=0) < decoder.max_tiles + 2 * decoder.teams
@@ -97,6 +100,7 @@ def check(
 def test_random_batches(monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 4)  # with few teams tiles are cut more often
     kinds = {"beside": 0, "cut": 0, "shared on the line": 0, "several tiles on the line": 0, "nothing of its own": 0}
+    kinds["behind all windows"] = 0
     for seed in range(BATCHES):
         rng = random.Random(seed)
         most = rng.choice([3, 8, 16, 30])
@@ -123,8 +127,14 @@ def test_random_batches(monkeypatch):
                 sharing.join(slot, path)
         if not decoder.fits(sharing.tables):
             continue
+        windowed = decoder.for_window(rng.choice([1, PAGE - 1, PAGE, 3 * PAGE + 1, 100 * PAGE]))
         for _ in range(2):  # the second step has less, in another order: nothing of the first one is left
             pieces = check(decoder, sharing, slots, contexts)
+            windowed.update(sharing.tables)
+            left_out = {piece.unit.rows for piece in pieces} - {
+                piece.unit.rows for piece in check(windowed, sharing, slots, contexts)
+            }
+            kinds["behind all windows"] += bool(left_out)
             kinds["beside"] += any(not piece.own and piece.place < decoder.teams for piece in pieces)
             kinds["cut"] += any(piece.start for piece in pieces)
             on_line = [piece for piece in pieces if piece.unit.shared and piece.place >= decoder.teams]

@@ -17,6 +17,8 @@ from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
+from tests.kernels.test_shared_decode import PAGE as DECODED_PAGE
+from tests.kernels.test_shared_decode import Served, paths_of
 
 #: Whole tiles of every configuration.
 PAGE = 128 if DEVICE == "cuda" else 16
@@ -195,3 +197,112 @@ def test_compiling_at_start(sinks):
             for call in some:
                 call()
     assert calls, "no shape would be compiled"
+
+
+# Shared decode.
+
+
+def decoded(batch, paths, window, *, config=None, cache=None, seed=0, spoilt=None, **options):
+    """A step on a poisoned output, over pages of which those are gone that are behind the window of all who have them.
+    Returns what came, what was wanted, and the decoder. `spoilt`: a request, a token of it, and what its value is."""
+    served = Served.of(batch, paths, seed)
+    expected = batch.expected(window=window, **options)
+    if spoilt is not None:
+        request, token, value = spoilt
+        served.v[int(served.table[served.slots[request], token]), 1, 5] = value
+    decoder = served.decoder(config).for_window(window)
+    slots = served.slots.tolist()
+    there, gone = set(), set()
+    for slot, context in zip(slots, batch.contexts, strict=True):
+        pages = (served.table[slot, :context:DECODED_PAGE] // DECODED_PAGE).tolist()
+        behind = max(0, context - 1 - window) // DECODED_PAGE
+        gone.update(pages[:behind])
+        there.update(pages[behind:])
+    at = torch.tensor(sorted(gone - there), dtype=torch.int64, device=DEVICE)
+    at = (at[:, None] * DECODED_PAGE + torch.arange(DECODED_PAGE, device=DEVICE)).reshape(-1)
+    served.k, served.v = stored(served.k, cache), stored(served.v, cache)
+    with without_memory(at, served.k, served.v):
+        out = served.run(decoder, **options)
+    return out, expected, decoder
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    requests=st.integers(1, 9),
+    window=st.sampled_from([1, 5, DECODED_PAGE - 1, DECODED_PAGE, 2 * DECODED_PAGE + 1, 5 * DECODED_PAGE]),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2), (8, 1)]),
+    dim=st.sampled_from([64, 80, 128, 256]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
+    sinks=st.booleans(),
+    programs=st.sampled_from([1, 3, 8]),
+    cache=st.sampled_from([None, None, *FP8]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_trees(seed, requests, window, heads, dim, dtype, soft_cap, sinks, programs, cache):
+    rng = random.Random(seed)
+    paths = paths_of(rng, requests, 6)
+    contexts = [
+        DECODED_PAGE * len(path) + rng.choice([1, 1, 2, DECODED_PAGE - 1, DECODED_PAGE, DECODED_PAGE + 1, 40])
+        for path in paths
+    ]
+    geometry = {"q_heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype}
+    batch = Batch.random([1] * requests, contexts, **geometry, seed=seed, cache=cache)
+    sink = torch.linspace(-2, 3, heads[0], device=DEVICE) if sinks else None
+    scales = None if cache is None else tuple(torch.tensor(x, device=DEVICE) for x in (0.7, 1.3))
+    config = Config(16, 16, 4, 1, False, programs) if DEVICE == "cpu" else None
+    options = {"soft_cap": soft_cap, "sinks": sink, "scales": scales}
+    out, expected, _ = decoded(batch, paths, window, config=config, cache=cache, seed=seed, **options)
+    assert_close(out, expected)
+
+
+def test_requests_of_different_lengths_behind_one_run():
+    """The shortest one still sees the run's end, the longest one none of it; a run behind all windows is not read."""
+    run = [*range(1, 7)]
+    extra = [1, DECODED_PAGE, 2 * DECODED_PAGE + 3, 4 * DECODED_PAGE]
+    contexts = [len(run) * DECODED_PAGE + n for n in extra]
+    window = 2 * DECODED_PAGE
+    batch = Batch.random([1] * 4, contexts, q_heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=3)
+    out, expected, decoder = decoded(batch, [run] * 4, window)
+    assert_close(out, expected)
+    shared = decoder.numbers[: decoder.max_requests]
+    assert (shared >= 0).sum() == 1
+    batch = Batch.random([1] * 2, contexts[2:], q_heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=3)
+    out, expected, decoder = decoded(batch, [run] * 2, window)
+    assert_close(out, expected)
+    assert (decoder.numbers[: decoder.max_requests] < 0).all(), "a run behind all windows is a unit"
+
+
+def test_two_kinds_of_layers_in_one_step():
+    """One decoder sees all tokens and another one a window, with the same tables and pages."""
+    paths = [[1, 2, 3, 4, 5]] * 3 + [[1, 2], []]
+    contexts = [DECODED_PAGE * len(path) + 3 + n for n, path in enumerate(paths)]
+    batch = Batch.random([1] * 5, contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=2)
+    served = Served.of(batch, paths)
+    window = DECODED_PAGE + 7
+    sinks = torch.linspace(-1, 4, 4, device=DEVICE)
+    wanted = batch.expected(), batch.expected(window=window, sinks=sinks)
+    every = served.decoder()
+    windowed = every.for_window(window)
+    lengths = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    every.update(served.sharing.tables)
+    every.find_pages(served.table, served.slots, lengths)
+    for decoder in (every, windowed):
+        decoder.plan(served.slots, lengths)
+    for _ in range(2):  # layer after layer
+        assert_close(every(batch.q, served.k, served.v, scale=batch.scale), wanted[0])
+        assert_close(windowed(batch.q, served.k, served.v, scale=batch.scale, sinks=sinks), wanted[1])
+    with pytest.raises(ValueError, match="a window of 0 tokens: at least 1 wanted"):
+        every.for_window(0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_decode_keeps_what_is_no_number_in_the_requests_that_see_it(value):
+    paths = [[1, 2, 3]] * 3
+    contexts = [3 * DECODED_PAGE + n for n in (1, 9, 30)]
+    batch = Batch.random([1] * 3, contexts, q_heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=2)
+    window, where = 2 * DECODED_PAGE, DECODED_PAGE + 4  # within the window of the first one alone
+    out, expected, _ = decoded(batch, paths, window, spoilt=(0, where, value))
+    assert_close(out[1:], expected[1:])
+    assert_close(out[:1, :2], expected[:1, :2])
+    assert not out[0, 2:].isfinite().all(-1).any()
