@@ -283,16 +283,16 @@ class SharedDecoder:
         v: torch.Tensor,
         *,
         q_dtype: torch.dtype,
-        kinds: Collection[tuple[float, Scales]] = ((0.0, None),),
+        kinds: Collection[tuple[float, Scales, torch.Tensor | None]] = ((0.0, None, None),),
     ) -> None:
-        """A step of one request without tokens: it needs every kernel, and reads nothing. `kinds` are a soft cap and
-        scales for each kind of layer."""
+        """A step of one request without tokens: it needs every kernel, and reads nothing. `kinds` are a soft cap,
+        scales and sinks for each kind of layer."""
         slots, contexts = torch.zeros(2, 16, dtype=torch.int64, device=k.device)[:, :1]
         self.find_pages(table, slots, contexts)
         self.plan(slots, contexts)
         q = torch.zeros(1, self.q_heads, self.head_dim, dtype=q_dtype, device=k.device)
-        for soft_cap, scales in kinds:
-            self(q, k, v, scale=self.head_dim**-0.5, soft_cap=soft_cap, scales=scales)
+        for soft_cap, scales, sinks in kinds:
+            self(q, k, v, scale=self.head_dim**-0.5, soft_cap=soft_cap, sinks=sinks, scales=scales)
 
     def _requests(self, slots: torch.Tensor, contexts: torch.Tensor) -> int:
         """How many a step has. Raises `ValueError` if these do not say who they are."""

@@ -62,6 +62,8 @@ class Patch(abc.ABC):
 
     #: How requests are kept.
     requests: Requests
+    #: Whether models are served whose layers see a window.
+    serves_windows = False
     #: Whether this process serves the page (`srt.page`).
     serves_page = False
 
@@ -209,7 +211,9 @@ class Patch(abc.ABC):
         without the option."""
         from sglang.srt.utils import get_device_memory_capacity
 
-        from sglang_vtensor.srt.options import Options, choose_page_size, refuse_unsupported
+        from sglang_vtensor.srt.options import Options, Refused, refuse_unsupported
+        from sglang_vtensor.srt.pages import choose_page_size
+        from sglang_vtensor.srt.windows import refuse_readers, windows_of
 
         options = Options.of(server_args)
         if not options.ours:
@@ -218,6 +222,14 @@ class Patch(abc.ABC):
         refuse_unsupported(
             settings, model, options, uses_mla=self.uses_mla(server_args), more=self.refused(server_args)
         )
+        windows = windows_of(model)
+        names = (settings.attention_backend, settings.prefill_attention_backend, settings.decode_attention_backend)
+        refuse_readers(windows, names)
+        if not self.serves_windows and any(window is not None for window in windows):
+            raise Refused(
+                "--kv-backend vtensor serves models whose layers see a window with SGLang 0.5.23, and this is another "
+                "version. Run this model with --kv-backend default."
+            )
         device_mib = get_device_memory_capacity(settings.device)
         if device_mib is not None:
             options.check_device(int(device_mib) << 20)
@@ -266,11 +278,11 @@ class Patch(abc.ABC):
 
     # The memory.
 
-    def layout(self, configurator: Any) -> Any:
-        from sglang_vtensor.srt.options import layout_for
+    def sides(self, configurator: Any) -> Any:
+        from sglang_vtensor.srt.pages import sides_for
 
         settings = self.settings(configurator.server_args)
-        return layout_for(
+        return sides_for(
             settings,
             self.model(configurator.server_args),
             device=configurator.device,
@@ -280,24 +292,24 @@ class Patch(abc.ABC):
 
     def without_padding(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
         """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
-        layout = self.layout(configurator)
-        return int((original(configurator, *args, **kwargs) - layout.page_bytes) * (1 - layout.waste))
+        sides = self.sides(configurator)
+        return int((original(configurator, *args, **kwargs) - sides.page_bytes) * (1 - sides.waste))
 
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
         from sglang_vtensor.srt.kv_pool import VTensorKVPool
         from sglang_vtensor.srt.options import Options, Refused
-        from sglang_vtensor.srt.sides import sides_of
 
-        layout = self.layout(configurator)
-        if configurator.kv_cache_dtype != layout.dtype:  # SGLang knows it when the weights are there
+        sides = self.sides(configurator)
+        dtype = sides.layouts[0].dtype
+        if configurator.kv_cache_dtype != dtype:  # SGLang knows it when the weights are there
             raise Refused(
                 f"SGLang made this checkpoint's KV cache one of {configurator.kv_cache_dtype} as it read the weights, "
-                f"and pages were chosen for {layout.dtype} before: give --kv-cache-dtype with a type, or run with "
+                f"and pages were chosen for {dtype} before: give --kv-cache-dtype with a type, or run with "
                 "--kv-backend default"
             )
         return VTensorKVPool(
             sizes.max_total_num_tokens,
-            sides=sides_of(layout),
+            sides=sides,
             options=Options.of(configurator.server_args),
             device=configurator.device,
             max_running=req_to_token_pool.req_to_token.shape[0] - 1,
@@ -316,6 +328,10 @@ class Patch(abc.ABC):
     # Attention.
 
     def build_attention(self, runner: Any) -> Any:
+        from sglang_vtensor.srt.windows import hold_to
+
+        pool = runner.token_to_kv_pool
+        hold_to(pool.sides.windows, pool.sides.layers, runner.model)
         if runner.device == "cpu":
             from sglang_vtensor.srt.attention_host import HostAttentionBackend
 

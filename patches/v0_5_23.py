@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -251,8 +251,29 @@ def _capture_one_shape(
             backend.capturing = False
 
 
+@contextlib.contextmanager
+def _known_to_gpt_oss() -> Iterator[None]:
+    """SGLang holds gpt-oss to a list of attention backends that know windows and sinks. Ours knows both, and is told
+    meanwhile as one of that list: only to that check, as a hook would change the answer for whoever else asks."""
+    from sglang.srt.arg_groups import model_hook
+
+    from sglang_vtensor.srt.options import ATTENTION_BACKEND
+
+    original = model_hook.attention_backends_of
+
+    def told(settings: Any) -> tuple[str, ...]:
+        return tuple("triton" if name == ATTENTION_BACKEND else name for name in original(settings))
+
+    model_hook.attention_backends_of = told
+    try:
+        yield
+    finally:
+        model_hook.attention_backends_of = original
+
+
 class Patch0523(Patch):
     requests = Requests()
+    serves_windows = True
 
     def settings(self, server_args: ServerArgs) -> Any:
         from sglang.srt.arg_groups.overrides import resolving_view
@@ -376,9 +397,18 @@ class Patch0523(Patch):
         from sglang.srt.arg_groups.overrides import declare_resolution
 
         page_size = self.page_size(server_args)
-        if page_size is not None:
-            declare_resolution(server_args, _SOURCE, page_size=page_size, radix_cache_backend=TREE)
-        previous(server_args)
+        if page_size is None:
+            previous(server_args)
+            return
+        declare_resolution(server_args, _SOURCE, page_size=page_size, radix_cache_backend=TREE)
+        if self.model(server_args).is_hybrid_swa:
+            # Windows are our own matter: SGLang sees one pool for all tokens of all layers, as it does with Gemma 3 by
+            # itself, and its layers see their windows as ever. So slots, admission and the tree are those of a model
+            # without windows. The configuration that it made before says otherwise, and is made again.
+            declare_resolution(server_args, _SOURCE, disable_hybrid_swa_memory=True)
+            vars(server_args).pop("_model_config", None)
+        with _known_to_gpt_oss():
+            previous(server_args)
 
     def everywhere(self) -> list[Seam]:
         return [*super().everywhere(), Seam(f"{SERVER_ARGS}.resolve_once", self._resolve_once)]

@@ -320,6 +320,17 @@ class KVMemory:
         with self._timed:
             self._give_side(self.backings[side], frames)
 
+    def back_again(self, side: int, frames: Sequence[int]) -> bool:
+        """Give owned frames memory again on a side that they had let go of: all of them, or none. What was there is
+        lost."""
+        with self._timed:
+            backing = self.backings[side]
+            was = backing.refusal
+            taken = backing.take(frames)
+            if backing.refusal is not was:
+                self.answered(backing, was)
+            return taken
+
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""
         with self._timed:
@@ -482,10 +493,11 @@ class KVMemory:
         """K and V of a side's layer by slot: `(slots, kv_heads, head_dim)`, token stride constant, not contiguous."""
         return self.sides[side].layer_views(self.region(side), layer)
 
-    def copy_tokens(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of one frame to another, all sides, on the current stream. A token's bytes lie
-        together, so that is one run of bytes."""
-        for number, side in enumerate(self.sides):
+    def copy_tokens(self, source: int, target: int, tokens: int, sides: Sequence[int] | None = None) -> None:
+        """Copy the first tokens of one frame to another, of these sides or all, on the current stream. A token's bytes
+        lie together, so that is one run of bytes."""
+        for number in range(len(self.sides)) if sides is None else sides:
+            side = self.sides[number]
             region, size = self.region(number), tokens * side.stride_bytes
             from_, to = source * side.page_bytes, target * side.page_bytes
             region[to : to + size].copy_(region[from_ : from_ + size])

@@ -253,7 +253,6 @@ def _build(kwargs: dict[str, Any]) -> Any:
 
     load_plugins()
     _few_frames()
-    _windows()
     scheduler = versions.scheduler(kwargs)
     scheduler.model_config.hf_eos_token_id = set()  # nothing ends an answer but its length
     scheduler.result_queue = deque()  # the event loop makes it; a flush before the first run asks for it
@@ -281,30 +280,6 @@ def _few_frames() -> None:
     from sglang_vtensor import layout
 
     layout.MOST_FRAMES = int(os.environ.get("VTENSOR_TEST_FRAMES", layout.MOST_FRAMES))
-
-
-def _windows() -> None:
-    """In this process, where the environment says so, every second layer sees a window, and such layers are on a side
-    of their own if there are to be two."""
-    window = int(os.environ.get("VTENSOR_TEST_WINDOW", "0"))
-    if not window:
-        return
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    from sglang_vtensor.srt import sides
-
-    make = RadixAttention.__init__
-
-    def init(layer: Any, *args: Any, **kwargs: Any) -> None:
-        make(layer, *args, **kwargs)
-        if layer.layer_id % 2:
-            layer.sliding_window_size = window
-
-    RadixAttention.__init__ = init
-    if os.environ["VTENSOR_TEST_SIDES"] == "2":
-        sides.sides_of = lambda layout: sides.Sides.of(
-            layout, [window if n % 2 else None for n in range(layout.layers)]
-        )
 
 
 def _check_every_batch(scheduler: Any) -> None:

@@ -16,6 +16,8 @@ HERE = patches.module_name(patches.version("sglang"))
 MORE_POLICIES = ["mru"] if HERE == "v0_5_17" else []
 #: A KV cache with scales beside tokens, by the name that it has here.
 FP4 = "fp4_e2m1" if HERE == "v0_5_17" else "nvfp4"
+#: Tiny models (`tests.windowed_models`) that SGLang serves on the host and we do too.
+WINDOWED = [] if HERE == "v0_5_17" else ["gemma3"]
 #: Options that only this version has, and that we refuse.
 REFUSED_OPTIONS = [] if HERE == "v0_5_17" else ["--radix-eviction-policy tlru", "--enable-nvidia-megakernel"]
 

@@ -85,11 +85,12 @@ class _Partials:
             return
         for req in self._reqs:
             req.vtensor_whole_pages = False  # should it be retracted, it may begin inside a page again
+        every = range(len(self._runtime.memory.sides))
         for req, partial in self._found:
             record = self._record(req)
             frame = record.frames[record.protected]
             if frame != partial.frame:
-                self._runtime.copies.append((partial.frame, frame, partial.tokens))
+                self._runtime.copies.append((partial.frame, frame, partial.tokens, every))
 
 
 class PutOff(RuntimeError):
@@ -140,11 +141,13 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     if not secured:
         with runtime.memory.clock:
             for req in fresh:
-                del runtime.requests[sglang.slot(req)]
+                runtime.drop(sglang.slot(req))
                 batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
     runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens) - counted  # beside what decodes
     _slide(runtime, records, prefix_lens)
+    for record in records:
+        record.awaited = not batch.tree_cache.disable
     counts = runtime.memory.counts
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):
         if req in begins:
@@ -239,7 +242,10 @@ def _shared_prefix(batch: ScheduleBatch, req: Req, prefix_len: int, runtime: Run
             f"{tokens}: the tree and the frames disagree"
         )
     found = prefix_len // tokens
-    return RequestFrames(frames[:found], found, found)
+    record = RequestFrames(frames[:found], found, found, leaf=req.last_node)
+    if runtime.window is not None:
+        runtime.window.begins(record, prefix_len)
+    return record
 
 
 def _secure(runtime: Runtime, tree: Any, records: list[RequestFrames], lengths: list[int], *, growing: bool) -> bool:
@@ -284,9 +290,9 @@ def _attempt(runtime: Runtime, lacking: list[tuple[RequestFrames, int]], growing
 
 def _slide(runtime: Runtime, records: list[RequestFrames], starts: list[int]) -> None:
     """The batch computes tokens from these on."""
-    if any(window is not None for window in runtime.windows):
+    if runtime.window is not None:
         for record, start in zip(records, starts, strict=True):
-            runtime.slide(record, start)
+            runtime.window.slide(record, start)
 
 
 def _room(records: list[RequestFrames], lengths: list[int], tokens: int) -> int:

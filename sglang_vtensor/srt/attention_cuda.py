@@ -9,7 +9,7 @@ Decode is in `shared_decode.py`, and where that does not pay SGLang's own, by sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.prefix_prefill import Kind, Plan, plan_prefill, prefill_calls, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
+from sglang_vtensor.srt.windows import window_of
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -44,6 +45,8 @@ class PrefillBackend(AttentionBackend):
         self.runtime: Runtime = self.pool.runtime
         self.page_tokens = self.runtime.page_tokens
         self.slots: torch.Tensor = runner.req_to_token_pool.req_to_token
+        #: Of each side of the memory.
+        self.windows: Sequence[int | None] = self.pool.sides.windows
 
     @classmethod
     def choose(cls, runner: ModelRunner) -> PrefillBackend:
@@ -101,7 +104,8 @@ class PrefillBackend(AttentionBackend):
 class _Metadata:
     """Of one forward pass; int32 on the device."""
 
-    frames: torch.Tensor  # (requests, most pages)
+    #: By window: (requests, most pages). Behind a window stands the padding frame: what it reads there is not seen.
+    frames: dict[int | None, torch.Tensor]
     contexts: torch.Tensor  # (requests,) tokens
     starts: torch.Tensor  # (requests + 1,) first row of each request's new tokens
     longest_new: int
@@ -121,11 +125,20 @@ class FlashAttention3(PrefillBackend):
         longest = max(_contexts(forward_batch))
         frames = self.slots[forward_batch.req_pool_indices, : longest : self.page_tokens] // self.page_tokens
         self.metadata = _Metadata(
-            frames=frames,
+            frames={window: self._within(window, frames, forward_batch) for window in self.windows},
             contexts=forward_batch.seq_lens.to(torch.int32),
             starts=torch.nn.functional.pad(torch.cumsum(forward_batch.extend_seq_lens, 0, dtype=torch.int32), (1, 0)),
             longest_new=int(max(forward_batch.extend_seq_lens_cpu)),
         )
+
+    def _within(self, window: int | None, frames: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """The frames that the batch's tokens see. A tile may begin before a window, where nothing has memory."""
+        if window is None:
+            return frames
+        starts = forward_batch.seq_lens - forward_batch.extend_seq_lens
+        first = (starts - window).clamp(min=0) // self.page_tokens
+        at = torch.arange(frames.shape[1], device=frames.device)
+        return frames.masked_fill(at[None, :] < first[:, None], 0)
 
     def attend(
         self,
@@ -136,7 +149,7 @@ class FlashAttention3(PrefillBackend):
         sinks: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
-        metadata = self.metadata
+        metadata, window = self.metadata, window_of(layer)
         assert metadata is not None
         extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
         if (scales := self.pool.scales(layer, q.dtype)) is not None:
@@ -146,12 +159,13 @@ class FlashAttention3(PrefillBackend):
             q=q if q.dtype == keys.dtype else q.to(keys.dtype),  # both are of one type in its FP8 products
             k_cache=keys.unflatten(0, (-1, self.page_tokens)),
             v_cache=values.unflatten(0, (-1, self.page_tokens)),
-            page_table=metadata.frames,
+            page_table=metadata.frames[window],
             cache_seqlens=metadata.contexts,
             cu_seqlens_q=metadata.starts,
             max_seqlen_q=metadata.longest_new,
             softmax_scale=layer.scaling,
             causal=True,
+            window_size=(-1, -1) if window is None else (window, 0),
             softcap=layer.logit_cap,
             out=out,
             **extra,
@@ -164,26 +178,30 @@ class TritonPrefill(PrefillBackend):
 
     def __init__(self, runner: ModelRunner, *, wait: bool = True) -> None:
         super().__init__(runner)
-        keys, values = self.pool.views[0]
-        self.kv_heads, self.head_dim = keys.shape[1:]
+        self.kv_heads, self.head_dim = self.pool.views[0][0].shape[1:]
         if self.head_dim not in DIMS:
             raise Refused(
                 f"the prefix-prefill kernel takes head dimensions {', '.join(map(str, DIMS))}, not this model's "
                 f"{self.head_dim}: use --attention-backend flashinfer, which reads pages by slot"
             )
         self.q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
-        self.plan: Plan | None = None
-        calls = prefill_calls(
-            keys,
-            values,
-            q_dtype=runner.dtype,
-            q_heads=self.q_heads,
-            max_tokens=self.slots.shape[1],
-            page_tokens=self.page_tokens,
-            kinds=kinds_of_layers(runner),
-        )
-        wanted = {config: launches(some) for config, some in calls.items()}
-        self.compiling = Compiling("prefill kernels", wanted, device=keys.device)
+        #: By window.
+        self.plans: dict[int | None, Plan] = {}
+        calls = {
+            (window, config): some
+            for side, window in enumerate(self.windows)
+            for config, some in prefill_calls(
+                *self.runtime.memory.layer_views(0, side),
+                q_dtype=runner.dtype,
+                q_heads=self.q_heads,
+                max_tokens=self.slots.shape[1],
+                page_tokens=self.page_tokens,
+                window=window,
+                kinds=kinds_of_layers(runner, window),
+            ).items()
+        }
+        wanted = {key: launches(some) for key, some in calls.items()}
+        self.compiling = Compiling("prefill kernels", wanted, device=self.slots.device)
         self.runtime.compiling.append(self.compiling)
         if wait:
             self.compiling.wait()
@@ -192,25 +210,29 @@ class TritonPrefill(PrefillBackend):
                     call()
             torch.cuda.synchronize()
 
-    @property
-    def ready(self) -> bool:
-        """Whether the batch that `init_forward_metadata` was told of compiles nothing."""
-        return self.plan is not None and self.compiling.ready(self.plan.config)
+    def ready(self, window: int | None) -> bool:
+        """Whether the batch that `init_forward_metadata` was told of compiles nothing in layers with that window."""
+        plan = self.plans.get(window)
+        return plan is not None and self.compiling.ready((window, plan.config))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         contexts = _contexts(forward_batch)
         slots = self.runtime.batch + [0] * (len(contexts) - len(self.runtime.batch))
         runs = [self.runtime.runs(slot, context) for slot, context in zip(slots, contexts, strict=True)]
-        self.plan = plan_prefill(
-            forward_batch.extend_seq_lens_cpu,
-            runs,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            device=self.slots.device,
-            page_tokens=self.page_tokens,
-            kv_dtype=self.pool.dtype,
-        )
+        self.plans = {
+            window: plan_prefill(
+                forward_batch.extend_seq_lens_cpu,
+                runs,
+                q_heads=self.q_heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                device=self.slots.device,
+                page_tokens=self.page_tokens,
+                kv_dtype=self.pool.dtype,
+                window=window,
+            )
+            for window in self.windows
+        }
 
     def attend(
         self,
@@ -221,15 +243,15 @@ class TritonPrefill(PrefillBackend):
         sinks: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
-        assert self.plan is not None
+        plan = self.plans[window_of(layer)]
         # A captured batch is padded: rows behind those of the plan belong to no request.
-        rows = self.plan.rows
+        rows = plan.rows
         out = torch.empty_like(q) if out is None else out
         prefix_prefill(
             q[:rows],
             keys,
             values,
-            self.plan,
+            plan,
             scale=layer.scaling,
             out=out[:rows],
             soft_cap=layer.logit_cap,
@@ -240,28 +262,29 @@ class TritonPrefill(PrefillBackend):
 
 
 class Fastest(PrefillBackend):
-    """FlashAttention-3 or our kernel, whichever is the faster for a batch by the measured table. While our kernel is
-    being compiled FlashAttention-3 does all batches, so the server answers before that is done."""
+    """FlashAttention-3 or our kernel, whichever is the faster for a batch by the measured table, for layers of each
+    window. While our kernel is being compiled FlashAttention-3 does all batches, so the server answers before that is
+    done."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__(runner)
         self.fa3 = FlashAttention3(runner)
         self.ours = TritonPrefill(runner, wait=False)
-        self.chosen: PrefillBackend = self.fa3
+        self.chosen: dict[int | None, PrefillBackend] = {}
         self._said = False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         new, contexts, ours = forward_batch.extend_seq_lens_cpu, _contexts(forward_batch), self.ours
-        heads = ours.q_heads, ours.kv_heads
-        first = ours_before_fa3(new, contexts, *heads, ours.head_dim, str(self.slots.device), self.pool.dtype)
-        self.chosen = self.fa3
+        shape = ours.q_heads, ours.kv_heads, ours.head_dim, str(self.slots.device), self.pool.dtype
+        first = [window for window in self.windows if ours_before_fa3(new, contexts, *shape, window)]
         if first:
             ours.init_forward_metadata(forward_batch)
-            if ours.ready:
-                self.chosen = ours
-                return
+        taken = list(filter(ours.ready, first))
+        if len(taken) < len(first):
             self._say_once()
-        self.fa3.init_forward_metadata(forward_batch)
+        self.chosen = {window: ours if window in taken else self.fa3 for window in self.windows}
+        if self.fa3 in self.chosen.values():
+            self.fa3.init_forward_metadata(forward_batch)
 
     def _say_once(self) -> None:
         if not self._said:
@@ -272,16 +295,27 @@ class Fastest(PrefillBackend):
                 self.ours.compiling.left,
             )
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.chosen.forward_extend(*args, **kwargs)
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.chosen[window_of(layer)].attend(q, keys, values, layer, sinks, out)
 
 
-def kinds_of_layers(runner: ModelRunner) -> Collection[Kind]:
-    """A soft cap, scales and sinks of each kind of layer that this model has: each kind is a kernel of its own."""
-    pool = runner.token_to_kv_pool
-    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+def kinds_of_layers(runner: ModelRunner, window: int | None) -> Collection[Kind]:
+    """A soft cap, scales and sinks of each kind of layer with that window: each kind is a kernel of its own."""
+    pool, modules = runner.token_to_kv_pool, list(runner.model.modules())
+    layers = [module for module in modules if isinstance(module, RadixAttention) and window_of(module) == window]
     every = [(float(layer.logit_cap), pool.scales(layer, runner.dtype)) for layer in layers]
-    return {(cap > 0, scales is not None): (cap, scales, None) for cap, scales in every}.values()
+    # A model gives them with each call. Where it has any, layers without are compiled for as well.
+    sinks = next((m.sinks for m in modules if isinstance(getattr(m, "sinks", None), torch.Tensor)), None)
+    kinds = {(cap > 0, scales is not None): (cap, scales) for cap, scales in every}.values()
+    return [(*kind, some) for kind in kinds for some in ([None] if sinks is None else [None, sinks])]
 
 
 def _contexts(forward_batch: ForwardBatch) -> list[int]:

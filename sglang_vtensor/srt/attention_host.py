@@ -55,7 +55,7 @@ class HostAttentionBackend(AttentionBackend):
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
-        self.pool = runner.token_to_kv_pool
+        self.pool = self.token_to_kv_pool = runner.token_to_kv_pool  # models ask an attention backend for it
         self.runtime: Runtime = self.pool.runtime
         self.work: list[_Work] = []
 
@@ -82,6 +82,7 @@ class HostAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
         if save_kv_cache and k is not None:
@@ -99,7 +100,7 @@ class HostAttentionBackend(AttentionBackend):
             k_runs, v_runs = ([x[run].to(q.dtype).transpose(0, 1) for run in work.runs] for x in (keys, values))
             causal = work.mask is None and work.new == work.context > 1
             scale = layer.scaling * float(k_scale)
-            result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, scale)
+            result = _attend(rows[tokens].permute(1, 2, 0, 3), k_runs, v_runs, work.mask, causal, scale, sinks)
             out[tokens] = result.permute(2, 0, 1, 3) * v_scale
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -114,11 +115,13 @@ def _attend(
     mask: torch.Tensor | None,
     causal: bool,
     scale: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention over the runs as over one tensor: scores of all of them have one softmax. `q` is
-    `(kv_heads, group, new, head_dim)`, a run's `k` and `v` `(kv_heads, run, head_dim)`."""
+    `(kv_heads, group, new, head_dim)`, a run's `k` and `v` `(kv_heads, run, head_dim)`. `sinks`, one a query head, are
+    scores that take weight and give no value."""
     kv_heads, group, new, dim = q.shape
-    if len(k_runs) == 1:
+    if len(k_runs) == 1 and sinks is None:
         k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k_runs[0], v_runs[0]))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     # The heads that share a KV head are rows of one product, so that nothing of K and V is copied.
@@ -128,8 +131,12 @@ def _attend(
         mask = _causal_mask(new, new)
     if mask is not None:
         scores.unflatten(1, (group, new)).masked_fill_(~mask, float("-inf"))
+    if sinks is not None:
+        of_rows = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, new, 1).reshape(kv_heads, group * new, 1)
+        scores = torch.cat([scores, of_rows], dim=-1)
+    weights_of_all = scores.softmax(-1)[..., : sum(k.shape[1] for k in k_runs)]
     out = torch.zeros_like(rows)
-    for weights, v in zip(scores.softmax(-1).split([k.shape[1] for k in k_runs], dim=-1), v_runs, strict=True):
+    for weights, v in zip(weights_of_all.split([k.shape[1] for k in k_runs], dim=-1), v_runs, strict=True):
         out = torch.baddbmm(out, weights, v.float())
     return out.view(q.shape).to(q.dtype)
 

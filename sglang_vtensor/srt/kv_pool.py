@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+#: A tile of a kernel on a GPU begins up to so many tokens before the window of its first query: FlashAttention-3 takes
+#: up to 224 keys at a time, over FP8, and its tiles begin at multiples of that.
+BEFORE_WINDOW = 223
+
+
 class VTensorKVPool(MHATokenToKVPool):
     """A pool with room for `capacity` tokens that holds no memory until frames are handed out.
 
@@ -56,6 +61,7 @@ class VTensorKVPool(MHATokenToKVPool):
             reserve_pages = -(-reserve // layout.page_bytes)
         vmm = open_vmm(device)
         vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
+        window = sides.windows[-1]
         self.runtime = Runtime(
             KVMemory(
                 vmm,
@@ -67,7 +73,7 @@ class VTensorKVPool(MHATokenToKVPool):
             ),
             max_running + 1,
             sglang,
-            windows=sides.windows,
+            reach=None if window is None else window + (BEFORE_WINDOW if torch.device(device).type == "cuda" else 0),
         )
         super().__init__(
             (self.runtime.memory.placement.num_frames - 1) * layout.page_tokens,

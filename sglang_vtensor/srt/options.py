@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.vmm import page_units
-
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
@@ -331,8 +328,6 @@ def refuse_unsupported(
     default = "Run this model with --kv-backend default."
     if uses_mla:
         refuse(name, "multi-head latent attention (MLA) caches a compressed vector, not K and V", default)
-    if model.is_hybrid_swa or getattr(model, "sliding_window_size", None):
-        refuse(name, "its sliding-window layers keep only part of a context", default)
     if getattr(model, "is_encoder_decoder", False):
         refuse(name, "its encoder's K and V belong to no prefix", default)
     if model.v_head_dim != model.head_dim:
@@ -399,43 +394,3 @@ def asks_for_fp8_kv(model: Any) -> bool:
     if isinstance(scheme, str) and "FP4" in algorithm:
         return scheme.strip().upper() in ("FP8", "FLOAT8")
     return str(wanted).upper() == "FP8"
-
-
-def choose_page_size(args: Any, model: Any, *, attn_tp_size: int) -> int:
-    """Tokens a page: `--page-size`, or the smallest size that suits the model. Raises `Refused` for one that does not
-    fit the memory, the longest context, the cache or a chunk of prefill."""
-    page = layout_for(
-        args, model, device=args.device, page_tokens=args.page_size, attn_tp_size=attn_tp_size
-    ).page_tokens
-    context = model.context_len
-    if args.page_size is not None and page > context:
-        raise Refused(
-            f"--page-size {page} is longer than the longest context, {context} tokens: leave it out to have one chosen"
-        )
-    if args.max_total_tokens is not None and page > args.max_total_tokens:
-        raise Refused(f"--max-total-tokens {args.max_total_tokens} is less than one page of {page} tokens: give more")
-    chunk = args.chunked_prefill_size
-    if chunk is not None and chunk > 0 and chunk % page:
-        raise Refused(
-            f"--chunked-prefill-size {chunk} is not a multiple of the page size, {page} tokens: give "
-            f"--chunked-prefill-size {-(-chunk // page) * page}, or another --page-size"
-        )
-    return page
-
-
-def layout_for(args: Any, model: Any, *, device: str, page_tokens: int | None, attn_tp_size: int) -> KVLayout:
-    """The layout of the KV cache of one of `attn_tp_size` ranks for `model` on `device`. Raises `Refused` as
-    `KVLayout.choose` does, and `Unsupported` where the device has no virtual memory management."""
-    granularity, tile_tokens = page_units(device)
-    try:
-        return KVLayout.choose(
-            layers=model.num_hidden_layers,
-            kv_heads=model.get_num_kv_heads(attn_tp_size),
-            head_dim=model.head_dim,
-            dtype=kv_dtype(args, model),
-            granularity=granularity,
-            tile_tokens=tile_tokens,
-            page_tokens=page_tokens,
-        )
-    except ValueError as error:
-        raise Refused(str(error)) from error

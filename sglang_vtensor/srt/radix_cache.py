@@ -18,7 +18,7 @@ import heapq
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,8 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
-from sglang_vtensor.srt.runtime import Begun, Partial, Runtime, slots_of
+from sglang_vtensor.srt.runtime import Begun, Partial, RequestFrames, Runtime, slots_of
+from sglang_vtensor.srt.window_side import SIDE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -128,28 +129,50 @@ class PagedRadixCache(RadixCache):
     # Matching.
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """As SGLang does, by whole pages; and for a request, on into the next page (`req.vtensor_partial`)."""
+        """As SGLang does, by whole pages; and for a request, on into the next page (`req.vtensor_partial`). Where
+        layers see a window, up to where that is there."""
         result = super().match_prefix(params)
         req = params.req
         if req is None:
             return result
         req.vtensor_partial = None
-        if self.disable or self.page_size == 1 or getattr(req, "vtensor_whole_pages", False):
+        if self.disable:
             return result
-        matched = self.matched(result)
+        matched, node = self.matched(result), result.last_device_node
+        whole_pages = self.page_size == 1 or getattr(req, "vtensor_whole_pages", False)
         with self.runtime.memory.clock:
-            partial = self._inside_page(result.last_device_node, params.key[matched : matched + self.page_size])
+            found, partial = self._longest(node, params.key, whole_pages=whole_pages)
+        if found < matched:
+            result = super().match_prefix(replace(params, key=params.key[:found]))
         if partial is None:
             return result
         req.vtensor_partial = partial
         return self.longer(result, partial.tokens)
+
+    def _longest(self, node: TreeNode, key: RadixKey, *, whole_pages: bool) -> tuple[int, Partial | None]:
+        """How many tokens of whole pages a match of `key` that ends at `node` may keep, and what it finds inside the
+        next page. Where layers see a window, it ends where that is there: of pages before, or of what it finds inside.
+        """
+        window = self.runtime.window
+        frames = [] if window is None else self.path_frames(node)
+        found = node.depth if window is None else window.longest(frames) * self.page_size
+        while not whole_pages:
+            partial = self._inside_page(node, key[node.depth : node.depth + self.page_size])
+            if partial is not None:
+                count = node.depth // self.page_size
+                if window is None or window.whole(frames[:count], node.depth + partial.tokens):
+                    return node.depth, partial
+            if node.depth <= found:
+                break
+            node = node.parent
+        return found, None
 
     def _inside_page(self, node: TreeNode, rest: RadixKey) -> Partial | None:
         """The longest start of `rest` that a page behind `node` begins with."""
         best: Partial | None = None
         if not len(rest):
             return None
-        sglang = self.runtime.sglang
+        sglang, window = self.runtime.sglang, self.runtime.window
         mine = self._first(rest)
         for key, tail in node.tails:
             if tail.frame is not None and sglang.namespace(key) == mine[0]:
@@ -161,14 +184,20 @@ class PagedRadixCache(RadixCache):
                 tokens = key.match(rest)
                 if tokens > (best.tokens if best else 0):
                     best = Partial(begun.record.frames[begun.page], tokens, begun=begun)
+        # On each side of where the page would stand, the nearest one has the longest start in common with it.
         at = bisect_left(node.firsts, mine)
-        for namespace, first in node.firsts[max(0, at - 1) : at + 1]:
-            if namespace != mine[0]:
-                continue
-            child = node.children[sglang.like(rest, first).child_key(self.page_size)]
-            tokens = child.key.match(rest)
-            if tokens > (best.tokens if best else 0):
-                best = Partial(child.frames[0], tokens, node=child)
+        for side in (range(at - 1, -1, -1), range(at, len(node.firsts))):
+            for n in side:
+                namespace, first = node.firsts[n]
+                if namespace != mine[0]:
+                    break  # behind it there are only others
+                child = node.children[sglang.like(rest, first).child_key(self.page_size)]
+                if window is not None and not window.there(child.frames[0]):
+                    continue
+                tokens = child.key.match(rest)
+                if tokens > (best.tokens if best else 0):
+                    best = Partial(child.frames[0], tokens, node=child)
+                break
         return best
 
     def path_frames(self, node: TreeNode) -> list[int]:
@@ -244,10 +273,13 @@ class PagedRadixCache(RadixCache):
         runtime = self.runtime
         slot = runtime.sglang.slot(req)
         record = runtime.requests[slot]
+        record.awaited = False
         key = runtime.sglang.key(req, tokens).page_aligned(self.page_size)
         full = len(key) // self.page_size
         if full < record.protected:
             return  # less is to be kept of it than the tree has: --strip-thinking-cache, behind a retraction
+        if runtime.window is not None and not self._mend(record, key):
+            return  # there is no memory for what the tree's pages lack: it keeps its own
         frames = record.frames[:full]
         result = self.insert(self.insertion(req, key, slots_of(frames, self.page_size), frames))
         leaf, had = result.last_device_node, result.prefix_len // self.page_size
@@ -261,7 +293,11 @@ class PagedRadixCache(RadixCache):
                 table = self.req_to_token_pool
                 slots = slots_of(theirs, self.page_size)
                 table.write((slot, where), slots.to(table.req_to_token.device, non_blocking=True))
-        record.protected = full
+        if runtime.window is not None:
+            runtime.window.hold(record.frames[max(record.protected, record.behind) : full])
+        record.protected, record.leaf = full, leaf
+        if runtime.window is not None:
+            runtime.window.slide(record, len(tokens))
         if runtime.sharing is not None and not over:
             runtime.sharing.changed(slot)
         self.hold(req, leaf, len(key))
@@ -274,6 +310,25 @@ class PagedRadixCache(RadixCache):
         known = [(other, one) for other, one in node.begun if one.record is not begun.record]
         node.begun = [*(pair for pair in known if self.runtime.writes_in(pair[1])), (key, begun)][-MAX_TAILS:]
 
+    def _mend(self, record: RequestFrames, key: RadixKey) -> bool:
+        """Pages of the tree that the request is to read from now on, and whose window is gone, get it again: from the
+        request's own, which are equal. False where a rank has no memory for that."""
+        runtime, window = self.runtime, self.runtime.window
+        assert window is not None
+        result = super().match_prefix(MatchPrefixParams(key=key))
+        theirs = self.path_frames(result.last_device_node)
+        lacking = window.lacking(record, theirs)
+        if not lacking:
+            return True
+        frames = [theirs[n] for n in lacking]
+        mended = runtime.memory.back_again(SIDE, frames)
+        if not runtime.agree(mended):
+            if mended:
+                runtime.memory.let_go(SIDE, frames)
+            return False
+        runtime.copies += [(record.frames[n], theirs[n], self.page_size, (SIDE,)) for n in lacking]
+        return True
+
     def end_request(self, req: Req, written: int, *, kept: bool) -> None:
         """The request is over, with `written` tokens. What of it is `kept`, the tree has by now (`advance`): its
         unfilled last page is remembered too. The rest goes back to the pool."""
@@ -284,7 +339,10 @@ class PagedRadixCache(RadixCache):
             memory.free(record.frames[record.protected :])
             return
         full = record.protected
-        tail = full < memory.layout.pages_for(written)
+        # Where the tree did not take all of its full pages, there is no node that the last one follows. Where less is
+        # kept than was computed, that page may be behind the window.
+        tail = written // self.page_size == full and written % self.page_size > 0
+        tail = tail and (runtime.window is None or runtime.window.there(record.frames[full]))
         memory.free(record.frames[full + tail :])
         with memory.clock:
             if tail:
@@ -423,6 +481,8 @@ class PagedRadixCache(RadixCache):
             assert node.firsts == sorted(self._first(child.key) for child in node.children.values())
             assert node.saved == max(0, len(node.children) - 1) * node.depth
         assert self._shared == sorted((node.saved, node.id, node) for node in nodes if node.saved)
+        if self.runtime.window is not None:
+            self.runtime.window.check_integrity(self.runtime.requests.values(), nodes)
         for node in nodes:
             assert node.depth == node.parent.depth + len(node.key)
             assert len(node.frames) * self.page_size == len(node.key) == len(node.value)

@@ -21,6 +21,7 @@ from sglang_vtensor.history import History
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.srt.memory_map import LINES, lines
+from sglang_vtensor.srt.window_side import WindowSide
 from sglang_vtensor.tails import Tail
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ NO_SHARING = dict.fromkeys(("decode_steps_shared", "decode_steps_plain", "shared
 @dataclass(slots=True)
 class RequestFrames:
     """The frames of a running request, in the order of its tokens; the first `protected` of them are the tree's. Those
-    before `own` were there before it, and those before `behind` are behind its windows."""
+    before `own` were there before it, and those before `behind` are behind its window. `leaf` is the tree's node that
+    the `protected` ones end with. It is `awaited` from an extend batch until the tree has got what that computed."""
 
     frames: list[int]
     protected: int
     own: int
     behind: int = 0
+    leaf: Any = None
+    awaited: bool = False
 
     def ask(self, count: int) -> Ask:
         """What to ask the memory for, to get `count` more frames behind the last one."""
@@ -81,22 +85,20 @@ def slots_of(frames: Sequence[int], tokens: int) -> torch.Tensor:
 
 
 class Runtime:
-    """Ties a `KVMemory` to SGLang's request slots, of which there are `request_slots`. `windows[side]` says how far
-    back a side is read; None: to the start."""
+    """Ties a `KVMemory` to SGLang's request slots, of which there are `request_slots`. `reach` says how many tokens
+    before one the second side is read, where there are two."""
 
-    def __init__(
-        self, memory: KVMemory, request_slots: int, sglang: Requests, *, windows: Sequence[int | None] = (None,)
-    ) -> None:
+    def __init__(self, memory: KVMemory, request_slots: int, sglang: Requests, *, reach: int | None = None) -> None:
         self.memory = memory
-        self.windows = windows
+        self.window = None if reach is None else WindowSide(memory, reach)
         self.request_slots = request_slots
         #: How the running version of SGLang keeps requests.
         self.sglang = sglang
         self.requests: dict[int, RequestFrames] = {}
         #: The request slots of the batch that is being launched, in its order; else none.
         self.batch: list[int] = []
-        #: Copies that the next batch begins with: source frame, target frame, tokens.
-        self.copies: list[tuple[int, int, int]] = []
+        #: Copies that the next batch begins with: source frame, target frame, tokens, and of which sides.
+        self.copies: list[tuple[int, int, int, Sequence[int]]] = []
         self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []  # of batches that are done
         #: Where decode may read what requests share once.
@@ -168,27 +170,25 @@ class Runtime:
         record = begun.record
         return self.requests.get(begun.slot) is record and record.behind <= begun.page == record.protected
 
-    def slide(self, record: RequestFrames, start: int) -> None:
-        """The next batch computes the request's tokens from `start` on. Frames that lie behind a window of all these
-        tokens lose their memory on that window's side: only the request's own frames, as others may read the tree's."""
-        for side, window in enumerate(self.windows):
-            stop = 0 if window is None else max(0, start - window) // self.page_tokens
-            first = max(record.behind, record.protected)
-            if stop > first:
-                self.memory.let_go(side, record.frames[first:stop])
-                record.behind = stop
+    def drop(self, slot: int) -> None:
+        """Forget a request that has nothing of its own."""
+        record = self.requests.pop(slot)
+        if self.window is not None:
+            self.window.ends(record)
 
     def copy_partials(self) -> None:
         """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
         sources, and that may still write to what the targets were before."""
         with self.memory.clock:
-            for source, target, tokens in self.copies:
-                self.memory.copy_tokens(source, target, tokens)
+            for source, target, tokens, sides in self.copies:
+                self.memory.copy_tokens(source, target, tokens, sides)
         self.copies.clear()
 
     def end_request(self, slot: int, allocated_tokens: int) -> RequestFrames:
         """Take the record of a request that is over. The frame of a next token that is not to come is freed."""
         record = self.requests.pop(slot)
+        if self.window is not None:
+            self.window.ends(record)
         if self.sharing is not None:
             self.sharing.left(slot)
         used = self.memory.layout.pages_for(allocated_tokens)
@@ -232,6 +232,8 @@ class Runtime:
         """Forget every request and free every page: the caches are flushed."""
         self.requests.clear()
         self.copies.clear()
+        if self.window is not None:
+            self.window.holders.clear()
         if self.sharing is not None:
             self.sharing.clear()
         self.memory.free_all()
@@ -275,3 +277,7 @@ class Runtime:
             runs = [first + n for first, count in self.runs(slot, context) for n in range(count)]
             assert runs == own, f"slot {slot}: not its frames in its runs"
             assert all(map(self.memory.backing.uses, frames)), f"slot {slot}: frames without memory"
+            if self.window is not None:
+                behind = self.requests[slot].behind
+                assert behind <= self.window.first(context - 1), f"slot {slot}: {behind} frames are behind its window"
+                assert all(map(self.window.there, frames[behind:])), f"slot {slot}: no memory within its window"

@@ -151,12 +151,7 @@ def spare(runtime: Runtime, retracted: list[Any], aborted: list[Any], may_wait: 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     runtime = runtime_of(scheduler)
     host = scheduler.device == "cpu"
-    if runtime.copies:
-        if host:
-            runtime.copy_partials()
-        else:
-            with scheduler.device_module.stream(_forward_stream(scheduler)):
-                runtime.copy_partials()
+    _copy(runtime, scheduler)
     with runtime.memory.clock:
         runtime.batch = [runtime.sglang.slot(req) for req in batch.reqs]
     if runtime.sharing is not None and batch.forward_mode.is_decode():
@@ -174,6 +169,18 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     return result
 
 
+def _copy(runtime: Runtime, scheduler: Any) -> bool:
+    """Make the copies that are to come before the next batch. Whether there were any."""
+    if not runtime.copies:
+        return False
+    if scheduler.device == "cpu":
+        runtime.copy_partials()
+    else:
+        with scheduler.device_module.stream(_forward_stream(scheduler)):
+            runtime.copy_partials()
+    return True
+
+
 def _forward_stream(scheduler: Any) -> Any:
     """The stream that batches run on, one after another."""
     return scheduler.forward_stream if scheduler.enable_overlap else scheduler.device_module.current_stream()
@@ -181,6 +188,9 @@ def _forward_stream(scheduler: Any) -> Any:
 
 def on_idle(original: Callable[..., None], scheduler: Any) -> None:
     runtime = runtime_of(scheduler)
+    # Before what they read is given back, as no batch may come. Nothing else waits for the device here.
+    if _copy(runtime, scheduler) and scheduler.device != "cpu":
+        _forward_stream(scheduler).synchronize()
     finish_release(scheduler)
     scheduler.vtensor_elastic.tick(scheduler.waiting_queue)
     runtime.idle()

@@ -23,6 +23,7 @@ from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.srt.attention_cuda import kinds_of_layers
 from sglang_vtensor.srt.batch_sharing import BatchSharing
 from sglang_vtensor.srt.runtime import Runtime
+from sglang_vtensor.srt.windows import window_of
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -60,6 +61,11 @@ class SharedDecodeBackend(AttentionBackend):
             device=memory.vmm.device,
             kv_dtype=memory.layout.dtype,
         )
+        #: By window: layers that see one have a plan of their own.
+        self.decoders = {
+            window: self.decoder if window is None else self.decoder.for_window(window)
+            for window in self.pool.sides.windows
+        }
         self.sharing = self.runtime.sharing = BatchSharing(
             self.runtime,
             requests=self.decoder.max_requests,
@@ -68,10 +74,21 @@ class SharedDecodeBackend(AttentionBackend):
             capability=capability(memory.vmm.device),
             kv_dtype=memory.layout.dtype,
         )
-        rehearsal = partial(
-            self.decoder.rehearse, self.table, *self.pool.views[0], q_dtype=runner.dtype, kinds=kinds_of_layers(runner)
-        )
-        compiling = Compiling("shared decode", {"step": launches([rehearsal])}, device=memory.vmm.device)
+        wanted = {
+            window: launches(
+                [
+                    partial(
+                        decoder.rehearse,
+                        self.table,
+                        *memory.layer_views(0, side),
+                        q_dtype=runner.dtype,
+                        kinds=kinds_of_layers(runner, window),
+                    )
+                ]
+            )
+            for side, (window, decoder) in enumerate(self.decoders.items())
+        }
+        compiling = Compiling("shared decode", wanted, device=memory.vmm.device)
         self.runtime.compiling.append(compiling)
         compiling.wait()  # its graphs are captured next
         #: Set while the graphs of shared batches are captured.
@@ -111,7 +128,8 @@ class SharedDecodeBackend(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if self.shared:
-            self.decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
+            for decoder in self.decoders.values():
+                decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
         else:
             self.inner.init_forward_metadata_in_graph(forward_batch)
 
@@ -167,7 +185,7 @@ class SharedDecodeBackend(AttentionBackend):
             return self.inner.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **extra)
         if save_kv_cache and k is not None:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale)
-        result = self.decoder(
+        result = self.decoders[window_of(layer)](
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
             *self.pool.views[layer.layer_id - self.pool.start_layer],
             scale=layer.scaling,

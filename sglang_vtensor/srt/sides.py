@@ -1,15 +1,17 @@
-"""Which layers of a model are on which side of the memory, and how far back each side is needed.
+"""Which layers of a model are on which side of the memory, and how far back each side is read.
 
-Models with sliding windows are not served yet; what serves them is here, and tested: a side whose layers see a window
-keeps memory for that window only.
+Layers that see a window are on a side of their own, which keeps memory for that window only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sglang_vtensor.layout import KVLayout
+import torch
+
+from sglang_vtensor.layout import LARGEST_PAGE_BYTES, LARGEST_WASTE, PAGE_TOKENS, KVLayout
 
 
 @dataclass(frozen=True)
@@ -23,23 +25,89 @@ class Sides:
     windows: Sequence[int | None]
 
     @classmethod
-    def of(cls, layout: KVLayout, windows: Sequence[int | None]) -> Sides:
-        """Of a model whose layers have these windows, from the layout of all its layers together. Raises `ValueError`
-        where no layer reads all tokens, or where the windows differ."""
+    def choose(
+        cls,
+        windows: Sequence[int | None],
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        granularity: int,
+        tile_tokens: int = 1,
+        page_tokens: int | None = None,
+    ) -> Sides:
+        """Of a model whose layers have these windows: layouts as of `KVLayout.choose`, with as many tokens a page on
+        each side. Raises `ValueError` as that does, and where no layer reads all tokens, or where the windows differ.
+        """
         kinds: list[int | None] = list(dict.fromkeys([None, *windows]))
         if None not in windows or len(kinds) > 2:
             raise ValueError(f"windows {list(windows)}: layers that read all tokens, and one window of others, wanted")
-        of_side: list[list[int]] = [[i for i, window in enumerate(windows) if window == kind] for kind in kinds]
-        layouts = [layout]
-        if len(kinds) > 1:
+        counts = [sum(window == kind for window in windows) for kind in kinds]
+        if len(kinds) == 1:
             layouts = [
-                replace(layout, layers=len(some), stride_bytes=layout.kv_bytes // layout.layers * len(some))
-                for some in of_side
+                KVLayout.choose(
+                    layers=counts[0],
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    granularity=granularity,
+                    tile_tokens=tile_tokens,
+                    page_tokens=page_tokens,
+                )
             ]
-        layers = sorted((i, side, number) for side, some in enumerate(of_side) for number, i in enumerate(some))
-        return cls(layouts, [(side, number) for _, side, number in layers], kinds)
+        else:
+            layer_bytes = 2 * kv_heads * head_dim * dtype.itemsize
+
+            def of(tokens: int) -> list[KVLayout]:
+                """Strides are multiples of 256 bytes where they have padding: TMA and cache lines like that."""
+                unit = math.lcm(granularity // math.gcd(granularity, tokens), 256)
+                strides = [count * layer_bytes for count in counts]
+                strides = [s if s * tokens % granularity == 0 else -(-s // unit) * unit for s in strides]
+                return [
+                    KVLayout(count, kv_heads, head_dim, dtype, tokens, stride, granularity)
+                    for count, stride in zip(counts, strides, strict=True)
+                ]
+
+            sizes = [tokens for tokens in PAGE_TOKENS if tokens % tile_tokens == 0]
+            layouts = _shortest([of(tokens) for tokens in sizes])
+            if page_tokens is not None and page_tokens != layouts[0].page_tokens:
+                layouts = of(page_tokens) if page_tokens > 0 and page_tokens % tile_tokens == 0 else []
+                if not layouts or any(layout.waste for layout in layouts):
+                    fits = [str(tokens) for tokens in sizes if not any(layout.waste for layout in of(tokens))]
+                    of_all, of_windows = (count * layer_bytes for count in counts)
+                    raise ValueError(
+                        f"--page-size {page_tokens} cannot be mapped: layers that read all tokens have {of_all} bytes "
+                        f"a token, and those that see a window {of_windows}. Each must make pages of whole "
+                        f"{granularity} bytes and of whole tiles of {tile_tokens} tokens. Sizes that fit: "
+                        f"{', '.join(fits) or 'none'}. Leave --page-size out to have one chosen "
+                        f"({_shortest([of(tokens) for tokens in sizes])[0].page_tokens})."
+                    )
+        number = [0] * len(kinds)
+        layers = []
+        for window in windows:
+            side = kinds.index(window)
+            layers.append((side, number[side]))
+            number[side] += 1
+        return cls(layouts, layers, kinds)
+
+    @property
+    def page_tokens(self) -> int:
+        return self.layouts[0].page_tokens
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page of each side."""
+        return sum(layout.page_bytes for layout in self.layouts)
+
+    @property
+    def waste(self) -> float:
+        """The share of these that is padding."""
+        return 1 - self.page_tokens * sum(layout.kv_bytes for layout in self.layouts) / self.page_bytes
 
 
-def sides_of(layout: KVLayout) -> Sides:
-    """Of a model that is served today: every layer reads all tokens."""
-    return Sides.of(layout, [None] * layout.layers)
+def _shortest(choices: Sequence[list[KVLayout]]) -> list[KVLayout]:
+    """The first one with little padding on each side, and pages that are not too large; else the one with the least."""
+    for layouts in choices:
+        if all(one.waste <= LARGEST_WASTE and one.page_bytes <= LARGEST_PAGE_BYTES for one in layouts):
+            return layouts
+    return min(choices, key=lambda layouts: max(layout.waste for layout in layouts))

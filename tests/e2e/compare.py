@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tests.harness import Answer, Request, Scheduler, side_by_side
 
@@ -46,16 +47,23 @@ def answers_of_both(
 def both(
     reference: Scheduler, ours: Scheduler, requests: list[Request], *, tie: float, cached: list[int] | None = None
 ) -> list[Answer]:
-    """Run the requests at once on both, compare, check the invariants; and how many tokens ours did not compute again.
-    Returns the reference's answers, from which a conversation goes on, so that both sides are always asked the same."""
+    """Run the requests at once on both, compare, check the invariants; and how many tokens ours did not compute again:
+    of a model whose layers see a window, so many at most, as the window may be gone. Returns the reference's answers,
+    from which a conversation goes on, so that both sides are always asked the same."""
     expected, got = answers_of_both(reference, ours, requests)
     for request, theirs, mine in zip(requests, expected, got, strict=True):
         assert_same(theirs, mine, tie=tie, what=request.rid)
     if cached is not None:
         found = [answer.cached for answer in got]
-        assert found == cached, f"cached: {found}, wanted: {cached}"
+        exact = ours.call(_window) is None
+        good = found == cached if exact else all(a <= b for a, b in zip(found, cached, strict=True))
+        assert good, f"cached: {found}, wanted: {cached}"
     ours.check()
     return expected
+
+
+def _window(scheduler: Any) -> Any:
+    return scheduler.token_to_kv_pool_allocator.runtime.window and True
 
 
 @contextlib.contextmanager

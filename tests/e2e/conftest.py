@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from sglang_vtensor import demo, tiny_model
+from tests import windowed_models
 from tests.harness import Scheduler
 
 
@@ -17,6 +18,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {
         "gqa": tiny_model.build(root / "gqa"),
         "mha": tiny_model.build(root / "mha", layers=2, heads=4, kv_heads=4),
+        "gemma3": windowed_models.gemma3(root / "gemma3", window=41),
+        "gpt_oss": windowed_models.gpt_oss(root / "gpt_oss", window=41),
     }
 
 

@@ -125,14 +125,12 @@ def parse(arguments, said):
         ),
         (
             {
-                "architectures": ["GptOssForCausalLM"],
-                "model_type": "gpt_oss",
+                "architectures": ["Gemma2ForCausalLM"],
+                "model_type": "gemma2",
                 "sliding_window": 128,
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
             },
-            "GptOssForCausalLM: its sliding-window layers",
+            "Gemma2ForCausalLM: of models whose layers see a window, it serves GptOssForCausalLM, Gemma3",
         ),
     ],
     ids=["mla", "sliding-window"],

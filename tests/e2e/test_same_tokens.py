@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having
 from tests.harness import Abort, Request, side_by_side
 
@@ -13,6 +14,12 @@ CONTESTANTS = [
     pytest.param(("gqa", "float32", 64), id="gqa-float32-page64"),
     pytest.param(("mha", "float32", 16), id="mha-float32-page16"),
     pytest.param(("gqa", "bfloat16", 16), id="gqa-bfloat16-page16"),
+]
+#: Layers that see a window of 40 tokens: two and a half pages of 16, and less than one of 64.
+CONTESTANTS += [
+    pytest.param((model, "float32", page), id=f"{model}-float32-page{page}")
+    for model in versions.WINDOWED
+    for page in (16, 64)
 ]
 
 

@@ -15,7 +15,7 @@ from sglang_vtensor.srt.kv_pool import VTensorKVPool
 from sglang_vtensor.srt.options import Options
 from sglang_vtensor.srt.runtime import RequestFrames
 from sglang_vtensor.srt.shared_decode import SharedDecodeBackend
-from sglang_vtensor.srt.sides import sides_of
+from sglang_vtensor.srt.sides import Sides
 from tests import versions
 from tests.kernels.reference import DEVICE, assert_close, one_by_slot
 
@@ -43,10 +43,12 @@ class Inner:
 class Server:
     """A pool of memory with requests in it, and a backend."""
 
-    def __init__(self, layout, monkeypatch):
+    def __init__(self, layout, monkeypatch, window=None):
+        """With a `window`, the second layer sees one, and is on a side of its own."""
+        plain = Sides([layout], [(0, n) for n in range(layout.layers)], [None])
         self.pool = VTensorKVPool(
             64 * PAGE,
-            sides=sides_of(layout),
+            sides=plain if window is None else Sides([layout, layout], [(0, 0), (1, 0)], [None, window]),
             options=Options(kv_backend="vtensor"),
             device=DEVICE,
             max_running=7,
@@ -79,7 +81,7 @@ class Server:
         self.runner.req_to_token_pool.req_to_token[slot, :context] = slots[:context].to(DEVICE, torch.int32)
         return int(slots[context - 1])
 
-    def decode(self, slots, contexts, layer=1, meanwhile=None, **extra):
+    def decode(self, slots, contexts, layer=1, meanwhile=None, window=None, **extra):
         """A step, as the scheduler begins it and the model runs it. The result, and what it should be. `meanwhile` is
         called when SGLang would write to the table of slots again: once the graph is launched."""
         seq_lens = torch.tensor(contexts, device=DEVICE)
@@ -98,6 +100,7 @@ class Server:
             v_head_dim=DIM,
             scaling=DIM**-0.5,
             logit_cap=0.0,
+            sliding_window_size=window,
             k_scale=None,
             v_scale=None,
         )
@@ -117,18 +120,19 @@ class Server:
         keys, values = self.pool.k_buffer[layer], self.pool.v_buffer[layer]
         expected = []
         for row, at in zip(q.view(-1, Q_HEADS, DIM), slots_of, strict=True):
-            expected.append(one_by_slot(row, keys, values, at).flatten())
+            seen = at if window is None else at[max(0, len(at) - 1 - window) :]
+            expected.append(one_by_slot(row, keys, values, seen).flatten())
         return out, torch.stack(expected)
 
 
 @pytest.fixture
-def server(monkeypatch):
+def layout():
     from sglang_vtensor.layout import KVLayout
     from sglang_vtensor.vmm import page_units
 
     granularity, _ = page_units(DEVICE)
     layers = max(2, granularity // (2 * KV_HEADS * DIM * 2 * PAGE))
-    layout = KVLayout.choose(
+    return KVLayout.choose(
         layers=layers,
         kv_heads=KV_HEADS,
         head_dim=DIM,
@@ -137,11 +141,19 @@ def server(monkeypatch):
         tile_tokens=PAGE,
         page_tokens=PAGE,
     )
-    server = Server(layout, monkeypatch)
-    monkeypatch.setattr(server.runtime.sharing, "token_bytes", 1 << 40)  # whatever is shared pays
-    monkeypatch.setattr(server.runtime.sharing, "capability", 0)  # and nothing else
+
+
+@pytest.fixture
+def server(layout, monkeypatch):
+    server = served(Server(layout, monkeypatch), monkeypatch)
     yield server
     server.runtime.memory.close()
+
+
+def served(server, monkeypatch):
+    monkeypatch.setattr(server.runtime.sharing, "token_bytes", 1 << 40)  # whatever is shared pays
+    monkeypatch.setattr(server.runtime.sharing, "capability", 0)  # and nothing else
+    return server
 
 
 def fill(server):
@@ -174,6 +186,28 @@ def test_a_batch_that_shares_is_read_once_and_others_go_through(server):
     tokens = 2 * 5 * PAGE + 5 * PAGE + 5 * PAGE
     assert stats["shared_bytes_saved"] == tokens * server.runtime.memory.layout.kv_bytes
     assert server.backend.some_state == "of the inner one"
+
+
+def test_layers_that_see_a_window_have_a_plan_of_their_own(layout, monkeypatch):
+    """One step of a model with both kinds. What is behind all windows has no memory on their side: to read there would
+    be a fault."""
+    window = PAGE + 5
+    server = served(Server(layout, monkeypatch, window), monkeypatch)
+    memory = server.runtime.memory
+    stem = server.frames(5)
+    contexts = {1: 5 * PAGE + 2, 4: 7 * PAGE + 1, 2: 6 * PAGE}
+    for slot, context in contexts.items():
+        server.admit(slot, stem, -(-context // PAGE) - 5, context)
+    fill(server)
+    memory.let_go(1, stem[:3])
+    memory.complete(memory.launch())
+    with memory.held_still():
+        memory.backings[1].trim(0)
+    for layer, seen in ((1, window), (0, None), (1, window)):
+        out, expected = server.decode([4, 1, 2], [contexts[slot] for slot in (4, 1, 2)], layer=layer, window=seen)
+        assert_close(out, expected)
+    assert server.inner.calls == []
+    memory.close()
 
 
 def test_pages_that_are_swapped_for_equal_ones(server):

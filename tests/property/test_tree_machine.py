@@ -6,7 +6,8 @@ cached, and whatever a batch reads by SGLang's table of slots or by runs, must r
 splits, duplicates, evictions and retractions. And what a batch reads stays where it reads it until that batch is
 done.
 
-With many addresses and with so few that they are always short.
+With many addresses and with so few that they are always short. Also with layers that see a window, on a side of their
+own: there a token's KV must be what it is as long as a window reaches it, and takes no memory after that.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from tests import versions
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
 #: Batches that were launched and are not done, at most.
 FLYING = 3
+#: Tokens that a window reaches back; None: there is no such side.
+REACHES = [None, None, 1, 5, 11]
 POLICIES = ["lru", "lfu", "fifo", "filo", "priority", "slru", *versions.MORE_POLICIES]
 
 
@@ -74,8 +77,9 @@ class TreeMachine(RuleBasedStateMachine):
         page_tokens=st.sampled_from([1, 4, 8]),
         policy=st.sampled_from(POLICIES),
         scarce=st.booleans(),
+        reach=st.sampled_from(REACHES),
     )
-    def build(self, page_tokens: int, policy: str, scarce: bool) -> None:
+    def build(self, page_tokens: int, policy: str, scarce: bool, reach: int | None = None) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -83,7 +87,7 @@ class TreeMachine(RuleBasedStateMachine):
         capacity, lane = CAPACITY_TOKENS // page_tokens, lane_frames_for(CONTEXT // page_tokens)
         self.memory = KVMemory(
             HostVirtualMemory(),
-            layout,
+            [layout] * (1 if reach is None else 2),
             capacity_pages=capacity,
             max_tokens=CONTEXT,
             reserve_pages=2,
@@ -93,7 +97,8 @@ class TreeMachine(RuleBasedStateMachine):
             lane_frames=lane,
         )
         self.sglang = patches.load().requests
-        self.runtime = Runtime(self.memory, ROWS + 1, self.sglang)
+        self.runtime = Runtime(self.memory, ROWS + 1, self.sglang, reach=reach)
+        self.window = self.runtime.window
         kvcache = SimpleNamespace(page_size=page_tokens, dtype=torch.float32, device="cpu", runtime=self.runtime)
         allocator = versions.allocator(CAPACITY_TOKENS, kvcache)
         self.rows = ReqToTokenPool(ROWS, CONTEXT, "cpu", False)
@@ -107,9 +112,12 @@ class TreeMachine(RuleBasedStateMachine):
             )
         )
         self.tokens_a_page = page_tokens
-        self.keys = self.memory.layer_views(0)[0]
-        #: Batches in flight: the epoch, the frames that it reads with the page of each, and what it reads there.
-        self.flying: list[tuple[int, dict[int, Handle], list[float]]] = []
+        #: Of each side.
+        self.sides = [self.memory.layer_views(0, side)[0] for side in range(len(self.memory.sides))]
+        self.keys = self.sides[0]
+        #: Batches in flight: the epoch, the side and the frames that it reads there with the page of each, and what it
+        #: reads.
+        self.flying: list[tuple[int, int, dict[int, Handle], list[float]]] = []
         self.wrote: dict[Handle, int] = {}  # the last batch that did, by page
         self.requests: list[SimpleNamespace] = []
         self.waiting: list[SimpleNamespace] = []
@@ -118,19 +126,36 @@ class TreeMachine(RuleBasedStateMachine):
         self.spoken: list[list[int]] = [[1, 2, 3]]  # texts that others may begin with
 
     def cached(self):
-        """Every text of which the tree says that it is there, with what follows in unfinished pages; and whose."""
-        stack = [(self.tree.root_node, [])]
+        """Every text of which the tree says that it is there, with what follows in unfinished pages; the frames that it
+        is in; and whose."""
+        stack = [(self.tree.root_node, [], [])]
         while stack:
-            node, before = stack.pop()
-            text = before + list(node.key.token_ids)
-            yield self.sglang.namespace(node.key), text
+            node, before, frames = stack.pop()
+            text, frames = before + list(node.key.token_ids), [*frames, *node.frames]
+            yield self.sglang.namespace(node.key), text, frames
             for key, tail in node.tails:
                 if tail.frame is not None and self.tokens_a_page > 1:
-                    yield self.sglang.namespace(key), text + list(key.token_ids)
+                    yield self.sglang.namespace(key), text + list(key.token_ids), [*frames, tail.frame]
             for key, begun in node.begun:
                 if self.runtime.writes_in(begun):
-                    yield self.sglang.namespace(key), text + list(key.token_ids)
-            stack += [(child, text) for child in node.children.values()]
+                    page = begun.record.frames[begun.page]
+                    yield self.sglang.namespace(key), text + list(key.token_ids), [*frames, page]
+            stack += [(child, text, frames) for child in node.children.values()]
+
+    def reusable(self, namespace: str, tokens: list[int], *, windows: bool = True) -> int:
+        """Up to which of these tokens something is cached; with `windows`, and so is all that the next one reads."""
+        longest, size = 0, self.tokens_a_page
+        for whose, text, frames in self.cached():
+            if whose == namespace:
+                same = common(tokens, text)
+                if self.window is None or not windows:
+                    longest = max(longest, same)
+                    continue
+                for end in (same, *range(same // size * size, 0, -size)):
+                    # What is behind whole pages is copied from a page that has all of it.
+                    if self.window.whole(frames[: -(-end // size)], end):
+                        longest = max(longest, end)
+        return longest
 
     # What SGLang's scheduler does, in its order.
 
@@ -147,25 +172,35 @@ class TreeMachine(RuleBasedStateMachine):
         record.frames.extend(placed[0])
         return True
 
-    def page(self, frame: int) -> Handle | None:
+    def page(self, frame: int, side: int = 0) -> Handle | None:
         """What is mapped at a frame."""
-        return self.memory.backing._pages.get(frame)
+        return self.memory.backings[side]._pages.get(frame)
 
     def write(self, req: SimpleNamespace, upto: int) -> None:
-        """The KV of the tokens up to there, by slot."""
+        """The KV of the tokens up to there, by slot, on all sides; behind the copies that the batch begins with."""
+        for _, target, _, sides in self.runtime.copies:
+            for side in sides:
+                self.wrote[self.page(target, side)] = self.memory.next_epoch
+        self.runtime.copy_partials()
         record = self.runtime.requests[self.sglang.slot(req)]
         tokens = req.origin_input_ids + req.output_ids
         slots = slots_of(record.frames, self.tokens_a_page)[:upto]
         self.rows.req_to_token[self.sglang.slot(req), req.written : upto] = slots[req.written :]
         for i in range(req.written, upto):
-            self.keys[slots[i]] = float(content(self.sglang.namespace(req), tokens[: i + 1]))
+            for keys in self.sides:
+                keys[slots[i]] = float(content(self.sglang.namespace(req), tokens[: i + 1]))
         for frame in record.frames[req.written // self.tokens_a_page :]:
-            self.wrote[self.page(frame)] = self.memory.next_epoch
+            for side in range(len(self.sides)):
+                self.wrote[self.page(frame, side)] = self.memory.next_epoch
         req.written = upto
 
-    def grow(self, req: SimpleNamespace, upto: int) -> bool:
+    def grow(self, req: SimpleNamespace, upto: int, *, awaited: bool = False) -> bool:
         if not self.take(req, upto):
             return False
+        if self.window is not None:
+            record = self.runtime.requests[self.sglang.slot(req)]
+            self.window.slide(record, req.written)
+            record.awaited = awaited
         self.write(req, upto)
         return True
 
@@ -178,8 +213,10 @@ class TreeMachine(RuleBasedStateMachine):
             float(content(self.sglang.namespace(req), tokens[: i + 1])) for i in range(whole, whole + partial.tokens)
         ]
         assert 0 < partial.tokens < self.tokens_a_page
-        source = self.keys[partial.frame * self.tokens_a_page :][: partial.tokens, 0, 0]
-        assert source.tolist() == expected, "a page does not begin as its tokens say"
+        for side, keys in enumerate(self.sides):
+            source = keys[partial.frame * self.tokens_a_page :][: partial.tokens, 0, 0]
+            if not side or partial.frame not in self.awaited():
+                assert source.tolist() == expected, "a page does not begin as its tokens say"
         if partial.tail is not None:
             frame = self.memory.claim(partial.tail)
             if frame is None:
@@ -200,7 +237,7 @@ class TreeMachine(RuleBasedStateMachine):
             return False
         frame = record.frames[record.protected]
         if frame != partial.frame:
-            self.memory.copy_tokens(partial.frame, frame, partial.tokens)
+            self.runtime.copies.append((partial.frame, frame, partial.tokens, range(len(self.sides))))
         start = frame * self.tokens_a_page
         self.rows.req_to_token[self.sglang.slot(req), whole : whole + partial.tokens] = torch.arange(
             start, start + partial.tokens
@@ -223,25 +260,36 @@ class TreeMachine(RuleBasedStateMachine):
         assert torch.cat(by_runs).tolist() == expected
         READS["one run" if len(runs) == 1 else "several runs"] += 1
         frames = record.frames[: self.memory.layout.pages_for(req.written)]
-        self.flying.append((self.memory.launch(), {frame: self.page(frame) for frame in frames}, expected))
-        while len(self.flying) > FLYING:
+        epoch = self.memory.launch()
+        self.flying.append((epoch, 0, {frame: self.page(frame) for frame in frames}, expected))
+        if self.window is not None:
+            first = record.behind * self.tokens_a_page
+            assert record.behind <= self.window.first(req.written - 1)
+            assert self.sides[1][table[first:], 0, 0].tolist() == expected[first:], "the window is not there"
+            pages = {frame: self.page(frame, 1) for frame in frames[record.behind :]}
+            self.flying.append((epoch, 1, pages, expected[first:]))
+            READS["behind a window"] += record.behind > 0
+        while len({epoch for epoch, *_ in self.flying}) > FLYING:
             self.land()
 
     @rule()
     @precondition(lambda self: self.arrived and self.flying)
     def land(self) -> None:
         """The batch that flies longest is done."""
-        epoch, _, _ = self.flying.pop(0)
+        epoch = self.flying[0][0]
+        self.flying = [some for some in self.flying if some[0] > epoch]
         self.memory.complete(epoch)
 
     def what_flies_is_there(self) -> None:
         """What a batch in flight reads is mapped where it reads it. Pages may be freed meanwhile, and written to by a
         later batch; all others are as they were."""
-        for epoch, pages, expected in self.flying:
-            assert all(self.page(frame) == page for frame, page in pages.items()), "changed under a batch in flight"
+        for epoch, side, pages, expected in self.flying:
+            assert all(self.page(frame, side) == page for frame, page in pages.items()), (
+                "changed under a batch in flight"
+            )
             slots = slots_of([*pages], self.tokens_a_page)[: len(expected)]
             size = self.tokens_a_page
-            got = self.keys[slots, 0, 0].tolist()
+            got = self.sides[side][slots, 0, 0].tolist()
             for n, page in enumerate(pages.values()):
                 if self.wrote[page] <= epoch:
                     assert got[n * size : n * size + size] == expected[n * size : n * size + size]
@@ -297,16 +345,19 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.keys[slots[:prefix], 0, 0].tolist() == [
             float(content(self.sglang.namespace(req), tokens[: i + 1])) for i in range(prefix)
         ]
-        mine = [text for namespace, text in self.cached() if namespace == self.sglang.namespace(req)]
-        longest = max((common(tokens[:-1], text) for text in mine), default=0)
-        assert prefix + (partial.tokens if partial else 0) == longest, "reuse is exact to the token"
+        longest = prefix + (partial.tokens if partial else 0)
+        assert longest == self.reusable(self.sglang.namespace(req), tokens[:-1]), "reuse is exact to the token"
+        READS["less, for a window"] += longest < self.reusable(self.sglang.namespace(req), tokens[:-1], windows=False)
         versions.begin(self.tree, req, self.rows.free_slots.pop(), match, prefix)
         req.written = prefix
         self.rows.req_to_token[self.sglang.slot(req), :prefix] = slots.to(torch.int32)
         assert len(frames) * self.tokens_a_page == prefix
-        self.runtime.requests[self.sglang.slot(req)] = RequestFrames(frames, len(frames), len(frames))
+        record = RequestFrames(frames, len(frames), len(frames), leaf=match.last_device_node)
+        self.runtime.requests[self.sglang.slot(req)] = record
+        if self.window is not None:
+            self.window.begins(record, longest)
         upto = min(len(tokens), longest + chunk)
-        begun = self.begin(req, partial, upto) if partial else self.grow(req, upto)
+        begun = self.begin(req, partial, upto) if partial else self.grow(req, upto, awaited=True)
         if not begun:
             self.end(req, insert=False)
             return
@@ -319,6 +370,7 @@ class TreeMachine(RuleBasedStateMachine):
     def stash(self, which: int) -> None:
         """The prefill's result is processed: full pages go to the tree, equal ones are swapped."""
         versions.stash(self.tree, one_of(self.requests, which))
+        READS["mended"] += bool(self.runtime.copies)
 
     @rule(which=WHICH, more=SAID)
     @precondition(lambda self: self.requests)
@@ -402,13 +454,27 @@ class TreeMachine(RuleBasedStateMachine):
             node, before = stack.pop()
             tokens = before + list(node.key.token_ids)
             if node is not self.tree.root_node:
-                got = self.keys[node.value, 0, 0].tolist()
                 whose = self.sglang.namespace(node.key)
-                assert got == [float(content(whose, tokens[: i + 1])) for i in range(len(before), len(tokens))]
+                expected = [float(content(whose, tokens[: i + 1])) for i in range(len(before), len(tokens))]
+                assert self.keys[node.value, 0, 0].tolist() == expected
+                self.windows_agree(node, expected)
             stack += [(child, tokens) for child in node.children.values()]
         self.steps += 1
         if self.steps % 4 == 0:
             self.the_map_agrees()
+
+    def awaited(self) -> set[int]:
+        """Frames whose window the next batch begins with copying."""
+        return {target for _, target, _, sides in self.runtime.copies if 1 in sides}
+
+    def windows_agree(self, node: Any, expected: list[float]) -> None:
+        if self.window is None:
+            return
+        awaited = self.awaited()
+        for n, frame in enumerate(node.frames):
+            if self.window.there(frame) and frame not in awaited:
+                of_page = slice(n * self.tokens_a_page, (n + 1) * self.tokens_a_page)
+                assert self.sides[1][node.value[of_page], 0, 0].tolist() == expected[of_page]
 
     def the_map_agrees(self) -> None:
         """Each frame with memory is in it once, as what it is."""
@@ -470,7 +536,7 @@ class TestTree(TreeMachine.TestCase):
 def busy_history(rng: random.Random) -> None:
     """A long history in which much is shared, evicted and read: every rule is as likely as a server makes it."""
     machine = TreeMachine()
-    machine.build(rng.choice([1, 1, 4, 8]), rng.choice(POLICIES), rng.random() < 0.5)
+    machine.build(rng.choice([1, 1, 4, 8]), rng.choice(POLICIES), rng.random() < 0.5, rng.choice(REACHES))
 
     def which() -> int:
         return rng.randrange(12)
@@ -523,3 +589,6 @@ def test_busy_histories():
     assert READS["one run"] > 1000
     assert READS["several runs"] > 1000
     assert READS["a page that another one writes in"] > 30
+    assert READS["behind a window"] > 500
+    assert READS["less, for a window"] > 50
+    assert READS["mended"] > 20

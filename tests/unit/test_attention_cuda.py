@@ -17,13 +17,16 @@ class Backend:
 
     def __init__(self):
         self.q_heads, self.kv_heads, self.head_dim = 32, 8, 128
-        self.ready, self.compiling = False, SimpleNamespace(left=5)
+        self.compiled, self.compiling = False, SimpleNamespace(left=5)
         self.told, self.done = [], []
+
+    def ready(self, window):
+        return self.compiled
 
     def init_forward_metadata(self, batch):
         self.told.append(batch)
 
-    def forward_extend(self, *args):
+    def attend(self, *args):
         self.done.append(args)
 
 
@@ -31,7 +34,7 @@ class Backend:
 def fastest(monkeypatch):
     backend = Fastest.__new__(Fastest)
     backend.fa3, backend.ours, backend._said = Backend(), Backend(), False
-    backend.chosen, backend.slots = backend.fa3, torch.zeros(1)
+    backend.slots, backend.windows = torch.zeros(1), [None]
     backend.pool = SimpleNamespace(dtype=torch.bfloat16)
     backend.ours_first = True
     monkeypatch.setattr(attention_cuda, "ours_before_fa3", lambda *_: backend.ours_first)
@@ -46,17 +49,19 @@ def step(backend):
     """Which of the two does the next batch."""
     told = batch()
     backend.init_forward_metadata(told)
-    backend.forward_extend("q")
-    assert backend.chosen.told[-1] is told
-    assert backend.chosen.done.pop() == ("q",)
-    return "ours" if backend.chosen is backend.ours else "fa3"
+    layer = SimpleNamespace(sliding_window_size=-1)
+    backend.attend("q", "k", "v", layer, None, None)
+    chosen = backend.chosen[None]
+    assert chosen.told[-1] is told
+    assert chosen.done.pop() == ("q", "k", "v", layer, None, None)
+    return "ours" if chosen is backend.ours else "fa3"
 
 
 def test_what_is_not_compiled_yet_is_done_by_flashattention_and_said_once(fastest, caplog):
     caplog.set_level(logging.INFO, attention_cuda.__name__)
     assert [step(fastest), step(fastest)] == ["fa3", "fa3"]
     assert caplog.text.count("as 5 of our kernels are not compiled yet") == 1
-    fastest.ours.ready = True
+    fastest.ours.compiled = True
     assert step(fastest) == "ours"
 
 
@@ -64,7 +69,7 @@ def test_a_batch_for_which_ours_is_slower_does_not_wait_for_ours(fastest, caplog
     caplog.set_level(logging.INFO, attention_cuda.__name__)
     fastest.ours_first = False
     for ready in (False, True):
-        fastest.ours.ready = ready
+        fastest.ours.compiled = ready
         assert step(fastest) == "fa3"
     assert fastest.ours.told == []
     assert caplog.text == ""

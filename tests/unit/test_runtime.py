@@ -104,7 +104,7 @@ def test_copies_are_made_once_before_the_batch(runtime):
     source, target = take(runtime.memory, 2)
     keys = runtime.memory.layer_views(0)[0]
     keys[source * TOKENS : source * TOKENS + TOKENS] = 7.0
-    runtime.copies.append((source, target, 3))
+    runtime.copies.append((source, target, 3, (0,)))
     runtime.copy_partials()
     assert keys[target * TOKENS : target * TOKENS + 4, 0, 0].tolist() == [7.0] * 3 + [0.0]
     assert not runtime.copies
@@ -134,7 +134,7 @@ def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):
 def test_clear_forgets_everything(runtime):
     runtime.requests[1] = record(take(runtime.memory, 3), 0)
     runtime.memory.keep(take(runtime.memory, 1)[0], 3)
-    runtime.copies.append((1, 2, 3))
+    runtime.copies.append((1, 2, 3, (0,)))
     runtime.clear()
     assert (runtime.requests, runtime.copies, runtime.memory.owned) == ({}, [], 0)
     runtime.check_integrity()

@@ -1,0 +1,106 @@
+"""Which layers are on which side, what its pages are, and which models with windows are served."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
+from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.srt.options import Refused
+from sglang_vtensor.srt.sides import Sides
+from sglang_vtensor.srt.windows import hold_to, refuse_readers, windows_of
+
+MIB = 1 << 20
+GPU = {"granularity": 2 * MIB, "tile_tokens": 128, "dtype": torch.bfloat16}
+GPT_OSS_20B = [127, None] * 12
+GEMMA_3_27B = [*[1023] * 5, None] * 10 + [1023] * 2
+
+
+def test_layers_of_two_kinds():
+    sides = Sides.choose(GPT_OSS_20B, kv_heads=8, head_dim=64, **GPU)
+    assert sides.windows == [None, 127]
+    assert sides.layers == [(side, n // 2) for n, side in enumerate([1, 0] * 12)]
+    full, windowed = sides.layouts
+    assert full == windowed
+    assert (full.layers, full.page_tokens, full.page_bytes, full.waste) == (12, 256, 6 * MIB, 0.0)
+    assert (sides.page_tokens, sides.page_bytes, sides.waste) == (256, 12 * MIB, 0.0)
+
+
+def test_a_model_of_one_kind_has_what_it_had():
+    sides = Sides.choose([None] * 32, kv_heads=8, head_dim=128, **GPU)
+    assert sides.layouts == [KVLayout.choose(layers=32, kv_heads=8, head_dim=128, **GPU)]
+    assert (sides.windows, sides.layers) == ([None], [(0, n) for n in range(32)])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("windows", "heads", "dim"), [(GPT_OSS_20B, 8, 64), ([127, None] * 18, 8, 64), (GEMMA_3_27B, 16, 128)]
+)
+def test_pages_are_whole_granules_on_each_side(windows, heads, dim, tp):
+    shape = {"kv_heads": max(1, heads // tp), "head_dim": dim, **GPU}
+    sides = Sides.choose(windows, **shape)
+    assert [layout.page_tokens for layout in sides.layouts] == [sides.page_tokens] * 2
+    assert all(layout.page_bytes % (2 * MIB) == 0 for layout in sides.layouts)
+    # The scheduler asks again with the size that was chosen, and must get the same strides, padding and all.
+    assert Sides.choose(windows, **shape, page_tokens=sides.page_tokens) == sides
+
+
+def test_sizes_that_cannot_be_are_refused():
+    shape = {"kv_heads": 8, "head_dim": 64, **GPU}
+    with pytest.raises(ValueError, match=r"--page-size 128 cannot be mapped.*Sizes that fit: 256, 512\. Leave"):
+        Sides.choose(GPT_OSS_20B, **shape, page_tokens=128)
+    with pytest.raises(ValueError, match="--page-size 100 cannot"):
+        Sides.choose(GPT_OSS_20B, **shape, page_tokens=100)
+    assert Sides.choose(GPT_OSS_20B, **shape, page_tokens=512).page_tokens == 512
+    for windows in ([127] * 4, [127, 63, None]):
+        with pytest.raises(ValueError, match="layers that read all tokens, and one window of others, wanted"):
+            Sides.choose(windows, **shape)
+
+
+def model(architecture, kinds, window=128, hybrid=True):
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[architecture]),
+        hf_text_config=SimpleNamespace(layer_types=kinds, sliding_window=window),
+        is_hybrid_swa=hybrid,
+        sliding_window_size=window,
+        num_hidden_layers=len(kinds or [0, 0]),
+    )
+
+
+def test_windows_of_a_configuration():
+    kinds = ["sliding_attention", "full_attention"]
+    assert windows_of(model("GptOssForCausalLM", kinds)) == [127, None], "a checkpoint counts the token itself"
+    assert windows_of(model("Gemma3ForCausalLM", kinds * 2, 1024, hybrid=False)) == [1023, None] * 2
+    assert windows_of(model("LlamaForCausalLM", None, None, hybrid=False)) == [None, None]
+    with pytest.raises(Refused, match=r"Gemma4ForCausalLM: of models whose layers see a window, it serves GptOss"):
+        windows_of(model("Gemma4ForCausalLM", kinds))
+    for some, window in ((None, 128), (["sliding_attention"], 128), (["full_attention", "x"], 128), (kinds, 1)):
+        with pytest.raises(Refused, match="does not support this GptOssForCausalLM: its layers are"):
+            windows_of(model("GptOssForCausalLM", some, window))
+
+
+def test_the_layers_that_were_built_are_held_to_it(monkeypatch):
+    from sglang.srt.layers import radix_attention
+
+    class Attention(torch.nn.Module):
+        def __init__(self, layer_id, window):
+            super().__init__()
+            self.layer_id, self.sliding_window_size = layer_id, window
+
+    monkeypatch.setattr(radix_attention, "RadixAttention", Attention)
+    built = torch.nn.ModuleList([Attention(0, 127), Attention(1, -1), Attention(2, None)])
+    sides = [(1, 0), (0, 0), (0, 1)]
+    hold_to([None, 127], sides, built)
+    for windows in ([None, 128], [127, 127]):
+        with pytest.raises(Refused, match=r"layer \d of ModuleList sees a window of"):
+            hold_to(windows, sides, built)
+
+
+def test_who_reads_behind_a_window():
+    refuse_readers([None, None], ["torch_native"])
+    refuse_readers([None, 127], ["vtensor", None])
+    with pytest.raises(Refused, match="torch_native reads contexts from their start"):
+        refuse_readers([None, 127], [None, "torch_native"])
