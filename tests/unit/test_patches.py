@@ -202,7 +202,7 @@ def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
     FP8 by its kernels."""
     patch = patches.load()
     layout = KVLayout.choose(layers=2, kv_heads=2, head_dim=64, dtype=torch.bfloat16, granularity=4096, tile_tokens=1)
-    monkeypatch.setattr(patch, "layout", lambda configurator: layout)
+    monkeypatch.setattr(patch, "sides", lambda configurator: SimpleNamespace(layouts=[layout]))
     configurator = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn)
     with pytest.raises(Refused, match=r"KV cache one of torch\.float8_e4m3fn.*for torch\.bfloat16 before: give"):
         patch.build_pool(configurator, sizes=None, req_to_token_pool=None)
@@ -312,7 +312,7 @@ def test_an_event_loop_sleeps_while_requests_wait_for_a_sleeping_server(sleeping
     elastic = Elastic.__new__(Elastic)
     elastic.tick = lambda waiting: None
     history = SimpleNamespace(sample=lambda: None)
-    elastic.runtime = SimpleNamespace(requests=running, idle=lambda: None, metrics=None, history=history)
+    elastic.runtime = SimpleNamespace(requests=running, idle=lambda: None, metrics=None, history=history, copies=[])
     elastic.sleeping, elastic.released, elastic.release_when_idle = sleeping, frozenset(), None
     called = []
     scheduler = SimpleNamespace(
