@@ -1,7 +1,10 @@
-"""Two servers on one device: what one has cached, the other gets when it needs it; and none is lost with the other."""
+"""Servers on one device: what one has idle, and then what it has cached, another gets when it needs it; and none is
+lost with another."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -9,7 +12,7 @@ import pytest
 
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import share_device
-from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, S
+from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, PAGES, S
 from tests.harness import ON_GPU, Do, Request, Scheduler
 
 #: So much of a real GPU's memory for each; the host takes `max_total_tokens`.
@@ -20,18 +23,30 @@ DEVICE, MORE = 70, 1
 
 
 @pytest.fixture
-def two(models, tmp_path, schedulers, request):
-    """Two servers on a device; a test may ask for more arguments."""
+def start(models, tmp_path, schedulers):
+    """`start(server_args, ...)`: servers on one device, which begin at the same time."""
     if ON_GPU:
         schedulers.close()  # whoever is on the same GPU is a neighbour, whatever its name
     device = {"VTENSOR_HOST_DEVICE": f"test-{tmp_path.name}-{time.monotonic_ns()}"}
-    told = {"dtype": DTYPE} | OURS | SHARE | getattr(request, "param", {})
-    servers = [Scheduler(models["gqa"], environment=device, wait=False, **told) for _ in range(2)]
-    for server in servers:
-        server.call(share_device, DEVICE)
-    yield servers
-    for server in servers:
+    started = []
+
+    def start(*told):
+        common = {"dtype": DTYPE} | OURS | SHARE
+        servers = [Scheduler(models["gqa"], environment=device, wait=False, **common | more) for more in told]
+        started.extend(servers)
+        for server in servers:
+            server.call(share_device, DEVICE)
+        return servers
+
+    yield start
+    for server in started:
         server.close()
+
+
+@pytest.fixture
+def two(start, request):
+    """Two servers; a test may ask for more arguments."""
+    return start(*[getattr(request, "param", {})] * 2)
 
 
 class Looping:
@@ -146,3 +161,94 @@ def test_both_at_once_share_evenly(two, schedulers):
             assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         two[n].check()
     assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE + MORE
+
+
+def check_all(reference, requests, got):
+    """Every answer is there and right."""
+    for rid, theirs in reference.run([requests]).items():
+        assert got[rid].finish == "FINISH_LENGTH"
+        assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
+
+
+def test_what_is_idle_is_given_before_what_is_cached_down_to_the_minimum(start, schedulers):
+    """A few requests of the other one take idle pages only; a peak takes cached ones, and leaves the minimum."""
+    least = 10
+    one, other = start({"vtensor_idle_seconds": 3600.0, "vtensor_min": str(least / PAGES)}, {})
+    reference, prompt = schedulers(**LIMITS), Prompts(5)
+    ask(one, prompt, 7)
+    assert one.flush()
+    requests, got = ask(one, prompt, 3, name="cached")
+    check_all(reference, requests, got)
+    before = one.stats()
+    cached, idle = before["pages_cached"], before["pages_free"]
+    assert cached >= 15
+    assert idle >= 20, "what the first requests had is idle, and kept for an hour"
+    few = [Request(f"few{n}", prompt(90 * S), 70 * S) for n in range(4)]
+    left = DEVICE - before["pages_backed"]
+    assert left < 4 * 10 < left + idle, "these need what is idle, and no more"
+    with Looping(one, seconds=6.0):
+        got = other.run([few])
+    check_all(reference, few, got)
+    now = one.stats()
+    assert now["pages_backed"] < before["pages_backed"]
+    assert now["pages_cached"] == cached
+    many = [Request(f"many{n}", prompt(90 * S), 20 * S) for n in range(21)]
+    with Looping(one, seconds=6.0):
+        got = other.run([many])
+    check_all(reference, many, got)
+    now = one.stats()
+    assert now["pages_cached"] < cached
+    assert now["pages_backed"] >= least
+    assert other.stats()["pages_backed"] <= DEVICE + MORE - least
+    one.check()
+    other.check()
+
+
+def test_a_third_starts_beside_two_that_hold_everything(two, start, schedulers):
+    reference, prompt = schedulers(**LIMITS), Prompts(6)
+    for n, server in enumerate(two):
+        ask(server, prompt, 7, name=f"of{n}r")
+    before = [server.stats()["pages_backed"] for server in two]
+    assert sum(before) > DEVICE - 4
+    with Looping(two[0], seconds=12.0), Looping(two[1], seconds=12.0):
+        (third,) = start({})
+        requests, got = ask(third, prompt, 7)
+    check_all(reference, requests, got)
+    now = [server.stats()["pages_backed"] for server in two]
+    assert all(now[n] < before[n] for n in range(2)), "each of the two gave"
+    assert third.stats()["neighbours"] == 2
+    assert third.stats()["pages_backed"] > DEVICE - sum(before) + 15
+    for server in (*two, third):
+        server.check()
+
+
+def _die_below(scheduler, pages):
+    if scheduler.token_to_kv_pool_allocator.runtime.memory.backed < pages:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _nap(scheduler)
+
+
+def test_one_is_killed_in_the_middle_of_giving(two, schedulers):
+    one, other = two
+    reference, prompt = schedulers(**LIMITS), Prompts(7)
+    ask(one, prompt, 7)
+    before = one.stats()["pages_backed"]
+    assert before > 40
+    died = []
+
+    def give_and_die():
+        try:
+            one.run([[Do(_die_below, (before - 3,))]] * 1500)
+        except RuntimeError as error:
+            died.append(str(error))
+
+    giver = threading.Thread(target=give_and_die)
+    giver.start()
+    requests, got = ask(other, prompt, 21)
+    giver.join(100)
+    assert len(died) == 1, "it gave nothing, and lives"
+    one._process.join()
+    assert one._process.exitcode == -signal.SIGKILL
+    check_all(reference, requests, got)
+    other.check()
+    assert other.stats()["neighbours"] == 0

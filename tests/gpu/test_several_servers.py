@@ -1,0 +1,237 @@
+"""Servers that run short on one GPU, beside each other and beside a stranger. Nothing is injected: a stranger, which
+takes memory with plain torch, leaves them less than they were promised, and the driver says so.
+
+Run alone: what else runs on the GPU changes what is free.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.e2e.compare import TIE, Prompts, assert_same
+from tests.e2e.test_neighbours import Looping, _die_below, _nap
+from tests.gpu.stranger import Stranger
+from tests.harness import Do, Request, Scheduler, nobody_starts
+
+PAGE_BYTES, PAGE_TOKENS = 2 << 20, 128
+#: Of each server: what it was promised. A request needs 11 pages, and 32 run at once, or as many as have room.
+PAGES = 512
+LIMITS = {
+    "dtype": "bfloat16",
+    "mem_fraction_static": 0.2,
+    "max_total_tokens": PAGES * PAGE_TOKENS,
+    "max_running_requests": 32,
+    "chunked_prefill_size": 4096,
+    "cuda_graph_max_bs_decode": 32,
+}
+PROMPT, NEW = 1200, 180
+#: What the servers leave free, for what torch takes beside pages; and what there is for all of their pages.
+HEADROOM, ROOM = 256 << 20, 420 * PAGE_BYTES
+OURS = LIMITS | {"kv_backend": "vtensor", "page_size": PAGE_TOKENS, "vtensor_headroom": "256MiB"}
+OURS |= {"vtensor_idle_seconds": 0.5}
+
+
+def requests_of(seed: int, count: int, new: int = NEW) -> list[Request]:
+    prompt = Prompts(seed)
+    return [Request(f"s{seed}r{n}", prompt(PROMPT), new) for n in range(count)]
+
+
+@pytest.fixture
+def expect(schedulers):
+    """`expect(*work)`: what SGLang itself answers, by a server that is gone then."""
+
+    def expect(*work):
+        reference = schedulers(attention_backend="fa3", **LIMITS)
+        answers: dict = {}
+        for requests in work:
+            answers |= reference.run([requests])
+        schedulers.close()
+        return answers
+
+    return expect
+
+
+@pytest.fixture
+def start(models, schedulers):
+    """`start(count)`: servers on this GPU, which have run once, and then given everything back."""
+    schedulers.close()
+    started = []
+
+    def start(count):
+        servers = [Scheduler(models["gqa"], wait=False, **OURS) for _ in range(count)]
+        started.extend(servers)
+        for server in servers:
+            server.run([requests_of(99, 32)])
+            assert server.flush()
+            server.run([[Do(_nap)]] * 60)  # long enough for what is idle to go back
+        nobody_starts()
+        return servers
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def stranger():
+    stranger = Stranger()
+    yield stranger
+    stranger.close()
+
+
+def check_all(expected, requests, got):
+    for request in requests:
+        assert got[request.rid].finish == "FINISH_LENGTH"
+        assert_same(expected[request.rid], got[request.rid], tie=TIE["bfloat16"], what=request.rid)
+
+
+def backed(server) -> int:
+    return int(server.stats()["pages_backed"])
+
+
+def in_thread(target):
+    thread = threading.Thread(target=target)
+    thread.start()
+    return thread
+
+
+def test_two_that_peak_in_turn_take_from_each_other(expect, start, stranger, record_property):
+    """Each needs three quarters of what there is."""
+    work = [requests_of(turn, 64) for turn in range(3)]
+    expected = expect(*work)
+    two = start(2)
+    stranger.take(HEADROOM + ROOM)
+    for turn, requests in enumerate(work):
+        busy, idle = two[turn % 2], two[1 - turn % 2]
+        before = backed(idle)
+        with Looping(idle, seconds=10.0):
+            got = busy.run([requests])
+        check_all(expected, requests, got)
+        record_property(f"given_{turn}", before - backed(idle))
+        if turn:
+            assert before > 250, "it has cached its own peak"
+            assert backed(idle) < before
+        busy.check()
+        idle.check()
+    assert sum(server.stats()["shortages"] for server in two) > 0, "the device was never short"
+
+
+_seen: list[int] = []
+
+
+def _sample(scheduler):
+    """Note what the server holds while it, and another one, want more."""
+    elastic = scheduler.vtensor_elastic
+    wanted = elastic.record(scheduler.waiting_queue).wanted
+    if wanted and any(other.wanted for other in elastic.neighbours.others()):
+        _seen.append(scheduler.token_to_kv_pool_allocator.runtime.memory.backed)
+    if not scheduler.token_to_kv_pool_allocator.runtime.requests:
+        time.sleep(0.02)  # it is done, and gives to the other one for a while
+
+
+def _samples(scheduler):
+    return _seen
+
+
+def test_both_at_once_get_even_shares(expect, start, stranger, record_property):
+    """One of them begins with everything."""
+    work = [requests_of(10 + n, 96) for n in range(2)]
+    first = requests_of(12, 64)
+    expected = expect(first, *work)
+    two = start(2)
+    stranger.take(HEADROOM + ROOM)
+    check_all(expected, first, two[0].run([first]))
+    got: list[dict] = [{}, {}]
+
+    def run(n):
+        got[n] = two[n].run([work[n], *([[Do(_sample)]] * 1500)])
+
+    threads = [in_thread(lambda n=n: run(n)) for n in range(2)]
+    for thread in threads:
+        thread.join(200)
+    held = []
+    for n in range(2):
+        check_all(expected, work[n], got[n])
+        two[n].check()
+        seen = two[n].call(_samples)
+        assert len(seen) > 20, "they were not short at the same time"
+        held.append(sorted(seen)[len(seen) // 2])
+    record_property("held", held)
+    assert 0.6 < held[0] / held[1] < 1 / 0.6
+
+
+def test_a_third_starts_beside_two_that_hold_everything(expect, start, stranger, record_property):
+    work = [requests_of(20 + n, 24) for n in range(2)]
+    last = requests_of(22, 24)
+    expected = expect(*work, last)
+    two = start(2)
+    stranger.take(HEADROOM + ROOM)
+    for server, requests in zip(two, work, strict=True):
+        check_all(expected, requests, server.run([requests]))
+    before = list(map(backed, two))
+    assert sum(before) > 350, "they hold nearly everything"
+    stranger.let_go()  # weights, graphs and a context are not what neighbours give
+    (third,) = start(1)
+    stranger.take(HEADROOM)
+    with Looping(two[0], seconds=20.0), Looping(two[1], seconds=20.0):
+        got = third.run([last])
+    check_all(expected, last, got)
+    now = list(map(backed, two))
+    record_property("given", [a - b for a, b in zip(before, now, strict=True)])
+    assert sum(now) < sum(before)
+    assert third.stats()["neighbours"] == 2
+    for server in (*two, third):
+        server.check()
+
+
+def test_one_is_killed_in_the_middle_of_giving(expect, start, stranger):
+    cached, requests = requests_of(30, 32), requests_of(31, 64)
+    expected = expect(cached, requests)
+    one, other = start(2)
+    stranger.take(HEADROOM + ROOM)
+    check_all(expected, cached, one.run([cached]))
+    before, died = backed(one), []
+
+    def give_and_die():
+        try:
+            one.run([[Do(_die_below, (before - 3,))]] * 1500)
+        except RuntimeError as error:
+            died.append(error)
+
+    giver = in_thread(give_and_die)
+    got = other.run([requests])
+    giver.join(60)
+    assert died, "it gave nothing, and lives"
+    one._process.join()
+    assert one._process.exitcode == -signal.SIGKILL
+    check_all(expected, requests, got)
+    other.check()
+    assert other.stats()["neighbours"] == 0
+
+
+def test_a_stranger_takes_memory_at_the_peak(expect, start, stranger, record_property):
+    """Requests wait, or are retracted; none fails; and when the memory is free again, it is used again."""
+    requests, later = requests_of(40, 64, new=600), requests_of(41, 32)
+    expected = expect(requests, later)
+    (server,) = start(1)
+    got: dict = {}
+    before = server.stats()["shortages"]
+    thread = in_thread(lambda: got.update(server.run([requests])))
+    time.sleep(0.5)  # it has begun, and needs more with every step
+    taken = stranger.take(HEADROOM // 2)
+    time.sleep(3.0)
+    stranger.let_go()
+    thread.join(200)
+    check_all(expected, requests, got)
+    short = server.stats()
+    record_property("taken_bytes", taken)
+    record_property("retractions", sum(answer.retractions for answer in got.values()))
+    assert short["shortages"] > before, "the device was never short"
+    assert server.flush()
+    check_all(expected, later, server.run([later]))
+    assert backed(server) > 300, "it has come back"
+    server.check()
