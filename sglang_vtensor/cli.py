@@ -244,10 +244,12 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
 
     table = Table(title=title, box=None, show_header=False, title_justify="left")
     page = values["page_bytes"]
+    taken = {state: values[f"{state}_bytes"] for state in ("live", "cached", "kept")}
+    taken["free"] = values["backed_bytes"] - page - sum(taken.values())  # without the padding page
     rows: list[tuple[str, str]] = [
         ("state", sleep_state(values)),
         ("page", f"{values['page_tokens']} tokens, {mib(page)}, {values['waste']:.1%} padding"),
-        *((f"pages {state}", f"{count:,}  {mib(count * page)}") for state, count in pages_by_state(values).items()),
+        *((f"pages {state}", f"{count:,}  {mib(taken[state])}") for state, count in pages_by_state(values).items()),
         ("pages backed", f"{values['pages_backed']:,}  {mib(values['backed_bytes'])}"),
         ("limit", f"{values['limit_bytes'] // page - 1:,}  {mib(values['limit_bytes'])}"),
         ("of a capacity of", f"{values['pages_capacity']:,}  {mib((values['pages_capacity'] + 1) * page)}"),

@@ -121,6 +121,16 @@ class KVMemory:
         return self.placement.owned
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of each side: what a frame takes at most."""
+        return sum(side.page_bytes for side in self.sides)
+
+    @property
+    def backed_bytes(self) -> int:
+        """Bytes of all pages of all sides, the padding pages included."""
+        return sum(backing.pages * backing.page_bytes for backing in self.backings)
+
+    @property
     def backed(self) -> int:
         """Pages that hold memory, the padding page included."""
         return self.backing.pages

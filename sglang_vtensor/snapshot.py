@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 def snapshot(memory: KVMemory) -> dict[str, int | float]:
     """Counts are pages, `_bytes` and `_seconds` say so; counters grow from the start. The caller holds the lock."""
-    page_bytes = sum(side.page_bytes for side in memory.sides)
+    windows = memory.backings[1:]
     return {
         "page_tokens": memory.layout.page_tokens,
-        "page_bytes": page_bytes,
+        "page_bytes": memory.page_bytes,
         "waste": memory.layout.waste,
         "frames": memory.placement.num_frames,
         "pages_capacity": memory.limit,
@@ -24,8 +24,10 @@ def snapshot(memory: KVMemory) -> dict[str, int | float]:
         "kept_tokens": memory.tails.tokens,
         "pages_stuck": sum(backing.stuck for backing in memory.backings),
         "pages_owned": memory.owned,
-        "backed_bytes": sum(backing.pages * backing.page_bytes for backing in memory.backings),
+        "backed_bytes": memory.backed_bytes,
         "owned_bytes": sum(backing.used * backing.page_bytes for backing in memory.backings),
+        "windows_backed_bytes": sum(backing.pages * backing.page_bytes for backing in windows),
+        "windows_owned_bytes": sum(backing.used * backing.page_bytes for backing in windows),
         "pages_created": sum(backing.creates for backing in memory.backings),
         "pages_released": sum(backing.releases for backing in memory.backings),
         "pages_allocated": memory.counts["allocated"],

@@ -43,7 +43,7 @@ def sample(url: str, *, key: str | None = None) -> Sample:
 
 def memory(rank: dict[str, Any]) -> dict[str, int]:
     """Bytes of a rank's device by kind. `reserve` is backed and nobody's; what others hold is in none of them."""
-    held = {state: count * rank["page_bytes"] for state, count in pages_by_state(rank).items() if state != "free"}
+    held = {state: rank[f"{state}_bytes"] for state in ("live", "cached", "kept")}
     return {
         "weights": rank["weights_bytes"],
         **held,

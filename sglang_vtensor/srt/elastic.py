@@ -129,7 +129,7 @@ class Elastic:
 
     def pages_of(self, nbytes: int) -> int:
         """Pages that `nbytes` bytes have room for, beside the padding page, which is always there."""
-        return nbytes // self.runtime.memory.layout.page_bytes - 1
+        return nbytes // self.runtime.memory.page_bytes - 1
 
     @property
     def holding(self) -> bool:
@@ -233,7 +233,7 @@ class Elastic:
     def record(self, waiting: Sequence[Req]) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
-        page = memory.layout.page_bytes
+        page = memory.page_bytes
         evictable = self.tree.evictable_size() // self.runtime.page_tokens
         wanted = 0
         if memory.short or self.pressure is not None:
@@ -242,8 +242,8 @@ class Elastic:
             wanted = max(0, sum(self._wants(req) for req in waiting[:WANTED_REQUESTS]) - there - evictable)
             wanted = min(wanted, max(0, self.limit - memory.owned))
         return Record(
-            backed=memory.backed * page,
-            idle=memory.ready * page,
+            backed=memory.backed_bytes,
+            idle=sum(backing.free * backing.page_bytes for backing in memory.backings),
             cached=(evictable + len(memory.tails)) * page,
             minimum=self.minimum_bytes,
             wanted=0 if self.holding else wanted * page,
@@ -294,7 +294,7 @@ class Elastic:
         for req in too_long:
             message = (
                 f"this request needs {self._wants(req)} pages of KV cache, and the server is limited to {self.limit} "
-                f"({(self.limit + 1) * memory.layout.page_bytes} bytes): raise the limit, or shorten the prompt"
+                f"({(self.limit + 1) * memory.page_bytes} bytes): raise the limit, or shorten the prompt"
             )
             self._refuse(
                 req, waiting, {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}, send
@@ -331,7 +331,7 @@ class Elastic:
         return pages
 
     def stats(self) -> dict[str, int]:
-        page = self.runtime.memory.layout.page_bytes
+        page = self.runtime.memory.page_bytes
         return {
             "limit_bytes": (self.limit + 1) * page,
             "sleeping": int(self.holding),

@@ -139,8 +139,8 @@ def vtensor_state(rank: dict[str, Any]) -> dict[str, Any]:
         "limit_bytes": rank["limit_bytes"],
         "sleeping": bool(rank["sleeping"]),
         "backed_bytes": rank["backed_bytes"],
-        "live_bytes": rank["pages_live"] * page,
-        "cached_bytes": rank["pages_cached"] * page,
+        "live_bytes": rank["live_bytes"],
+        "cached_bytes": rank["cached_bytes"],
         "requests": rank["requests"],
     }
     allowed = page if rank["sleeping"] else rank["limit_bytes"]

@@ -55,10 +55,8 @@ class VTensorKVPool(MHATokenToKVPool):
         self.sides, layout = sides, sides.layouts[0]
         capacity_pages = capacity // layout.page_tokens
         reserve = parse_share_or_bytes(options.vtensor_reserve, "--vtensor-reserve")
-        if isinstance(reserve, float):
-            reserve_pages = int(reserve * capacity_pages)
-        else:
-            reserve_pages = -(-reserve // layout.page_bytes)
+        of_bytes = -(-reserve // sides.page_bytes)
+        reserve_pages = int(reserve * capacity_pages) if isinstance(reserve, float) else int(of_bytes)
         vmm = open_vmm(device)
         vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
         window = sides.windows[-1]
@@ -107,14 +105,14 @@ class VTensorKVPool(MHATokenToKVPool):
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
         memory, layout = self.runtime.memory, self.runtime.memory.layout
-        self.mem_usage = (memory.limit + 1) * layout.page_bytes / (1 << 30)
+        self.mem_usage = (memory.limit + 1) * memory.page_bytes / (1 << 30)
         logger.info(
             "KV memory: %d tokens in pages of %d (%.1f MiB, %.1f %% padding), %.2f GiB if all were backed; "
             "addresses for %d tokens, in %d lanes",
             memory.limit * layout.page_tokens,
             layout.page_tokens,
-            layout.page_bytes / (1 << 20),
-            100 * layout.waste,
+            memory.page_bytes / (1 << 20),
+            100 * self.sides.waste,
             self.mem_usage,
             memory.placement.num_frames * layout.page_tokens,
             memory.placement.num_frames // memory.placement.lane_frames,

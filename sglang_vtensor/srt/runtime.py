@@ -21,7 +21,7 @@ from sglang_vtensor.history import History
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.srt.memory_map import LINES, lines
-from sglang_vtensor.srt.window_side import WindowSide
+from sglang_vtensor.srt.window_side import SIDE, WindowSide
 from sglang_vtensor.tails import Tail
 
 if TYPE_CHECKING:
@@ -255,7 +255,21 @@ class Runtime:
         stats["generated_tokens"] = self.generated_tokens
         stats["pages_cached"] = self.pages_cached()
         stats["pages_live"] = stats["pages_owned"] - stats["pages_cached"]
+        stats.update(self._bytes_by_state(stats))
         return stats
+
+    def _bytes_by_state(self, stats: dict[str, Any]) -> dict[str, int]:
+        """What the pages of each state take, on all sides: on the side of windows only some of a frame's owners need
+        one."""
+        memory, states = self.memory, ("live", "cached", "kept")
+        taken = {state: stats[f"pages_{state}"] * memory.layout.page_bytes for state in states}
+        if self.window is not None:
+            records, kept = self.requests.values(), stats["pages_kept"]
+            live = sum(len(record.frames) - max(record.behind, record.protected) for record in records)
+            cached = memory.backings[SIDE].used - live - kept
+            for state, pages in zip(states, (live, cached, kept), strict=True):
+                taken[state] += pages * memory.sides[SIDE].page_bytes
+        return {f"{state}_bytes": nbytes for state, nbytes in taken.items()}
 
     def check_integrity(self) -> None:
         """Every owned frame has one owner among requests and nodes, as far as this side can see."""

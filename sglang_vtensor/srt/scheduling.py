@@ -37,7 +37,7 @@ def equip(scheduler: Any, options: Options, metrics_of: str | None, *, tells_ref
         runtime,
         scheduler.tree_cache,
         cache_idle_seconds=options.vtensor_cache_idle_seconds,
-        minimum_bytes=options.minimum_bytes(runtime.memory.limit * runtime.memory.layout.page_bytes),
+        minimum_bytes=options.minimum_bytes(runtime.memory.limit * runtime.memory.page_bytes),
     )
     scheduler.vtensor_elastic.tells_refusals = tells_refusals
     if metrics_of is not None:
@@ -245,7 +245,7 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
         "shared_prefixes": tree.shared_prefixes(_SHOWN_PREFIXES),
         "live_tokens": live_tokens(scheduler),
-        "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.layout.page_bytes,
+        "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.page_bytes,
         "token_bytes": runtime.memory.layout.stride_bytes,
     }
     return result

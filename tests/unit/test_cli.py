@@ -21,6 +21,7 @@ PAGE = 2 << 20
 #: What a server with 8-digit numbers everywhere says of itself.
 RANK = {"page_tokens": 128, "page_bytes": PAGE, "waste": 0.1234, "sleeping": 0, "requests": 12_345_678}
 RANK |= {"pages_live": 12_345_678, "pages_cached": 23_456_789, "pages_kept": 34_567_890, "pages_free": 45_678_901}
+RANK |= {f"{state}_bytes": RANK[f"pages_{state}"] * PAGE for state in ("live", "cached", "kept")}
 RANK |= {"pages_owned": 35_802_467, "pages_backed": 81_481_369, "backed_bytes": 81_481_369 * PAGE}
 RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
 RANK |= {"pages_allocated": 56_789_012, "pages_in_place": 45_678_012, "pages_with_memory": 34_567_012}

@@ -43,8 +43,8 @@ class Manager:
                 raise
         rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE}
         rank |= {"sleeping": int(self.sleeping), "requests": self.requests}
-        rank |= {"backed_bytes": 8 * PAGE, "pages_live": 3, "pages_cached": 4, "dp_rank": 0}
-        return [{"vtensor": rank | {"pages_live": 60, "dp_rank": 1}}, {"vtensor": rank}]  # as they answer
+        rank |= {"backed_bytes": 8 * PAGE, "live_bytes": 3 * PAGE, "cached_bytes": 4 * PAGE, "dp_rank": 0}
+        return [{"vtensor": rank | {"live_bytes": 60 * PAGE, "dp_rank": 1}}, {"vtensor": rank}]  # as they answer
 
     async def set_internal_state(self, request):
         self.asked.append(request.server_args)
