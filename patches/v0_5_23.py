@@ -321,6 +321,11 @@ class Patch0523(Patch):
                 backup == "host_pool",
                 "pages have no copy on the host",
             ),
+            (
+                "--swa-full-tokens-ratio",
+                args.swa_full_tokens_ratio is not None,
+                "memory goes to each kind of layers as it is needed, and no share of it is set apart",
+            ),
             ("bounded replay of sliding windows", swa_replay, "there are no pages of sliding windows"),
             ("--enable-nvidia-megakernel", args.enable_nvidia_megakernel, "it reads another layout of the pool"),
             ("--kv-canary", args.kv_canary not in (None, "none"), "it reads another layout of the pool"),

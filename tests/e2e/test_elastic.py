@@ -45,7 +45,7 @@ def limit(pages):
 
 
 def _limit(scheduler, pages):
-    page = scheduler.token_to_kv_pool_allocator.runtime.memory.layout.page_bytes
+    page = scheduler.token_to_kv_pool_allocator.runtime.memory.page_bytes
     assert control(scheduler, limit_bytes=(pages + 1) * page)
 
 

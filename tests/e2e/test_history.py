@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same, having
 from tests.harness import FEW_FRAMES, Abort, Request, side_by_side
 
@@ -34,15 +35,18 @@ STEPS = st.lists(
         (16, 80, {}),
         (16, 50, {"environment": FEW_FRAMES}),
         (16, 40, {"kv_cache_dtype": "fp8_e4m3"}),
+        *((16, 60, {"model": model}) for model in versions.WINDOWED),
     ],
-    ids=["page1", "page16", "few-frames", "fp8"],
+    ids=["page1", "page16", "few-frames", "fp8", *versions.WINDOWED],
 )
 def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placing):
+    model = placing.get("model", "gqa")
+    placing = {name: value for name, value in placing.items() if name != "model"}
     cache = {name: value for name, value in placing.items() if name == "kv_cache_dtype"}
     tie = TIE["fp8" if cache else "float32"]
     limits = {"max_total_tokens": 640, "max_running_requests": 8, "chunked_prefill_size": 64, **cache}
-    reference = schedulers(**limits)
-    ours = schedulers(kv_backend="vtensor", page_size=page_size, **(placing | limits))
+    reference = schedulers(model, **limits)
+    ours = schedulers(model, kv_backend="vtensor", page_size=page_size, **(placing | limits))
     before = ours.stats()
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]

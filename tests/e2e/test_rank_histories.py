@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from tests import versions
 from tests.e2e.compare import Prompts
 from tests.e2e.shortage import leave_pages, refuse_at_random, worker_holds
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
@@ -120,9 +121,9 @@ class Ranks:
         self.both = []
 
 
-@pytest.fixture(scope="module")
-def ranks(models, tmp_path_factory):
-    ranks = Ranks(models["gqa"], tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=["gqa", *versions.WINDOWED])
+def ranks(request, models, tmp_path_factory):
+    ranks = Ranks(models[request.param], tmp_path_factory.mktemp("ranks"))
     ranks.start()
     yield ranks
     ranks.close()

@@ -12,6 +12,7 @@ import torch
 
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both
+from tests.e2e.test_elastic import SLEEP, WAKE, limit, settle
 from tests.harness import Do, Request, Scheduler
 
 #: Of the models: so many tokens before one are seen.
@@ -119,6 +120,29 @@ def test_a_shared_prompt_is_found_while_its_end_is_in_a_window(pair):
     again = [Request(f"again{n}", system + prompt(7), 8) for n in range(2)]
     _, got = both_answers(theirs, ours, again, tie)
     assert [mine.cached for mine in got] == [len(system)] * 2, "a node ends there"
+
+
+def test_the_limit_and_sleep_count_both_sides(pair):
+    """A page of the limit is one of each side; what is told of each state adds up to what the driver gave."""
+    theirs, ours = pair(max_total_tokens=1024)
+    tie, prompt = TIE["float32"], Prompts(64)
+    requests = [Request(f"r{n}", prompt(60), 20) for n in range(6)]
+    both(theirs, ours, requests, tie=tie)
+    page_bytes = ours.stats()["page_bytes"]
+    ours.run([[limit(8)]])
+    ours.call(settle)
+    stats = ours.stats()
+    assert stats["backed_bytes"] <= stats["limit_bytes"] == 9 * page_bytes
+    assert 0 < stats["pages_cached"] <= 8
+    assert stats["live_bytes"] == 0
+    assert stats["cached_bytes"] + stats["kept_bytes"] == stats["owned_bytes"]
+    assert 0 < stats["windows_owned_bytes"] <= stats["owned_bytes"] / 2
+    both(theirs, ours, requests, tie=tie)
+    ours.run([[SLEEP]])
+    ours.call(settle)
+    assert ours.stats()["backed_bytes"] == page_bytes, "the padding pages"
+    ours.run([[WAKE, limit(64)]])
+    both(theirs, ours, requests, tie=tie)
 
 
 def test_a_checkpoint_that_is_not_served(model, models, tmp_path):
