@@ -37,6 +37,14 @@ WORKLOADS = {
 FP8_CASES = {name: text for name, text in SHARED.items() if name != "no_sharing"}
 FP8_CASES |= {"64 x 8192": "64 requests, 8,192 tokens each, nothing shared"}
 Record = dict[str, Any]
+SERVERS = {
+    "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
+    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 time to the first token of three SGLang servers with static thirds",
+    "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
+    "requests_failed": "{:.0f} requests failed, a neighbour's death included",
+    "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
+    "cold_full_speed_extra_s": "{:+.1f} s until no kernel is left to compile, beside SGLang's first answer",
+}
 ROOT = Path(__file__).parents[1]
 #: The pages that have marks.
 PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
@@ -312,6 +320,12 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def servers(record: Record) -> str:
+    """Several servers on one GPU: what was measured of it."""
+    told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
+    return "\n".join([*told, "", source(record)])
+
+
 def source(record: Record) -> str:
     """Where a table comes from, in one line."""
     named = ("sglang", "torch", *(["vllm"] if "vllm" in record["versions"] else []))
@@ -334,6 +348,7 @@ TABLES = {
     "shared_decode": shared_decode,
     "plain_decode": plain_decode,
     "memory": memory,
+    "servers": servers,
 }
 
 

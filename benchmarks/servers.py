@@ -1,0 +1,396 @@
+"""Several servers on one GPU: peaks in turn, intermittent peaks of three, a neighbour that is killed, idle, and cold.
+
+    python -m benchmarks.servers --parts alone,two      on a GPU, each server with Llama-3-8B's geometry
+    python -m benchmarks.servers --quick                the host backend and a small model: does it run?
+
+Parts, each of which runs by itself, in less than 8 minutes on an H200, and is merged into servers.json:
+
+    alone      peaks of one server that has the GPU to itself
+    two        the same peaks of two servers in turn, which together need 1.5 times the memory that there is
+    three      three servers, each with quiet requests all the time and a peak of its own
+    static     the same of SGLang as it ships, where each server has a third of the memory for good
+    killed     a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
+    idle       what a server holds when it is idle, beside SGLang's own without its KV pool
+    cold       starts with no kernel compiled: until the first answer, and until no kernel is left to compile
+
+A request that waits longer than a minute for its first token has failed, as has one with an error or too few tokens.
+Rows have what each server's requests need at once (`demand_bytes`) and what there is for all (`kv_bytes`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import psutil
+import typer
+from rich.console import Console
+
+from benchmarks import results
+from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, row
+from benchmarks.geometries import LLAMA
+from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS
+from benchmarks.memory import device_bytes as device_reader
+from benchmarks.prefix import large_model, small_model
+from benchmarks.serving import CONTESTANTS, command, session, started
+from sglang_vtensor.demo import free_port
+
+console = Console(width=150)
+PARTS = ("alone", "two", "three", "static", "killed", "idle", "cold")
+#: Seconds until a first token, or for a whole answer, beyond which a request has failed.
+FIRST_SECONDS, WHOLE_SECONDS = 60.0, 300.0
+#: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
+NEEDED, ALLOWED = 0.75, 0.8
+#: A cold start has none of what these name; all else that is kept is below HOME.
+CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a request at a peak; with three servers, a peak's requests a second and seconds, the seconds between
+    the starts of two peaks, and the quiet requests a second of each server."""
+
+    prompt: int = 3072
+    answer: int = 1024
+    rate: float = 5.0
+    seconds: float = 30.0
+    every: float = 45.0
+    quiet: float = 0.3
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.answer
+
+
+QUICK = Sizes(prompt=40, answer=8, rate=2.0, seconds=2.0, every=2.0, quiet=0.5)
+QUICK_TOKENS = 2048
+
+
+@dataclass
+class Patient(Client):
+    """Goes on after a request that failed, and keeps why."""
+
+    failures: list[str] = field(default_factory=list)
+
+    async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
+        try:
+            answer = await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
+        except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, LookupError) as error:
+            self.failures.append(repr(error)[:200])
+            return []
+        waited = self.answers[-1].first - self.answers[-1].sent
+        if waited > FIRST_SECONDS:
+            self.failures.append(f"waited {waited:.0f} s for the first token")
+        return answer
+
+    def measure(self, workload: Workload, seed: int) -> dict[str, Any]:
+        self.failures = []
+        return self.told(self.drive(workload, seed))
+
+    def told(self, seconds: float) -> dict[str, Any]:
+        measured = row(self.answers, seconds) if self.answers else {"requests": 0}
+        return measured | {"failed": len(self.failures), "failures": self.failures[:5]}
+
+
+def peak(requests: int, sizes: Sizes) -> Workload:
+    """So many requests at once, which have nothing in common."""
+
+    async def run(client: Client, rng: random.Random) -> None:
+        prompts = [client.words(rng, sizes.prompt) for _ in range(requests)]
+        async with session() as http:
+            await asyncio.gather(*(client.ask(http, prompt, sizes.answer) for prompt in prompts))
+
+    return run
+
+
+def intermittent(number: int, of: int, sizes: Sizes) -> Workload:
+    """What server `number` of so many is asked: quiet requests all the time, and at its turn a peak. All by the clock,
+    whether or not earlier ones have been answered."""
+
+    async def run(client: Client, rng: random.Random) -> None:
+        begin, end = number * sizes.every, (of - 1) * sizes.every + sizes.seconds
+        times, now = [], 0.0
+        while now < end:
+            times.append(now)
+            now += rng.expovariate(sizes.rate if begin <= now < begin + sizes.seconds else sizes.quiet)
+            if times[-1] < begin < now:
+                now = begin  # so that a peak does not begin late by a long pause before it
+        prompts = [client.words(rng, sizes.prompt) for _ in times]
+
+        async def one(http: aiohttp.ClientSession, at: float, prompt: list[int]) -> None:
+            await asyncio.sleep(at)
+            await client.ask(http, prompt, sizes.answer)
+
+        async with session() as http:
+            await asyncio.gather(*map(one, [http] * len(times), times, prompts))
+
+    return run
+
+
+class Bench:
+    """Starts servers, drives them, and keeps rows: `(part, what, ...)`."""
+
+    def __init__(self, folder: Path, quick: bool, sizes: Sizes, rows_file: Path | None) -> None:
+        self.folder, self.quick, self.sizes, self.rows_file = folder, quick, sizes, rows_file
+        self.model, self.vocabulary = small_model(folder) if quick else large_model(folder)
+        self.run = {"commit": results.commit(), "run": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
+        self.rows: list[dict[str, Any]] = []
+        self.used, self.device_bytes = device_reader()
+
+    def note(self, part: str, what: str, **values: Any) -> None:
+        """A row, which is written at once."""
+        one = {"part": part, "what": what, "device_bytes": self.device_bytes} | self.run | values
+        self.rows.append(one)
+        console.print({key: value for key, value in one.items() if key not in self.run})
+        if self.rows_file is not None:
+            self.rows_file.write_text(json.dumps(self.rows, indent=1))
+
+    def room(self, servers: int) -> int:
+        """KV tokens that the device has for so many servers, all together."""
+        return servers * (QUICK_TOKENS if self.quick else capacity(int(self.device_bytes), servers))
+
+    def bytes_of(self, tokens: int) -> int:
+        return tokens * LLAMA.token_bytes
+
+    @contextlib.contextmanager
+    def servers(
+        self, names: list[str], tokens: int | None, home: Path | None = None
+    ) -> Iterator[tuple[list[Patient], list[float]]]:
+        """Contestants that start at the same time, each with room for so many tokens; None: as it ships. Yields who
+        asks them, and the seconds until each answered. `home` is where what they compile is kept."""
+        table = HOST_CONTESTANTS if self.quick else CONTESTANTS
+        environment = dict(os.environ)
+        if self.quick:
+            environment["VTENSOR_HOST_DEVICE"] = f"benchmark-{os.getpid()}"
+        if home is not None:
+            environment = {key: value for key, value in environment.items() if key not in CACHES}
+            environment |= {"HOME": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
+        with contextlib.ExitStack() as stack:
+            waits, clients = [], []
+            for number, name in enumerate(names):
+                port = free_port()
+                arguments = list(table[name])
+                if tokens is not None:
+                    arguments += ["--max-total-tokens", str(tokens)]
+                    arguments += [] if self.quick else ["--mem-fraction-static", "0.98"]
+                own = dict(environment)
+                what = command(self.model, port, arguments, own, host=self.quick)
+                url, log = f"http://127.0.0.1:{port}", self.folder / f"{name}-{number}.log"
+                waits.append(stack.enter_context(started(name, what, url, log, own, patience=START_SECONDS)))
+                clients.append(Patient(url, self.vocabulary))
+            seconds = [wait() for wait in waits]
+            console.print(f"{', '.join(names)}: up after {', '.join(f'{one:.1f}' for one in seconds)} s")
+            if tokens is not None and not self.quick:
+                for client in clients:
+                    if abs(client.kv_tokens() - tokens) > ROUND_TOKENS:
+                        raise RuntimeError(f"a server has room for {client.kv_tokens()} tokens, and not for {tokens}")
+            yield clients, seconds
+
+    def warm_up(self, clients: list[Patient]) -> None:
+        """What is compiled, captured or made at first use; and then everything is given back."""
+        for client in clients:
+            client.measure(peak(4, self.sizes), seed=0)
+            client.flush()
+        time.sleep(RETURN_SECONDS)
+
+    def one_of_two(self) -> dict[str, int]:
+        """The peak of one of two servers."""
+        count = max(2, int(NEEDED * self.room(2)) // self.sizes.tokens)
+        return {"requests": count, "tokens": max(int(ALLOWED * self.room(2)), count * self.sizes.tokens)}
+
+    def needs(self, requests: int, servers: int) -> dict[str, int]:
+        """What stands in a row: the most that a server's requests need at once, and what there is for all servers."""
+        demand = self.bytes_of(requests * self.sizes.tokens)
+        return {"demand_bytes": demand, "kv_bytes": self.bytes_of(self.room(servers))}
+
+    # The parts.
+
+    def alone(self) -> None:
+        one = self.one_of_two()
+        with self.servers(["vtensor"], one["tokens"]) as ((client,), _):
+            self.warm_up([client])
+            for turn in range(2):
+                client.flush()
+                measured = client.measure(peak(one["requests"], self.sizes), seed=10 + turn)
+                self.note("alone", "vtensor", turn=turn, **self.needs(one["requests"], 2), **measured)
+
+    def two(self) -> None:
+        one = self.one_of_two()
+        with self.servers(["vtensor"] * 2, one["tokens"]) as (clients, _):
+            self.warm_up(clients)
+            for turn in range(4):
+                client, other = clients[turn % 2], clients[1 - turn % 2]
+                before = other.stats()["backed_bytes"]
+                measured = client.measure(peak(one["requests"], self.sizes), seed=20 + turn)
+                held = [each.stats()["backed_bytes"] for each in (client, other)]
+                measured |= {"backed_bytes": held, "changed_hands_bytes": max(0, before - held[1])}
+                self.note("two", "vtensor", turn=turn, **self.needs(one["requests"], 2), **measured)
+
+    def three(self) -> None:
+        self._three("three", "vtensor", int(0.9 * self.room(3)))
+
+    def static(self) -> None:
+        self._three("static", "fa3", self.room(3) // 3)
+
+    def _three(self, part: str, name: str, tokens: int) -> None:
+        count = 2 if self.quick else 3
+        with self.servers([name] * count, tokens) as (clients, _):
+            self.warm_up(clients)
+            for client in clients:
+                client.answers, client.failures = [], []
+            start = time.perf_counter()
+
+            async def together() -> None:
+                asked: list[Coroutine[Any, Any, None]] = [
+                    intermittent(number, count, self.sizes)(client, random.Random(30 + number))
+                    for number, client in enumerate(clients)
+                ]
+                await asyncio.gather(*asked)
+
+            asyncio.run(together())
+            everything = Patient("", self.vocabulary)
+            for number, client in enumerate(clients):
+                everything.answers += client.answers
+                everything.failures += client.failures
+                self.note(part, name, model=number, tokens_each=tokens, **client.told(time.perf_counter() - start))
+            needs = self.needs(int(self.sizes.rate * self.sizes.seconds), 3)
+            told = everything.told(time.perf_counter() - start)
+            self.note(part, f"{name}, all", tokens_each=tokens, **needs, **told)
+
+    def killed(self) -> None:
+        """The second server has cached a peak, and gives of that to the first one, until it is killed."""
+        one = self.one_of_two()
+        with self.servers(["vtensor"] * 2, one["tokens"]) as ((first, second), _):
+            self.warm_up([first, second])
+            second.measure(peak(one["requests"], self.sizes), seed=40)
+            cached = second.stats()["backed_bytes"]
+            said: dict[str, int] = {}
+
+            def kill_it_as_it_gives() -> None:
+                deadline = time.monotonic() + (2.0 if self.quick else FIRST_SECONDS)
+                while (left := second.stats()["backed_bytes"]) >= cached and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                kill(second.url)
+                said.update(cached_bytes=cached, left_bytes=left, given_bytes=cached - left)
+
+            killer = threading.Thread(target=kill_it_as_it_gives)
+            killer.start()
+            measured = first.measure(peak(one["requests"], self.sizes), seed=41)
+            killer.join()
+            held = first.stats()["backed_bytes"]
+            self.note("killed", "vtensor", backed_bytes=held, **said, **self.needs(one["requests"], 2), **measured)
+
+    def idle(self) -> None:
+        before = self.used()
+        for name in ("fa3", "vtensor"):
+            with self.servers([name], None) as ((client,), _):
+                client.measure(peak(4, self.sizes), seed=50)
+                client.flush()
+                time.sleep(2 * RETURN_SECONDS)
+                pool = 0 if name == "vtensor" else self.bytes_of(client.kv_tokens())
+                held = self.used() - before
+                self.note("idle", name, held_bytes=held, pool_bytes=pool, without_pool_bytes=held - pool)
+
+    def cold(self) -> None:
+        """SGLang's own first, once more than it counts: files are read from the disk at the first start."""
+        for number, name in enumerate(("fa3", "vtensor", "fa3")[1 if self.quick else 0 :]):
+            with tempfile.TemporaryDirectory() as home, self.servers([name], None, Path(home)) as ((client,), (up,)):
+                start = time.perf_counter()
+                while client.stats().get("kernels_uncompiled", 0):
+                    time.sleep(0.1)
+                full = up + time.perf_counter() - start
+            self.note("cold", name, counts=self.quick or number > 0, first_answer_s=up, full_speed_s=full)
+            for seconds, line in gaps((self.folder / f"{name}-0.log").read_text(errors="replace")):
+                console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
+
+
+def gaps(log: str, most: int = 8) -> list[tuple[int, str]]:
+    """Where the time went: the longest pauses between two lines of a server's log that have the time, in seconds, each
+    with the line that ended it."""
+    lines = re.findall(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] (.*)$", log, re.MULTILINE)
+    times = [datetime.strptime(at, "%Y-%m-%d %H:%M:%S") for at, _ in lines]
+    pauses = [
+        (int((b - a).total_seconds()), line) for a, b, (_, line) in zip(times, times[1:], lines[1:], strict=False)
+    ]
+    return sorted(pauses, key=lambda pause: -pause[0])[:most]
+
+
+def kill(url: str) -> None:
+    """SIGKILL to the server at `url`, with all its children."""
+    port = url.rsplit(":", 1)[1]
+    (server,) = (child for child in psutil.Process().children() if port in child.cmdline())
+    os.killpg(server.pid, signal.SIGKILL)
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the parts that were measured. Ratios above 1 are in our favour, but for `idle_footprint`."""
+    summary: dict[str, float] = {}
+
+    def of(part: str, what: str, key: str) -> list[float]:
+        return [one[key] for one in rows if one["part"] == part and one["what"] == what and one.get("counts", True)]
+
+    alone, beside = of("alone", "vtensor", "tokens_per_second"), of("two", "vtensor", "tokens_per_second")
+    if alone and beside:
+        later = beside[1:]  # the first peak finds all memory free
+        summary["two_short_vs_alone"] = min(later) / statistics.median(alone)
+    if beside:
+        summary["two_short_changed_hands_bytes"] = sum(of("two", "vtensor", "changed_hands_bytes"))
+    ours, static = (of(part, f"{name}, all", "ttft_p99_ms") for part, name in (("three", "vtensor"), ("static", "fa3")))
+    if ours and static:
+        summary["three_ttft_p99_vs_static"] = static[0] / ours[0]
+    idle = {one["what"]: one["without_pool_bytes"] for one in rows if one["part"] == "idle"}
+    if len(idle) == 2:
+        summary["idle_footprint"] = idle["vtensor"] / idle["fa3"]
+    cold = {name: of("cold", name, "first_answer_s") for name in ("vtensor", "fa3")}
+    if all(cold.values()):
+        theirs = statistics.median(cold["fa3"])
+        summary["cold_start_extra_s"] = statistics.median(cold["vtensor"]) - theirs
+        summary["cold_full_speed_extra_s"] = statistics.median(of("cold", "vtensor", "full_speed_s")) - theirs
+    failed = [one["failed"] for one in rows if one["what"] == "vtensor" and "failed" in one]
+    if failed:
+        summary["requests_failed"] = sum(failed)
+    return summary
+
+
+def main(
+    parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
+    rate: Annotated[float, typer.Option(help="Requests a second at a peak of three servers.")] = Sizes.rate,
+    quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
+    rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
+) -> None:
+    """Measure, print, and merge into servers.json."""
+    # Who ends this ends its servers, which would else keep the GPU's memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    chosen = parts.split(",") if parts else list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file)
+        for part in chosen:
+            getattr(bench, part)()
+    rows = bench.rows
+    if not quick:
+        kept = results.read("servers")
+        rows = [one for one in (kept["rows"] if kept else []) if one["part"] not in chosen] + rows
+        console.print(f"written to {results.write('servers', summarize(rows), rows)}")
+    console.print(summarize(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
