@@ -39,7 +39,7 @@ FP8_CASES |= {"64 x 8192": "64 requests, 8,192 tokens each, nothing shared"}
 Record = dict[str, Any]
 SERVERS = {
     "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
-    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 time to the first token of three SGLang servers with static thirds",
+    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
     "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
     "requests_failed": "{:.0f} requests failed, a neighbour's death included",
     "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
