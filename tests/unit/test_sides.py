@@ -104,3 +104,16 @@ def test_who_reads_behind_a_window():
     refuse_readers([None, 127], ["vtensor", None])
     with pytest.raises(Refused, match="torch_native reads contexts from their start"):
         refuse_readers([None, 127], [None, "torch_native"])
+
+
+def test_flash_attention_finds_the_padding_frame_behind_a_window():
+    """Its tiles begin at multiples of their own length, also before the window, where nothing has memory."""
+    from sglang_vtensor.srt.attention_cuda import FlashAttention3
+
+    backend = FlashAttention3.__new__(FlashAttention3)
+    backend.page_tokens = 128
+    frames = torch.arange(1, 13).view(2, 6)
+    batch = SimpleNamespace(seq_lens=torch.tensor([700, 300]), extend_seq_lens=torch.tensor([10, 300]))
+    # The first new token is number 690, and sees from 563 on, which is in the fifth frame.
+    assert backend._within(127, frames, batch).tolist() == [[0, 0, 0, 0, 5, 6], [7, 8, 9, 10, 11, 12]]
+    assert backend._within(None, frames, batch) is frames
