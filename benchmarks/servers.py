@@ -315,8 +315,9 @@ class Bench:
                 while client.stats().get("kernels_uncompiled", 0):
                     time.sleep(0.1)
                 full = up + time.perf_counter() - start
+                log = (self.folder / f"{name}-0.log").read_text(errors="replace")
             self.note("cold", name, counts=self.quick or number > 0, first_answer_s=up, full_speed_s=full)
-            for seconds, line in gaps((self.folder / f"{name}-0.log").read_text(errors="replace")):
+            for seconds, line in gaps(log):
                 console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
 
 
