@@ -332,9 +332,13 @@ class KVMemory:
 
     def back_again(self, side: int, frames: Sequence[int]) -> bool:
         """Give owned frames memory again on a side that they had let go of: all of them, or none. What was there is
-        lost."""
+        lost. None get any while a page that the driver did not take back is mapped in one of them."""
         with self._timed:
-            backing = self.backings[side]
+            backing, until = self.backings[side], patience()
+            # Their old pages may be in the worker's hands, and it would unmap what is mapped there meanwhile.
+            while any(map(self.placement.is_aside, frames)):
+                if not backing.in_hand or not self.worker.wait(until):
+                    return False
             was = backing.refusal
             taken = backing.take(frames)
             if backing.refusal is not was:

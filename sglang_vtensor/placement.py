@@ -213,6 +213,10 @@ class Placement:
         if self._states[frame] == FrameState.VACANT:
             self._set(frame, FrameState.ASIDE)
 
+    def is_aside(self, frame: int) -> bool:
+        """Whether `set_aside` was called more often than `put_back`, whoever owns the frame."""
+        return frame in self._aside
+
     def put_back(self, frame: int) -> None:
         """Undo one `set_aside`."""
         self._aside[frame] -= 1

@@ -721,6 +721,45 @@ def test_who_goes_on_waits_for_the_frame_that_the_worker_is_giving_memory(slow):
     memory.check_integrity()
 
 
+def test_a_side_that_comes_back_waits_for_the_worker_that_gives_it_back(slow):
+    vmm, slow_down, begun, go = slow
+    memory = make(vmm, sides=[LAYOUT, WINDOW], idle_seconds=0)
+    frames = take(memory, 2)
+    memory.let_go(1, frames)
+    memory.complete(memory.launch())
+    slow_down("unmap")
+    worker_thread, _ = in_thread(memory.housekeep)
+    assert begun.wait(10)
+    mender, got = in_thread(memory.back_again, 1, frames)
+    mender.join(0.1)
+    assert mender.is_alive(), "the worker would unmap the new page"
+    go.set()
+    for thread in (worker_thread, mender):
+        thread.join(10)
+    assert got == [True]
+    window = memory.layer_views(0, 1)[0]
+    for frame in frames:
+        window[frame * 8] = float(frame)
+    memory.check_integrity()
+
+
+def test_a_side_does_not_come_back_where_its_old_page_is_stuck():
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm, sides=[LAYOUT, WINDOW], idle_seconds=0)
+    frames = take(memory, 2)
+    memory.let_go(1, frames)
+    memory.complete(memory.launch())
+    vmm.fail_at, vmm.fail_calls = 1, ("unmap",)
+    memory.housekeep()
+    assert memory.backings[1].stuck == 1
+    assert not memory.back_again(1, frames)
+    assert not memory.short, "the driver was not asked"
+    memory.worker._again_at.clear()
+    done(memory)
+    assert memory.back_again(1, frames)
+    memory.check_integrity()
+
+
 def test_a_thread_that_polls_gives_way_to_the_worker():
     """What an idle server's event loop does: it asks a socket, and others get the interpreter for moments only."""
     socket = zmq.Context.instance().socket(zmq.PULL)
