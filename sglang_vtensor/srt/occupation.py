@@ -83,7 +83,7 @@ def resume_memory(original: Callable[..., Any], updater: Any, recv_req: Any) -> 
     is refused, and may be asked for again."""
     elastic, out = updater.scheduler.vtensor_elastic, updater.offload_tags
     elastic.refusal = None
-    tags = list(recv_req.tags or sorted(out))
+    tags = list(dict.fromkeys(recv_req.tags or sorted(out)))  # SGLang dies of one that is given twice
     reason = _unknown(tags)
     if reason is None and not (tags and out.issuperset(tags)):
         what = f"of {', '.join(tags)}, " if tags else ""

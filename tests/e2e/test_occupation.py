@@ -167,10 +167,10 @@ def test_what_is_refused_changes_nothing(ours):
         [refused("release", why="1 requests have not ended")],
         *[[]] * NEW,
         [],
-        [done("release", KV), done("release", KV), FREE],
+        [done("release", KV, KV), done("release", KV), FREE],
         [refused("resume", WEIGHTS, why="of weights, released is kv_cache")],
         [refused("resume", KV, WEIGHTS, why="of kv_cache, weights, released is kv_cache")],
-        [FREE, done("resume")],
+        [FREE, done("resume", KV, KV)],
     ]
     same([expected], [ours.run(script)["r"]])
 
