@@ -60,6 +60,7 @@ def leave_pages(scheduler: Any, pages: int | None) -> None:
         return
     if memory.vmm.device.type == "cuda":
         torch.cuda.synchronize()  # the host computes in the call: there no batch is in flight
+    scheduler.token_to_kv_pool_allocator.runtime.copy_partials()  # of the batch that is said to be done
     memory.complete(memory.launch())
     memory.trim()
 
