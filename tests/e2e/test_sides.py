@@ -53,6 +53,33 @@ def test_a_side_of_windows_has_memory_for_the_windows_only(pair, caching):
     assert ours.call(used)[1] <= len(requests) * 6 + 8
 
 
+def test_what_never_goes_to_the_tree_has_memory_for_its_window_only(pair):
+    """As of a request with embeddings in place of some of its tokens' own."""
+    theirs, ours = pair(chunked_prefill_size=64)
+    request = Request("r", Prompts(64)(200), 60)
+    (expected,) = theirs.generate(request)
+    script = [[request, Do(keep_from_the_tree)], *[[]] * 20, [Do(within_its_window)]]
+    assert_same(expected, ours.run(script)["r"], tie=TIE["float32"])
+    ours.check()
+    assert ours.call(used) == [0, 0]
+
+
+def keep_from_the_tree(scheduler):
+    queue = scheduler._add_request_to_queue
+
+    def queued(req, *args, **more):
+        req.skip_radix_cache_insert, scheduler._add_request_to_queue = True, queue
+        return queue(req, *args, **more)
+
+    scheduler._add_request_to_queue = queued
+
+
+def within_its_window(scheduler):
+    (record,) = scheduler.token_to_kv_pool_allocator.runtime.requests.values()
+    assert len(record.frames) > 12
+    assert used(scheduler)[1] <= 5
+
+
 def used(scheduler):
     return [backing.used for backing in scheduler.token_to_kv_pool_allocator.runtime.memory.backings]
 
