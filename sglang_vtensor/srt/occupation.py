@@ -64,7 +64,7 @@ def finish_release(scheduler: Any) -> None:
     elastic = scheduler.vtensor_elastic
     release = elastic.release_when_idle
     if release is not None and elastic.runtime.sglang.idle(scheduler):
-        elastic.release_when_idle = None
+        elastic.release_when_idle = elastic.refusal = None  # one that was refused meanwhile has been told so
         release()
 
 

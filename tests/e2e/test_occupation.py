@@ -198,7 +198,8 @@ def test_a_release_waits_for_the_last_batch(schedulers, overlap):
     (expected,) = ours.generate(request)
     stop = next(token for n, token in enumerate(expected.tokens) if n > 3 and token not in expected.tokens[:n])
     assert ours.flush()
-    script = [[request], [Do(stop_at, (stop,))], *[[Do(release_once_ended)]] * (NEW + 6), [FREE, done("resume")]]
+    script = [[request], [Do(stop_at, (stop,))], *[[Do(release_once_ended)]] * (NEW + 6)]
+    script += [[FREE, Do(not_refused), done("resume")]]
     assert ours.run(script)["r"].tokens[-1] == stop
     ours.call(was_answered_late)
 
@@ -215,6 +216,10 @@ def release_once_ended(scheduler):
         assert not scheduler.is_fully_idle()
         assert ask(scheduler, "release", [KV]) is None
         _refused(scheduler, "release", [KV], "another release waits")
+
+
+def not_refused(scheduler):
+    assert scheduler.vtensor_elastic.refusal is None, "the release that waited would be told of another's refusal"
 
 
 def was_answered_late(scheduler):
