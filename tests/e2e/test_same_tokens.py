@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import versions
-from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having
+from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both, having, sees_windows
 from tests.harness import Abort, Request, side_by_side
 
 CONTESTANTS = [
@@ -129,10 +129,11 @@ def test_what_another_request_computes_is_not_computed_again(pair, chunk):
         for request, theirs, mine in zip(requests, expected, got, strict=True):
             assert_same(theirs, mine, tie=tie, what=request.rid)
         cached = [answer.cached for answer in got]
-        # Into the page where the first one's prompt ends; or its chunk, which need not be a prompt's end.
-        whole = 150 // page * page
+        # Into the page where the first one's prompt ends; or its chunk, which need not be a prompt's end. Where layers
+        # see a window, that may be gone.
+        least = 0 if ours.call(sees_windows) else 150 // page * page if chunk else 150
         assert cached[:2] == [0, 0]
-        assert all(whole <= found <= 150 if chunk else found == 150 for found in cached[2:]), cached
+        assert all(least <= found <= 150 for found in cached[2:]), cached
         awaited = ours.stats()["awaited_prefixes"] - before
         assert awaited == 5 or (chunk and awaited < 5), "beside a chunk of one request there may be no room for others"
 
