@@ -162,8 +162,8 @@ class PagedRadixCache(RadixCache):
                 count = node.depth // self.page_size
                 if window is None or window.whole(frames[:count], node.depth + partial.tokens):
                     return node.depth, partial
-            if node.depth <= found:
-                break
+            if node.depth <= found or node.parent.depth < found:
+                break  # it ends here, or inside this node
             node = node.parent
         return found, None
 
