@@ -88,6 +88,8 @@ class _Partials:
         every = range(len(self._runtime.memory.sides))
         for req, partial in self._found:
             record = self._record(req)
+            if self._claimed.get(partial.frame) is req:
+                self._batch.tree_cache.note_claimed(req, record, partial)
             frame = record.frames[record.protected]
             if frame != partial.frame:
                 self._runtime.copies.append((partial.frame, frame, partial.tokens, every))

@@ -305,6 +305,12 @@ class PagedRadixCache(RadixCache):
             with runtime.memory.clock:
                 self._note_begun(leaf, runtime.sglang.key(req, tokens[len(key) :]), Begun(slot, record, full))
 
+    def note_claimed(self, req: Req, record: RequestFrames, partial: Partial) -> None:
+        """A request goes on in a page that was kept: what it found there others may copy from the next batch on."""
+        sglang, start = self.runtime.sglang, record.protected * self.page_size
+        tokens = req.full_untruncated_fill_ids[start : start + partial.tokens]
+        self._note_begun(req.last_node, sglang.key(req, tokens), Begun(sglang.slot(req), record, record.protected))
+
     def _note_begun(self, node: TreeNode, key: RadixKey, begun: Begun) -> None:
         """A request computed the tokens of `key` behind `node`, and goes on in their page."""
         known = [(other, one) for other, one in node.begun if one.record is not begun.record]
