@@ -36,6 +36,7 @@ from rich.console import Console
 from benchmarks import results
 from benchmarks.contestants import GPU, HOST, HOST_TOKENS, Client, Plan, Staged, capacity, servers
 from benchmarks.geometries import GEOMETRIES, Geometry
+from benchmarks.memory import device_bytes as device_reader
 from benchmarks.prefix import CONTEXT, Suite, device_bytes, large_model, small_model, table
 from benchmarks.rounds import Row, summarize, whole
 from benchmarks.serving import session
@@ -118,12 +119,7 @@ QUICK = with_uneven({"rollout_8k": Case(200, 24, 2, 4), "rollout_256": Case(20, 
 
 def used_bytes(client: Client, host: bool) -> int:
     """What the device's processes hold; on the host, what our KV cache does."""
-    if host:
-        return int(client.stats()["backed_bytes"])
-    import pynvml
-
-    pynvml.nvmlInit()
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    return int(client.stats()["backed_bytes"] if host else device_reader()[0]())
 
 
 def post(client: Client, what: str, **body: Any) -> float:
