@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
-from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored
+from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
 
 SMALL = Config(16, 16, 4, 1)
 #: None is whatever the table chooses; the kernel for Hopper has no interpreter.
@@ -28,8 +29,8 @@ CONFIGS = CONFIGS if IS_HOPPER else [None]
 PAGE = 128 if DEVICE == "cuda" else 16
 
 
-def run(batch, *, soft_cap=0.0, sinks=None, config=None, cache=None, scales=None):
-    """The kernel on a poisoned output, over a `cache` of that type."""
+def run(batch, *, window=None, soft_cap=0.0, sinks=None, config=None, cache=None, scales=None):
+    """The kernel on a poisoned output, over a `cache` of that type, whose memory is gone behind the `window`."""
     out = torch.full_like(batch.q, float("nan"))
     plan = plan_prefill(
         batch.new,
@@ -40,11 +41,13 @@ def run(batch, *, soft_cap=0.0, sinks=None, config=None, cache=None, scales=None
         device=DEVICE,
         page_tokens=batch.page,
         kv_dtype=cache or batch.k.dtype,
+        window=window,
         config=config,
     )
     k, v = stored(batch.k, cache), stored(batch.v, cache)
     options = {"soft_cap": soft_cap, "sinks": sinks, "scales": scales}
-    prefix_prefill(batch.q, k, v, plan, scale=batch.scale, out=out, **options)
+    with nullcontext() if window is None else without_memory(batch.behind(window), k, v):
+        prefix_prefill(batch.q, k, v, plan, scale=batch.scale, out=out, **options)
     return out, plan
 
 

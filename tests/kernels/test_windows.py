@@ -17,33 +17,10 @@ from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
+from tests.kernels.test_prefix_prefill import PAGE
+from tests.kernels.test_prefix_prefill import run as prefill
 from tests.kernels.test_shared_decode import PAGE as DECODED_PAGE
 from tests.kernels.test_shared_decode import Served, paths_of
-
-#: Whole tiles of every configuration.
-PAGE = 128 if DEVICE == "cuda" else 16
-
-
-def prefill(batch, window, *, sinks=None, soft_cap=0.0, cache=None, scales=None, config=None):
-    """The kernel on a poisoned output, over memory that is gone behind the window."""
-    out = torch.full_like(batch.q, float("nan"))
-    plan = plan_prefill(
-        batch.new,
-        batch.runs,
-        q_heads=batch.q.shape[1],
-        kv_heads=batch.k.shape[1],
-        head_dim=batch.q.shape[2],
-        device=DEVICE,
-        page_tokens=batch.page,
-        kv_dtype=cache or batch.k.dtype,
-        window=window,
-        config=config,
-    )
-    k, v = stored(batch.k, cache), stored(batch.v, cache)
-    options = {"soft_cap": soft_cap, "sinks": sinks, "scales": scales}
-    with without_memory(batch.behind(window), k, v):
-        prefix_prefill(batch.q, k, v, plan, scale=batch.scale, out=out, **options)
-    return out, plan
 
 
 @given(
@@ -68,7 +45,7 @@ def test_ragged_batches(lengths, window, heads, dim, dtype, soft_cap, sinks, who
     scales = None if cache is None else tuple(torch.tensor(x, device=DEVICE) for x in (0.7, 1.3))
     options = {"soft_cap": soft_cap, "sinks": sink, "scales": scales}
     expected = batch.expected(window=window, **options)
-    out, _ = prefill(batch, window, cache=cache, **options)
+    out, _ = prefill(batch, window=window, cache=cache, **options)
     assert_close(out, expected)
 
 
@@ -84,7 +61,7 @@ def test_windows_around_a_tile(window, block_m, sinks):
     sink = torch.tensor([-3.0, 0.0, 2.0, 9.0], device=DEVICE) if sinks else None
     expected = batch.expected(window=window, sinks=sink)
     config = Config(block_m, 16, 4, 1) if DEVICE == "cpu" else Config(block_m, 64, 4, 2)
-    out, _ = prefill(batch, window, sinks=sink, config=config)
+    out, _ = prefill(batch, window=window, sinks=sink, config=config)
     assert_close(out, expected)
 
 
@@ -95,7 +72,7 @@ def test_a_window_as_long_as_the_context_is_none():
         batch.new, batch.runs, q_heads=4, kv_heads=2, head_dim=64, device=DEVICE, page_tokens=PAGE, kv_dtype=FP8[0]
     )
     without = prefix_prefill(batch.q, batch.k, batch.v, plan, scale=batch.scale)
-    assert torch.equal(prefill(batch, 99, config=plan.config)[0], without)
+    assert torch.equal(prefill(batch, window=99, config=plan.config)[0], without)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -106,7 +83,7 @@ def test_long_windows_are_divided_and_merged(sinks):
     sink = torch.linspace(0, 6, 4, device=DEVICE) if sinks else None
     expected = batch.expected(window=window, sinks=sink)
     config = Config(16, 16, 4, 1, occupancy=16) if DEVICE == "cpu" else None
-    out, plan = prefill(batch, window, sinks=sink, config=config)
+    out, plan = prefill(batch, window=window, sinks=sink, config=config)
     assert plan.parts > 4
     assert_close(out, expected)
 
@@ -118,7 +95,7 @@ def test_what_is_no_number_stays_in_the_rows_that_see_it(where, value):
     batch = Batch.random([30], [70], q_heads=4, kv_heads=2, dim=64, seed=8, page=PAGE)
     expected = batch.expected(window=window)
     getattr(batch, where)[int(batch.slots(0)[37]), 1, 5] = value
-    out, _ = prefill(batch, window)
+    out, _ = prefill(batch, window=window)
     rows = torch.arange(40, 70)
     bad = torch.zeros(30, 4, dtype=torch.bool, device=DEVICE)
     bad[(rows <= 37 + window).to(DEVICE), 2:] = True
