@@ -139,16 +139,20 @@ class KVLayout:
         for tokens in PAGE_TOKENS:
             if tokens % tile_tokens:
                 continue
-            # Strides stay multiples of 256 bytes, what TMA and cache lines like.
-            unit = math.lcm(granularity // math.gcd(granularity, tokens), 256)
-            stride = -(-kv_bytes // unit) * unit
-            candidate = layout(tokens, stride)
+            candidate = layout(tokens, padded_stride(kv_bytes, tokens, granularity))
             if candidate.waste <= LARGEST_WASTE and candidate.page_bytes <= LARGEST_PAGE_BYTES:
                 return candidate
             if best is None or candidate.waste < best.waste:
                 best = candidate
         assert best is not None
         return best
+
+
+def padded_stride(kv_bytes: int, tokens: int, granularity: int) -> int:
+    """The least bytes of a token, of which `kv_bytes` are K and V, that make pages of `tokens` tokens whole granules.
+    Strides with padding are multiples of 256 bytes, what TMA and cache lines like."""
+    unit = math.lcm(granularity // math.gcd(granularity, tokens), 256)
+    return -(-kv_bytes // unit) * unit
 
 
 def frames_for(sides: Sequence[KVLayout], capacity_pages: int, max_tokens: int) -> tuple[int, int]:

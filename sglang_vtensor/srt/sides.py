@@ -5,13 +5,12 @@ Layers that see a window are on a side of their own, which keeps memory for that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sglang_vtensor.layout import LARGEST_PAGE_BYTES, LARGEST_WASTE, PAGE_TOKENS, KVLayout
+from sglang_vtensor.layout import LARGEST_PAGE_BYTES, LARGEST_WASTE, PAGE_TOKENS, KVLayout, padded_stride
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,11 @@ class Sides:
             layer_bytes = 2 * kv_heads * head_dim * dtype.itemsize
 
             def of(tokens: int) -> list[KVLayout]:
-                """Strides are multiples of 256 bytes where they have padding: TMA and cache lines like that."""
-                unit = math.lcm(granularity // math.gcd(granularity, tokens), 256)
+                """With padding where a side's pages would be no whole granules."""
                 strides = [count * layer_bytes for count in counts]
-                strides = [s if s * tokens % granularity == 0 else -(-s // unit) * unit for s in strides]
+                strides = [
+                    s if s * tokens % granularity == 0 else padded_stride(s, tokens, granularity) for s in strides
+                ]
                 return [
                     KVLayout(count, kv_heads, head_dim, dtype, tokens, stride, granularity)
                     for count, stride in zip(counts, strides, strict=True)
