@@ -157,8 +157,8 @@ def prefill_calls(
 
     def calls(plan: Plan) -> Iterator[Callable[[], torch.Tensor]]:
         q = torch.zeros(plan.rows, q_heads, dim, dtype=q_dtype, device=k.device)
-        common = {"scale": dim**-0.5}
         for soft_cap, scales, sinks in kinds:
-            yield partial(prefix_prefill, q, k, v, plan, soft_cap=soft_cap, sinks=sinks, scales=scales, **common)
+            kind = {"soft_cap": soft_cap, "scales": scales, "sinks": sinks}
+            yield partial(prefix_prefill, q, k, v, plan, scale=dim**-0.5, **kind)
 
     return {config: list(calls(plan)) for config, plan in plans.items()}

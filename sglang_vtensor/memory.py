@@ -278,15 +278,18 @@ class KVMemory:
         if self.short and time.monotonic() < self._retry_at and len(frames) > min(b.free for b in self.backings):
             return False
         for number, backing in enumerate(self.backings):
-            was = backing.refusal
-            taken = backing.take(frames)
-            if backing.refusal is not was:
-                self.answered(backing, was)
-            if not taken:
+            if not self._take_side(backing, frames):
                 for before in self.backings[:number]:
                     self._give_side(before, frames)
                 return False
         return True
+
+    def _take_side(self, backing: Backing, frames: Sequence[int]) -> bool:
+        was = backing.refusal
+        taken = backing.take(frames)
+        if backing.refusal is not was:
+            self.answered(backing, was)
+        return taken
 
     def answered(self, backing: Backing, was: VMMError | None) -> None:
         """The driver refused, or gave again after it had: say so once, and when to ask again."""
@@ -339,11 +342,7 @@ class KVMemory:
             while any(map(self.placement.is_aside, frames)):
                 if not backing.in_hand or not self.worker.wait(until):
                     return False
-            was = backing.refusal
-            taken = backing.take(frames)
-            if backing.refusal is not was:
-                self.answered(backing, was)
-            return taken
+            return self._take_side(backing, frames)
 
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""

@@ -148,10 +148,11 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
         raise PutOff(batch.reqs)
     runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens) - counted  # beside what decodes
     _slide(runtime, records, prefix_lens)
-    for req, record in zip(batch.reqs, records, strict=True):
-        # What comes of given embeddings, for instance, never goes to the tree.
-        kept_from_it = batch.tree_cache.disable or getattr(req, "skip_radix_cache_insert", False)
-        record.awaited = not kept_from_it
+    if runtime.window is not None:
+        for req, record in zip(batch.reqs, records, strict=True):
+            # What comes of given embeddings, for instance, never goes to the tree.
+            kept_from_it = batch.tree_cache.disable or getattr(req, "skip_radix_cache_insert", False)
+            record.awaited = not kept_from_it
     counts = runtime.memory.counts
     for req, prefix_len in zip(batch.reqs, prefix_lens, strict=True):
         if req in begins:

@@ -55,8 +55,7 @@ class VTensorKVPool(MHATokenToKVPool):
         self.sides, layout = sides, sides.layouts[0]
         capacity_pages = capacity // layout.page_tokens
         reserve = parse_share_or_bytes(options.vtensor_reserve, "--vtensor-reserve")
-        of_bytes = -(-reserve // sides.page_bytes)
-        reserve_pages = int(reserve * capacity_pages) if isinstance(reserve, float) else int(of_bytes)
+        reserve_pages = int(reserve * capacity_pages) if isinstance(reserve, float) else -(-reserve // sides.page_bytes)
         vmm = open_vmm(device)
         vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
         window = sides.windows[-1]

@@ -38,7 +38,8 @@ NO_SHARING = dict.fromkeys(("decode_steps_shared", "decode_steps_plain", "shared
 class RequestFrames:
     """The frames of a running request, in the order of its tokens; the first `protected` of them are the tree's. Those
     before `own` were there before it, and those before `behind` are behind its window. `leaf` is the tree's node that
-    the `protected` ones end with. It is `awaited` from an extend batch until the tree has got what that computed."""
+    the `protected` ones end with. With a window it is `awaited` from an extend batch until the tree has got what that
+    computed."""
 
     frames: list[int]
     protected: int
