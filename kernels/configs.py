@@ -101,8 +101,8 @@ def ours_before_fa3(
     the others have ended, as FlashAttention-3 divides all contexts of a batch alike. Requests of one length are not
     such, however few tiles they have: 86 microseconds for 74, with 64 new tokens each over 8,192.
     """
-    if window is not None or kv_dtype.itemsize == 1:
-        return False  # the one cannot be; the other was measured: 0.54 times as fast
+    if window is not None or kv_dtype.itemsize == 1 or head_dim not in HOPPER_DIMS:
+        return False  # the first and the last cannot be; the other one was measured: 0.54 times as fast
     if head_dim == 64:
         return sum(contexts) > sum(new)
     tiles = [-(-n * q_heads // kv_heads // 128) * kv_heads for n in new]

@@ -74,8 +74,8 @@ def _arrange(
     shortest = tl.full([ARRANGED], 2147483647, tl.int32)
     for first in range(0, rows, LOOKED):
         other = first + tl.arange(0, LOOKED)
-        slot = tl.load(slots_ptr + other, mask=other < rows, other=0).to(tl.int64)
-        unit = tl.load(chains_ptr + slot * DEPTH + level, mask=other < rows, other=-1)
+        theirs = tl.load(slots_ptr + other, mask=other < rows, other=0).to(tl.int64)
+        unit = tl.load(chains_ptr + theirs * DEPTH + level, mask=other < rows, other=-1)
         same = (unit[None, :] == mine[:, None]) & (other[None, :] < row[:, None])
         rank += tl.sum(same.to(tl.int32), 1)
         # Rows without a unit, -1, count for nobody: they stand behind `members` of this level.
