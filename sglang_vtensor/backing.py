@@ -18,13 +18,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sglang_vtensor.budget import Budget
 from sglang_vtensor.placement import Placement
-from sglang_vtensor.vmm import Handle, VirtualMemory, VMMError
+from sglang_vtensor.vmm import Handle, OutOfMemory, VirtualMemory, VMMError
 
 
 class Free(NamedTuple):
@@ -52,17 +53,31 @@ class Ahead:
     done: bool = False
 
 
+@dataclass(eq=False, slots=True)
+class Claim:
+    """Frames that are to be used from now on: those that `had` a page, which was free so, and those for which one was
+    `created`; the others are `missing` one."""
+
+    had: dict[int, Free]
+    missing: list[int]
+    created: list[int]
+
+
 class Backing:
     """One side of the frames of `placement`: addresses for all of them, and memory for those that are used.
 
-    `capacity` pages may exist, the padding frame's beside them. Not thread-safe.
+    Its pages, and those of the other sides of `budget`, take that much together; `most` pages may exist on this side
+    (None: as many as the budget has room for). The padding frame's page is beside them. Not thread-safe.
     """
 
-    def __init__(self, vmm: VirtualMemory, placement: Placement, page_bytes: int, capacity: int) -> None:
+    def __init__(
+        self, vmm: VirtualMemory, placement: Placement, page_bytes: int, budget: Budget, *, most: int | None = None
+    ) -> None:
         self.vmm = vmm
         self.placement = placement
         self.page_bytes = page_bytes
-        self.capacity = capacity
+        self.budget = budget
+        self.most = most
         self.nbytes = placement.num_frames * page_bytes
         self.base = vmm.reserve(self.nbytes)
         #: Every batch up to this epoch is done.
@@ -73,10 +88,15 @@ class Backing:
         self._pages: dict[int, Handle] = {}  # by frame: what is mapped there, to stay
         #: Frames whose pages nobody uses, the longest so first.
         self._free: OrderedDict[int, Free] = OrderedDict()
+        self._free_epochs: Counter[int] = Counter()  # how many of these have which epoch
+        #: Pages that are used. A number of its own, which the worker never touches: who hands frames out reads it
+        #: without the lock, and on several ranks it must say the same at the same point of a history.
+        self._used = 0
         self._leaving: list[Leaving] = []  # the driver did not take them back when it was last asked to
         self._in_hand = 0  # pages that are created, moved or given back without the lock at this moment
         self._pages[0] = self._new_page(0)
         self.vmm.wait_cleared()
+        budget.sides.append(self)
 
     # What there is.
 
@@ -88,7 +108,7 @@ class Backing:
     @property
     def used(self) -> int:
         """Pages that are used; the padding frame's is not among them."""
-        return len(self._pages) - 1 - len(self._free)
+        return self._used
 
     @property
     def stuck(self) -> int:
@@ -105,9 +125,24 @@ class Backing:
         return self._in_hand
 
     @property
+    def held(self) -> int:
+        """Pages that the budget counts: those in hand too, and not the padding frame's."""
+        return self.pages - 1 + self._in_hand
+
+    @property
+    def flying(self) -> int:
+        """Free pages that a batch in flight may still read."""
+        # Copied at once: the worker may change it meanwhile.
+        return sum(count for epoch, count in tuple(self._free_epochs.items()) if epoch > self.completed)
+
+    @property
     def creatable(self) -> int:
         """How many more pages may be created."""
-        return max(0, self.capacity + 1 - self.pages - self._in_hand)
+        return self.budget.creatable(self)
+
+    def free_since(self) -> float | None:
+        """Since when the page is free that `trim` gives back first; None: it would give none."""
+        return next((free.since for free in self._free.values() if free.epoch <= self.completed), None)
 
     def has_page(self, frame: int) -> bool:
         return frame in self._pages
@@ -120,6 +155,11 @@ class Backing:
     def uses(self, frame: int) -> bool:
         """Whether the frame's page is used."""
         return frame in self._pages and frame not in self._free
+
+    def stays_until(self, frame: int, epoch: int) -> bool:
+        """Whether the frame's page is used, or free but not to be given back before the batch of this epoch is done."""
+        free = self._free.get(frame)
+        return frame in self._pages and (free is None or free.epoch >= epoch)
 
     def free_frames(self) -> list[int]:
         """Frames whose pages nobody uses, ascending."""
@@ -145,54 +185,82 @@ class Backing:
 
     def take(self, frames: Sequence[int]) -> bool:
         """Give memory to each of these frames, which nobody used, and mark their pages as used. False if the driver or
-        the capacity has not enough for all of them.
+        the budget has not enough for all of them.
 
         A frame that has a page keeps it. For another frame a page is created. Where no more pages may be created, the
-        page that was free the longest is given back for the new one. After False none of the frames is used; the pages
-        that were created on the way stay there, free.
+        page that was free the longest is given back for the new one, on whichever side that is. After False none of the
+        frames is used; the pages that were created on the way stay there, free.
         """
-        had = {frame: self._free.pop(frame) for frame in frames if frame in self._pages}
-        missing = [frame for frame in frames if frame not in had]
-        created = self._get(missing)
-        if created < len(missing):
-            self._free.update(had)
-            self._free.update(dict.fromkeys(missing[:created], Free(0, time.monotonic())))
-            return False
-        return True
+        claim = self.claim(frames)
+        if self.fill(claim):
+            return True
+        self.unclaim(claim)
+        return False
 
-    def _get(self, missing: Sequence[int]) -> int:
-        """Pages for frames that have none, from the first one on. Returns how many have one now; `refusal` says why not
-        all."""
-        created: list[int] = []
-        refusal = None
+    def claim(self, frames: Sequence[int]) -> Claim:
+        """The first step of `take`: what these frames have is used from now on, and is not given back for others."""
+        had = {frame: self._pop_free(frame) for frame in frames if frame in self._pages}
+        self._used += len(had)
+        return Claim(had, [frame for frame in frames if frame not in had], [])
+
+    def fill(self, claim: Claim) -> bool:
+        """The second step: create what is missing. `refusal` says why the driver did not, if it did not."""
+        refusal: VMMError | None = None
         try:
-            for frame in missing:
-                if not self.creatable and not self.trim(self.free - 1):
-                    break
-                self._pages[frame] = self._new_page(frame)
-                created.append(frame)
+            waiting = deque(claim.missing)
+            # Asked before each try: what a try leaves may be stuck, and counts.
+            while waiting and (self.creatable or self.budget.make_room(self)):
+                try:
+                    self._pages[waiting[0]] = self._new_page(waiting[0])
+                    claim.created.append(waiting.popleft())
+                    self._used += 1
+                except OutOfMemory as error:
+                    # A side that gives pages back makes room on the device as it does in the budget.
+                    refusal = error
+                    if len(self.budget.sides) == 1 or not self.budget.give_one_back():
+                        raise
         except VMMError as error:
             refusal = error
         try:
-            if created:
+            if claim.created:
                 self.vmm.wait_cleared()
         except VMMError as error:
             refusal = error
-            for frame in created:
+            for frame in claim.created:
                 self._take_down(Leaving(self._pages.pop(frame), frame))
-            created.clear()
-        self.creates += len(created)
-        if created or refusal is not None:
+            self._used -= len(claim.created)
+            claim.created.clear()
+        self.creates += len(claim.created)
+        if claim.created or refusal is not None:
             self.refusal = refusal
-        return len(created)
+        return len(claim.created) == len(claim.missing)
 
-    def give(self, frames: Iterable[int], epoch: int) -> None:
-        """Nobody uses these frames any more; batches up to `epoch` may still read them. Their pages stay there, and are
-        free."""
-        free = Free(epoch, time.monotonic())
+    def unclaim(self, claim: Claim) -> None:
+        """Undo both steps: none of the frames is used. What was created is free."""
+        now = time.monotonic()
+        for frame, free in (*claim.had.items(), *((frame, Free(0, now)) for frame in claim.created)):
+            self._set_free(frame, free)
+            self._used -= 1
+
+    def _set_free(self, frame: int, free: Free) -> None:
+        self._free[frame] = free
+        self._free_epochs[free.epoch] += 1
+
+    def _pop_free(self, frame: int) -> Free:
+        free = self._free.pop(frame)
+        self._free_epochs[free.epoch] -= 1
+        if not self._free_epochs[free.epoch]:
+            del self._free_epochs[free.epoch]
+        return free
+
+    def give(self, frames: Iterable[int], epoch: int, since: float | None = None) -> None:
+        """Nobody uses these frames any more, from `since` on (`time.monotonic`; None: now); batches up to `epoch` may
+        still read them. Their pages stay there, and are free."""
+        free = Free(epoch, time.monotonic() if since is None else since)
         for frame in frames:
             assert self.uses(frame), f"frame {frame} is not used"
-            self._free[frame] = free
+            self._set_free(frame, free)
+            self._used -= 1
 
     # The driver.
 
@@ -262,7 +330,8 @@ class Backing:
         if not ahead.done:
             self._stick(ahead.new)
             return
-        self._pages[ahead.frame], self._free[ahead.frame] = ahead.new.page, Free(0, time.monotonic())
+        self._pages[ahead.frame] = ahead.new.page
+        self._set_free(ahead.frame, Free(0, time.monotonic()))
         self.creates += 1
         self.refusal = None
 
@@ -279,7 +348,7 @@ class Backing:
             if free.since > since:
                 return None
             if free.epoch <= self.completed:
-                del self._free[frame]
+                self._pop_free(frame)
                 self.placement.set_aside(frame)
                 self._in_hand += 1
                 return Leaving(self._pages.pop(frame), frame)
@@ -331,7 +400,9 @@ class Backing:
         """Invariants 1 to 4, as far as one side can see. `used` are the frames whose owners need this side."""
         assert self._pages.keys() - self._free.keys() == used | {0}, "frames that are used, and pages that are"
         assert self._free.keys() <= self._pages.keys()
+        assert self._used == len(used), (self._used, len(used))
+        assert self._free_epochs == Counter(free.epoch for free in self._free.values())
         held = [*self._pages.values(), *(leaving.page for leaving in self._leaving)]
         assert len(held) == len(set(held)) == self.pages, "a page is in two frames"
         assert not any(leaving.mapped and self.placement.is_vacant(leaving.frame) for leaving in self._leaving)
-        assert self.pages + self._in_hand <= self.capacity + 1, (self.pages, self._in_hand, self.capacity)
+        self.budget.check_integrity()

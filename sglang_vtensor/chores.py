@@ -56,14 +56,15 @@ class Chores:
 
     def turn(self) -> bool:
         """Do one thing. False if there was nothing to do, or it was refused."""
-        backings = self.memory.backings
-        if any(map(self._back, backings)):
+        if any(map(self._back, self.memory.backings)):
             return True
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             self._device_low = self.memory.vmm.low()
-        return any(map(self._trim, backings))
+        with self.worker.lock:
+            able = self.memory.budget.by_age(self.memory.stores)
+        return any(map(self._trim, able + [store for store in self.memory.stores if store not in able]))
 
     def _back(self, backing: Backing) -> bool:
         with self.worker.lock:
@@ -89,14 +90,15 @@ class Chores:
     def _begin_ahead(self, backing: Backing) -> Ahead | None:
         """While the reserve is not full, the next frame that is to have memory before it is needed: one that a running
         request comes to next, or that a new one begins with."""
-        if not self.memory.wants_page(backing):
+        memory = self.memory
+        if not memory.wants_page(backing) or memory.budget.taken + backing.page_bytes > memory.allowed_bytes:
             return None
-        placement = self.memory.placement
+        placement = memory.placement
         while self._hints:
             frame = self._hints[0]
             if placement.is_vacant(frame) and not backing.has_page(frame):
                 return backing.begin_back(frame)
-            if placement.is_vacant(frame) and not all(other.has_page(frame) for other in self.memory.backings):
+            if placement.is_vacant(frame) and not all(other.has_page(frame) for other in memory.backings):
                 break  # it is the turn of another side
             self._hints.popleft()
         begin = placement.next_without(backing.has_page)

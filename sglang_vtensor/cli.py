@@ -252,7 +252,7 @@ def stats_table(values: dict[str, Any], title: str) -> Table:
         *((f"pages {state}", f"{count:,}  {mib(taken[state])}") for state, count in pages_by_state(values).items()),
         ("pages backed", f"{values['pages_backed']:,}  {mib(values['backed_bytes'])}"),
         ("limit", f"{values['limit_bytes'] // page - 1:,}  {mib(values['limit_bytes'])}"),
-        ("of a capacity of", f"{values['pages_capacity']:,}  {mib((values['pages_capacity'] + 1) * page)}"),
+        ("of a capacity of", f"{values['pages_capacity']:,}  {mib(values['capacity_bytes'])}"),
         ("requests", f"{values['requests']:,}"),
         ("pages handed out", f"{values['pages_allocated']:,}, {values['pages_in_place']:,} of them in place"),
         (

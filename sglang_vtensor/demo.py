@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -168,14 +169,31 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
+def what_failed(log: Sequence[str], most: int = 25) -> Sequence[str]:
+    """Of a server's log, the end of the first traceback, which is the cause of those that other processes add; the end
+    of the log, if there is none."""
+    begin = next((n for n, line in enumerate(log) if "Traceback (most recent call last)" in line), None)
+    if begin is None:
+        return log[-most:]
+    told = (n for n in range(begin + 1, len(log)) if log[n] and not log[n][0].isspace())
+    end = next(
+        (n for n in told if not log[n].startswith(("Traceback", "During handling", "The above exception"))), None
+    )
+    return log[begin : len(log) if end is None else end + 1][-most:]
+
+
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, status: Any) -> None:
     start = time.monotonic()
     while True:
         seconds = time.monotonic() - start
         lines = log.read_text(errors="replace").splitlines()
         if process.poll() is not None or seconds > START_SECONDS:
-            tail = "\n".join(lines[-25:])
-            raise NotStarted(f"the server did not start (exit code {process.poll()} after {seconds:.0f} s):\n{tail}")
+            with tempfile.NamedTemporaryFile(prefix="sglang-vtensor-", suffix=".log", delete=False) as kept:
+                kept.write(log.read_bytes())
+            raise NotStarted(
+                f"the server did not start (exit code {process.poll()} after {seconds:.0f} s):\n"
+                f"{chr(10).join(what_failed(lines))}\nIts whole log is in {kept.name}."
+            )
         last = next((line for line in reversed(lines) if line.startswith("[")), "importing SGLang")
         status.update(f"starting the server, {seconds:.0f} s: {last[:110]}")
         with contextlib.suppress(requests.RequestException):
@@ -195,9 +213,19 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody has, for a server that binds it only once it is up. It is none of those that the
+    kernel gives to connections (`ip_local_port_range`): one of these could take it in the meantime, even the
+    connection that asks whether the server is up."""
+    first, last = (int(port) for port in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port for port in range(10_000, 65_536) if not first <= port <= last]
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(
+        f"127.0.0.1 has no free port of 10000 and more outside {first} to {last}, which the kernel gives to "
+        "connections: make net.ipv4.ip_local_port_range smaller"
+    )
 
 
 def chat(console: Console, url: str, turns: int, script: Script) -> list[dict[str, Any]]:

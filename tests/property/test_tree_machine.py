@@ -7,7 +7,8 @@ splits, duplicates, evictions and retractions. And what a batch reads stays wher
 done.
 
 With many addresses and with so few that they are always short. Also with layers that see a window, on a side of their
-own: there a token's KV must be what it is as long as a window reaches it, and takes no memory after that.
+own: there a token's KV must be what it is as long as a window reaches it, and takes no memory after that. The sides
+then share a budget that has not room for all frames on both.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from tests import versions
 ROWS, CONTEXT, CAPACITY_TOKENS = 5, 48, 128
 #: Batches that were launched and are not done, at most.
 FLYING = 3
+#: Of the memory that all frames would have on two sides, so many tenths are there.
+SHARED = 6
 #: Tokens that a window reaches back; None: there is no such side.
 REACHES = [None, None, 1, 5, 11]
 POLICIES = ["lru", "lfu", "fifo", "filo", "priority", "slru", *versions.MORE_POLICIES]
@@ -88,7 +91,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.memory = KVMemory(
             HostVirtualMemory(),
             [layout] * (1 if reach is None else 2),
-            capacity_pages=capacity,
+            capacity_pages=capacity if reach is None else SHARED * capacity // 10,
+            most_frames=capacity,
             max_tokens=CONTEXT,
             reserve_pages=2,
             idle_seconds=0.0,
@@ -163,14 +167,32 @@ class TreeMachine(RuleBasedStateMachine):
         """Frames for `upto` tokens, evicting if need be."""
         record = self.runtime.requests[self.sglang.slot(req)]
         wanted = self.memory.layout.pages_for(upto) - len(record.frames)
-        short = wanted - self.memory.available_pages()
+        short = wanted - self.memory.room()
         if short > 0:
-            self.tree.evict(SimpleNamespace(num_tokens=short * self.tokens_a_page))
+            READS["short of memory"] += 1
+            self.reclaim(short)
         placed = self.memory.allocate([record.ask(wanted)])
         if placed is None:
             return False
         record.frames.extend(placed[0])
         return True
+
+    @rule(frames=st.integers(1, 6))
+    @precondition(lambda self: self.tree.root_node.children)
+    def reclaim(self, frames: int) -> None:
+        """What is cached goes until there is room, or nothing is left; of windows of ends, the oldest first."""
+        wanted, needed = self.memory.room() + frames, self.memory.needed_bytes
+        ends = {} if self.window is None else {node: node.end_time for node in self.tree.nodes() if node.window}
+        self.tree.reclaim(frames)
+        if self.window is None:
+            assert self.memory.room() >= wanted or not self.tree.evictable_leaves
+            return
+        assert self.memory.room() >= wanted or not (self.tree.evictable_leaves or self.window.spare)
+        stay = [node.end_time for node in ends if node.window and node not in self.tree.evictable_leaves]
+        dropped = [time for node, time in ends.items() if not node.window and not node.gone]
+        READS["windows given up for others"] += len(dropped)
+        assert not dropped or not stay or max(dropped) < min(stay), "a younger one went first"
+        assert needed >= self.memory.needed_bytes
 
     def page(self, frame: int, side: int = 0) -> Handle | None:
         """What is mapped at a frame."""
@@ -563,6 +585,7 @@ def busy_history(rng: random.Random) -> None:
         ),
         lambda: machine.housekeep(rng.choice([1, 2, 4, 48])): (4, lambda: True),
         lambda: machine.land(): (4, lambda: machine.flying),
+        lambda: machine.reclaim(rng.randint(1, 6)): (1, lambda: machine.tree.root_node.children),
         lambda: machine.evict(rng.randint(1, 24)): (1, lambda: machine.tree.root_node.children),
         lambda: machine.expire(which()): (1, lambda: machine.tree.root_node.children),
     }
@@ -592,3 +615,5 @@ def test_busy_histories():
     assert READS["behind a window"] > 500
     assert READS["less, for a window"] > 50
     assert READS["mended"] > 20
+    assert READS["short of memory"] > 100
+    assert READS["windows given up for others"] > 50

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_vtensor.backing import Backing
+from sglang_vtensor.budget import Budget
 from sglang_vtensor.placement import FrameState, Placement
 from sglang_vtensor.vmm import OutOfMemory, VMMError
 from tests.unit.faults import FaultyVirtualMemory
@@ -20,7 +21,7 @@ class Frames:
     def __init__(self, *, device_pages: int | None = None, capacity: int = CAPACITY) -> None:
         self.vmm = FaultyVirtualMemory(capacity_bytes=None if device_pages is None else device_pages * SIZE)
         self.placement = Placement(64, 8)
-        self.backing = Backing(self.vmm, self.placement, SIZE, capacity)
+        self.backing = Backing(self.vmm, self.placement, SIZE, Budget(capacity * SIZE))
         self.used: set[int] = set()
 
     def take(self, count: int, after: int | None = None) -> list[int] | None:

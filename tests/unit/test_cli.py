@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -23,7 +24,7 @@ RANK = {"page_tokens": 128, "page_bytes": PAGE, "waste": 0.1234, "sleeping": 0, 
 RANK |= {"pages_live": 12_345_678, "pages_cached": 23_456_789, "pages_kept": 34_567_890, "pages_free": 45_678_901}
 RANK |= {f"{state}_bytes": RANK[f"pages_{state}"] * PAGE for state in ("live", "cached", "kept")}
 RANK |= {"pages_owned": 35_802_467, "pages_backed": 81_481_369, "backed_bytes": 81_481_369 * PAGE}
-RANK |= {"pages_capacity": 98_765_432, "limit_bytes": 87_654_322 * PAGE}
+RANK |= {"pages_capacity": 98_765_432, "capacity_bytes": 98_765_433 * PAGE, "limit_bytes": 87_654_322 * PAGE}
 RANK |= {"pages_allocated": 56_789_012, "pages_in_place": 45_678_012, "pages_with_memory": 34_567_012}
 RANK |= {"pages_created_at_once": 12_345_012, "contexts": 10_000_000}
 RANK |= {
@@ -148,7 +149,9 @@ def answers(monkeypatch, status, text):
 def test_a_key_that_is_missing_is_asked_for(command, monkeypatch):
     answers(monkeypatch, 401, '{"error": "Unauthorized"}')
     said = run(command, URL)
-    assert said == f"the server at {URL} wants another key: give its --admin-api-key (or --api-key) with --key"
+    reads = command[0] in ("stats", "top")
+    wanted = "--api-key" if reads else "--admin-api-key, or its --api-key where it has no other"
+    assert said == f"the server at {URL} wants another key: give its {wanted}, with --key"
 
 
 NO_SGLANG = f"what answers at {URL} is no SGLang server: give another URL"
@@ -391,3 +394,45 @@ def test_kernels_that_are_never_compiled_are_an_error_with_the_log(gpus, monkeyp
     assert started[-1] == "ended"
     assert "2 kernels were not compiled; the server said:" in done.output
     assert "kernel x failed twice" in done.output
+
+
+CHAINED = """[2026-11-29 14:00:00] server_args=...
+Traceback (most recent call last):
+  File "runtime.py", line 1, in <module>
+    import missing
+ModuleNotFoundError: No module named 'missing'
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "scheduler.py", line 2, in run
+RuntimeError: it did not start
+[2026-11-29 14:00:01] the scheduler died
+Traceback (most recent call last):
+  File "engine.py", line 3, in wait
+EOFError
+""".splitlines()
+
+
+def test_why_a_server_failed_is_its_first_traceback():
+    told = demo.what_failed(CHAINED)
+    assert (told[0], told[-1]) == (
+        "Traceback (most recent call last):",
+        "ModuleNotFoundError: No module named 'missing'",
+    )
+    assert demo.what_failed(["a", "b"]) == ["a", "b"]
+    assert (
+        len(demo.what_failed(["Traceback (most recent call last):", *(f"  line {n}" for n in range(90)), "E: x"])) == 25
+    )
+
+
+def test_the_log_of_a_server_that_failed_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(demo.tempfile, "tempdir", None)
+    log = tmp_path / "log"
+    log.write_text("\n".join(CHAINED))
+    ended = SimpleNamespace(poll=lambda: 1)
+    with pytest.raises(demo.NotStarted, match="No module named 'missing'") as failed:
+        demo.wait_until_ready(ended, "http://127.0.0.1:1", log, SimpleNamespace(update=lambda _: None))
+    kept = str(failed.value).split("whole log is in ")[1].rstrip(".")
+    assert Path(kept).read_text() == log.read_text()

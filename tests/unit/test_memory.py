@@ -323,7 +323,7 @@ def test_a_side_that_is_short_makes_pages_missing():
     vmm.create = refuses_large
     assert take(memory, 4) is None
     assert memory.short
-    assert memory.missing_pages() == 16, "the other side has some, which help nobody"
+    assert memory.missing_pages() == 15, "four pages of the other side, given back, are one of each"
 
 
 def test_both_sides_get_memory_where_a_request_comes_to_next():
