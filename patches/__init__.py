@@ -1,4 +1,4 @@
-"""One module for each SGLang version: which seam of that version gets which part of `sglang_vtensor.srt`."""
+"""One module or package for each SGLang version: which seam of that version gets which part of `sglang_vtensor.srt`."""
 
 from __future__ import annotations
 

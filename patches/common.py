@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _TOKENIZER_MODULE = "sglang.srt.managers.tokenizer_manager"
 _TOKENIZER = f"{_TOKENIZER_MODULE}.TokenizerManager"
-_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Patch(abc.ABC):
     requests: Requests
     #: Whether models are served whose layers see a window.
     serves_windows = False
+    #: Whether models are served that have linear attention.
+    serves_states = False
     #: Whether this process serves the page (`srt.page`).
     serves_page = False
 
@@ -85,9 +87,9 @@ class Patch(abc.ABC):
         from sglang_vtensor.srt import allocation, occupation, scheduling
 
         return [
-            Seam(f"{_CONFIGURATOR}._profile_available_bytes", self.without_padding),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
-            Seam(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
+            Seam(f"{CONFIGURATOR}._profile_available_bytes", self.without_padding),
+            Seam(f"{CONFIGURATOR}._build_token_to_kv_pool", self.build_pool, HookType.REPLACE),
+            Seam(f"{CONFIGURATOR}._build_token_to_kv_pool_allocator", self.build_allocator, HookType.REPLACE),
             Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", allocation.alloc_for_extend, HookType.REPLACE),
             Seam("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", self.init_graphs),
             Seam(f"{SCHEDULER}.__init__", self.init_scheduler, HookType.AFTER),
@@ -163,7 +165,8 @@ class Patch(abc.ABC):
 
         settings = self.settings(server_args)
         hook(self.in_schedulers())
-        if wants_shared_decode(settings, Options.of(server_args)):
+        states = bool(self.layers_with_states(self.model(server_args)))
+        if wants_shared_decode(settings, Options.of(server_args), states=states):
             hook(self.for_shared_decode())
         if settings.device == "cpu":
             hook(self.on_the_host())
@@ -211,7 +214,8 @@ class Patch(abc.ABC):
         without the option."""
         from sglang.srt.utils import get_device_memory_capacity
 
-        from sglang_vtensor.srt.options import Options, Refused, refuse_unsupported
+        from sglang_vtensor.srt.linear import chunk_tokens, refuse_page, refuse_states
+        from sglang_vtensor.srt.options import Options, Refused, has_states, refuse_unsupported
         from sglang_vtensor.srt.pages import choose_page_size
         from sglang_vtensor.srt.windows import refuse_readers, windows_of
 
@@ -220,8 +224,15 @@ class Patch(abc.ABC):
             return None
         settings, model = self.settings(server_args), self.model(server_args)
         refuse_unsupported(
-            settings, model, options, uses_mla=self.uses_mla(server_args), more=self.refused(server_args)
+            settings,
+            model,
+            options,
+            uses_mla=self.uses_mla(server_args),
+            serves_states=self.serves_states,
+            more=self.refused(server_args),
         )
+        if has_states(model):
+            refuse_states((model.hf_config.architectures or ["this model"])[0], settings)
         windows = windows_of(model)
         names = (settings.attention_backend, settings.prefill_attention_backend, settings.decode_attention_backend)
         refuse_readers(windows, names)
@@ -233,7 +244,11 @@ class Patch(abc.ABC):
         device_mib = get_device_memory_capacity(settings.device)
         if device_mib is not None:
             options.check_device(int(device_mib) << 20)
-        return choose_page_size(settings, model, attn_tp_size=self.attn_tp_size(server_args))
+        without = self.layers_with_states(model)
+        page = choose_page_size(settings, model, attn_tp_size=self.attn_tp_size(server_args), without=without)
+        if without:
+            refuse_page(page, chunk_tokens(model.hf_config))
+        return page
 
     def serve(self, _: None, server_args: ServerArgs) -> None:
         """In the process of the HTTP server, or of an engine, which has no application."""
@@ -288,7 +303,12 @@ class Patch(abc.ABC):
             device=configurator.device,
             page_tokens=settings.page_size,
             attn_tp_size=self.attn_tp_size(configurator.server_args),
+            without=self.layers_with_states(self.model(configurator.server_args)),
         )
+
+    def layers_with_states(self, model: Any) -> Collection[int]:
+        """Layers that keep a state and no K and V, by number."""
+        return ()
 
     def without_padding(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
         """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
@@ -307,6 +327,7 @@ class Patch(abc.ABC):
                 f"and pages were chosen for {dtype} before: give --kv-cache-dtype with a type, or run with "
                 "--kv-backend default"
             )
+        states = self.states(configurator, req_to_token_pool)
         return VTensorKVPool(
             sizes.max_total_num_tokens,
             sides=sides,
@@ -317,10 +338,28 @@ class Patch(abc.ABC):
             start_layer=configurator.layer_info.start_layer,
             end_layer=configurator.layer_info.end_layer,
             sglang=self.requests,
+            chunk=self.chunk(configurator.server_args),
+            window_ratio=self.window_ratio(configurator.server_args),
+            **states,
         )
 
+    def states(self, configurator: Any, req_to_token_pool: Any) -> dict[str, Any]:
+        """What the pool is to know of the states of requests, where the model has any."""
+        return {}
+
+    def chunk(self, server_args: ServerArgs) -> int | None:
+        """How many tokens of a request an extend batch computes at most; None: all of them."""
+        size = self.settings(server_args).chunked_prefill_size
+        return size if size and size > 0 else None
+
+    def window_ratio(self, server_args: ServerArgs) -> float | None:
+        """Up to how many times as many tokens as others see, the memory of windows may hold; None: no bound is set."""
+        return None
+
     def build_allocator(self, _: Any, *, sizes: Any, token_to_kv_pool: Any, **__: Any) -> Any:
-        return self.allocator_class()(sizes.max_total_num_tokens, token_to_kv_pool)
+        ends = token_to_kv_pool.runtime.ends is not None
+        size = token_to_kv_pool.tokens if ends else sizes.max_total_num_tokens
+        return self.allocator_class()(size, token_to_kv_pool)
 
     def build_tree(self, context: Any) -> Any:
         return self.tree_class()(context.params)

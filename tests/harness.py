@@ -8,6 +8,7 @@ forked: there some children import it ahead, and wait to be told what to serve.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import traceback
@@ -28,6 +29,7 @@ if not ON_GPU:
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+os.environ["SGLANG_MAMBA_CONV_DTYPE"] = "float32"  # as all else that is compared
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing SGLang beside a GPU initializes CUDA, which survives no fork.
@@ -134,7 +136,8 @@ class Scheduler:
             raise RuntimeError(f"{function.__name__} did not end within {PATIENCE} s")
         try:
             result, error = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            self._process.join(10)  # its pipe is closed before it can be waited for
             raise RuntimeError(f"the scheduler died with exit code {self._process.exitcode}") from None
         if error is not None:
             raise RuntimeError(f"in the scheduler:\n{error}")
@@ -219,6 +222,7 @@ def _start(environment: dict[str, str]) -> tuple[Any, Connection]:
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    faulthandler.enable()  # what a signal ends says where
     os.environ.update(environment)
     if ON_GPU:
         import sglang.srt.managers.scheduler

@@ -18,9 +18,13 @@ MORE_POLICIES = ["mru"] if HERE == "v0_5_17" else []
 FP4 = "fp4_e2m1" if HERE == "v0_5_17" else "nvfp4"
 #: Tiny models (`tests.windowed_models`) that SGLang serves on the host and we do too.
 WINDOWED = [] if HERE == "v0_5_17" else ["gemma3"]
+#: The same with linear attention or Mamba (`tests.linear_models`).
+WITH_STATES = [] if HERE == "v0_5_17" else ["qwen3_5", "nemotron_h"]
 #: Options that only this version has, and that we refuse.
 REFUSED_OPTIONS = [] if HERE == "v0_5_17" else ["--radix-eviction-policy tlru", "--enable-nvidia-megakernel"]
 
+#: Page sizes that SGLang's own KV cache has on a GPU only.
+REFUSED_PAGES = [16] if HERE == "v0_5_17" else []
 #: Whether weights from tensors are taken between `begin_weight_update` and `end_weight_update` only.
 WEIGHT_SESSIONS = HERE != "v0_5_17"
 
@@ -165,10 +169,10 @@ def captured(runner: Any, labels: Sequence[str | None], capture: Callable[[int],
         module._capture_both(stream, runner, None)
         return keys
 
-    from sglang_vtensor.patches import v0_5_23 as module
+    from sglang_vtensor.patches.v0_5_23 import graphs
 
     runner.attention_graph_variants = None
-    module._have_variants(runner)
+    graphs.have_variants(runner)
     variants = runner.attention_graph_variants
 
     def shape(_: Any, size: int, forward: Any, stream_idx: int | None, label: str | None, variant: str | None) -> None:
@@ -177,5 +181,5 @@ def captured(runner: Any, labels: Sequence[str | None], capture: Callable[[int],
     for size in runner.capture_bs:
         for label in labels:
             for variant in (None,) if variants is None else variants.capture_labels:
-                module._capture_one_shape(shape, runner, size, None, None, label, variant)
+                graphs.capture_one_shape(shape, runner, size, None, None, label, variant)
     return keys

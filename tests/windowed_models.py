@@ -20,8 +20,9 @@ class _Random:
         return torch.randn(*shape, generator=self._generator) * (scale / shape[-1] ** 0.5)
 
 
-def gemma3(folder: Path, *, window: int, kinds: list[str] = KINDS) -> Path:
-    """Config and weights (float32). A token sees `window` tokens, itself among them, as the checkpoint counts."""
+def gemma3(folder: Path, *, window: int, kinds: list[str] = KINDS, dtype: str = "float32") -> Path:
+    """Config (of that dtype) and weights (float32). A token sees `window` tokens, itself among them, as the checkpoint
+    counts."""
     config = {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -39,7 +40,7 @@ def gemma3(folder: Path, *, window: int, kinds: list[str] = KINDS) -> Path:
         "rope_theta": 1000000.0,
         "rope_local_base_freq": 10000.0,
         "hidden_activation": "gelu_pytorch_tanh",
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "bos_token_id": 2,
         "eos_token_id": 1,
         "pad_token_id": 0,
@@ -65,8 +66,9 @@ def gemma3(folder: Path, *, window: int, kinds: list[str] = KINDS) -> Path:
     return _write(folder, config, weights)
 
 
-def gpt_oss(folder: Path, *, window: int, kinds: list[str] = KINDS) -> Path:
-    """Config and weights (float32, experts unquantized). `window` as above; sinks are large enough to matter."""
+def gpt_oss(folder: Path, *, window: int, kinds: list[str] = KINDS, dtype: str = "float32") -> Path:
+    """Config (of that dtype) and weights (float32, experts unquantized). `window` as above; sinks are large enough to
+    matter."""
     experts, inner = 4, 128
     config = {
         "architectures": ["GptOssForCausalLM"],
@@ -91,7 +93,7 @@ def gpt_oss(folder: Path, *, window: int, kinds: list[str] = KINDS) -> Path:
         "attention_bias": True,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "eos_token_id": 1,
         "pad_token_id": 0,
     }

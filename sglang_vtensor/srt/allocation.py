@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sglang.srt.mem_cache.allocation import alloc_req_slots, write_cache_indices
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils.common import is_pin_memory_available
 
 from sglang_vtensor.srt.runtime import Partial, RequestFrames, Runtime
@@ -35,7 +34,7 @@ class _Partials:
         prefix = self._runtime.sglang.prefix
         self._found = [(req, req.vtensor_partial) for req in reqs if prefix(req) % self._runtime.page_tokens]
         self._claimed: dict[int, Req] = {}  # by frame
-        self._locked = []
+        self._locked: list[Partial] = []
         self._there = True
         for req, partial in self._found:
             if partial.begun is not None:
@@ -52,13 +51,22 @@ class _Partials:
                 self._there = False
             else:
                 batch.tree_cache.inc_lock_ref(partial.node)
-                self._locked.append(partial.node)
+                if self._runtime.window is not None:
+                    self._runtime.window.hold([partial.frame])
+                self._locked.append(partial)
 
     def agreed(self) -> bool:
         """Whether all that the matches found is still there, on every rank. It is, as nothing evicts the tree between
-        match and allocation. Only where the limit leaves no page to claim it is not: then the batch waits and is
-        matched again."""
-        return not self._found or self._runtime.agree(self._there)
+        match and allocation. Only where the limit leaves no page to claim it is not, or where a request was preempted
+        that kept the window of another: then the batch waits and is matched again."""
+        window = self._runtime.window
+        if window is not None:
+            for req in self._reqs:
+                record = self._record(req)
+                self._there = self._there and all(map(window.there, record.frames[record.behind : record.protected]))
+            self._there = self._there and all(window.there(partial.frame) for partial in self._locked)
+        votes = self._found or window is not None  # alike on every rank
+        return self._runtime.agree(self._there) if votes else self._there
 
     def _claim(self, req: Req, partial: Partial) -> bool:
         assert partial.tail is not None
@@ -74,8 +82,10 @@ class _Partials:
 
     def settle(self, secured: bool) -> None:
         """The batch has its frames, or waits."""
-        for node in self._locked:
-            self._batch.tree_cache.dec_lock_ref(node)
+        for partial in self._locked:
+            self._batch.tree_cache.dec_lock_ref(partial.node)
+            if self._runtime.window is not None:
+                self._runtime.window.release([partial.frame], self._runtime.memory.next_epoch)
         if not secured:
             for req, partial in self._found:
                 if self._claimed.get(partial.frame) is req:
@@ -107,22 +117,33 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     """Frames and slots for the new tokens of each request.
 
     Returns the new slots (int64, on the device, all requests one after another) and the request slots (int64, on the
-    device and on the host). Raises `PutOff` if there is no memory; requests that just began then hold no slot either.
+    device and on the host). Raises `PutOff` if there is no memory; requests that just began then hold no slot either,
+    and no state.
     """
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
     sglang = runtime.sglang
     fresh = [req for req in batch.reqs if not sglang.begun(req)]  # from here on, all of them have a row
     begins = set(fresh)
+    states: list[list[int]] = []
+    if runtime.states is not None:
+        with runtime.memory.clock:
+            found = runtime.states.begin(batch.tree_cache, fresh)
+        if found is None:
+            raise PutOff(batch.reqs)
+        states = found
     slots = alloc_req_slots(batch.req_to_token_pool, batch.reqs, batch.tree_cache)
     prefix_lens: list[int] = batch.prefix_lens
     seq_lens: list[int] = batch.seq_lens_cpu.tolist()
 
     records = []
+    runtime.changes += 1  # by frames, and by what is unfilled: the next decode step counts that anew
     with runtime.memory.clock:
         for req, slot, prefix_len in zip(batch.reqs, slots, prefix_lens, strict=True):
             if req in begins:
-                runtime.requests[slot] = _shared_prefix(batch, req, prefix_len, runtime)
+                runtime.begin(slot, _shared_prefix(batch, req, prefix_len, runtime))
             records.append(runtime.requests[slot])
+        for req, own in zip(fresh, states, strict=bool(states)):
+            runtime.requests[sglang.slot(req)].states = list(own)
 
     with runtime.memory.clock:
         # What a chunk left in its last page is counted already, and the next one fills it.
@@ -143,9 +164,11 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
     if not secured:
         with runtime.memory.clock:
             for req in fresh:
-                runtime.drop(sglang.slot(req))
+                runtime.drop(req)
                 batch.req_to_token_pool.free(req)
         raise PutOff(batch.reqs)
+    if runtime.states is not None:
+        runtime.states.begun()
     runtime.memory.unfilled_tokens += _room(records, seq_lens, runtime.page_tokens) - counted  # beside what decodes
     _slide(runtime, records, prefix_lens)
     if runtime.window is not None:
@@ -192,6 +215,8 @@ def secure_decode(runtime: Runtime, tree: Any, reqs: list[Req]) -> bool:
     `alloc_for_decode` hands out is never refused."""
     committed, slot = runtime.sglang.committed, runtime.sglang.slot
     with runtime.memory.clock:
+        if runtime.decode.has_room(reqs):
+            return True
         records = [runtime.requests[slot(req)] for req in reqs]
         return _secure_decode(runtime, tree, records, [committed(req) for req in reqs])
 
@@ -202,26 +227,25 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     if token_per_req != 1:
         raise NotImplementedError(f"{token_per_req} tokens a decode step: speculative decoding is refused at start")
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
-    seq_lens: list[int] = batch.seq_lens_cpu.tolist()
-    slot = runtime.sglang.slot
+    lengths: np.ndarray = batch.seq_lens_cpu.numpy()
     with runtime.memory.clock:
-        records = [runtime.requests[slot(req)] for req in batch.reqs]
-        secured = _secure_decode(runtime, batch.tree_cache, records, seq_lens)
-        if secured:
-            _slide(runtime, records, seq_lens)
-            tokens = runtime.page_tokens
-            runtime.memory.unfilled_tokens = _room(records, seq_lens, tokens) - len(records)
-            places = [
-                record.frames[n // tokens] * tokens + n % tokens for n, record in zip(seq_lens, records, strict=True)
-            ]
-            out = np.array(places, dtype=np.int64)
-    if not secured:
+        places = runtime.decode.next(batch.reqs, lengths)
+        if places is not None:
+            runtime.memory.unfilled_tokens -= len(places)
+        else:
+            slot, seq_lens = runtime.sglang.slot, lengths.tolist()
+            records = [runtime.requests[slot(req)] for req in batch.reqs]
+            if _secure_decode(runtime, batch.tree_cache, records, seq_lens):
+                _slide(runtime, records, seq_lens)
+                runtime.memory.unfilled_tokens = _room(records, seq_lens, runtime.page_tokens) - len(records)
+                places = runtime.decode.look(batch.reqs, records, lengths)
+    if places is None:
         memory = runtime.memory
         raise RuntimeError(
-            f"no page for the next tokens of {len(seq_lens)} requests: {memory.available_pages()} are left below the "
+            f"no page for the next tokens of {len(lengths)} requests: {memory.available_pages()} are left below the "
             f"limit, {memory.free_backed} of them backed. {batch.tree_cache.available_and_evictable_str()}"
         )
-    out_cache_loc = _to_device(out, batch.device)
+    out_cache_loc = _to_device(places, batch.device)
     # A copy: the batch advances seq_lens while this write may still be queued.
     batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32))
     for req in batch.reqs:
@@ -258,6 +282,7 @@ def _secure(runtime: Runtime, tree: Any, records: list[RequestFrames], lengths: 
     more than before, here and on every other rank. What is `growing` runs, and a lowered limit lets it.
 
     If the limit or the driver is short of pages, the tree is evicted of as many first: what it held is backed.
+    Batches that are done by now are noted before, so that what only they read can be given back for this.
     """
     tokens = runtime.page_tokens
     lacking = [
@@ -267,15 +292,15 @@ def _secure(runtime: Runtime, tree: Any, records: list[RequestFrames], lengths: 
     ]
     if not lacking:
         return True
+    runtime.poll()
     total = sum(pages for _, pages in lacking)
     short = total - runtime.memory.room()
     if short > 0:
-        tree.evict(EvictParams(num_tokens=short * tokens))
+        tree.reclaim(short)
     if _attempt(runtime, lacking, growing):
         return True
     # Whatever was refused, and on whichever rank: all of them give up the same, kept pages first.
-    evict = total - runtime.memory.forget_tails(total)
-    tree.evict(EvictParams(num_tokens=evict * tokens))
+    tree.reclaim(total - runtime.memory.forget_tails(total))
     return _attempt(runtime, lacking, growing)
 
 
@@ -285,9 +310,10 @@ def _attempt(runtime: Runtime, lacking: list[tuple[RequestFrames, int]], growing
     placed = runtime.memory.allocate(asks, growing=growing)
     if not runtime.agree(placed is not None):
         for frames in placed or []:
-            runtime.memory.free(frames)
+            runtime.memory.free(frames, runtime.last_reader)  # their pages may be what a copy is yet to read
         return False
     assert placed is not None
+    runtime.changes += 1
     for (record, _), frames in zip(lacking, placed, strict=True):
         record.frames += frames
     return True

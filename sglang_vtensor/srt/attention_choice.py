@@ -97,14 +97,20 @@ def _leave_to_sglang(option: str, options: Options, *, host: bool, ours_named: b
     )
 
 
-def wants_shared_decode(settings: Any, options: Options) -> bool:
+def wants_shared_decode(settings: Any, options: Options, *, states: bool = False) -> bool:
     """Whether decode steps may read what their requests share once; a warning where only a backend by name is in the
-    way. `settings` are SGLang's, resolved."""
+    way, or that layers of the model have `states`. `settings` are SGLang's, resolved."""
     # On the host, which is not for speed, nothing is lost.
     if options.vtensor_shared_decode == "off" or settings.device == "cpu":
         return False
     if settings.enable_deterministic_inference:
         return False  # `_leave_to_sglang` said so
+    if states:
+        logger.warning(
+            "Shared decode is off, as layers of this model keep states: each request reads its whole context "
+            "in the other layers. Give --vtensor-shared-decode off to say so."
+        )
+        return False
     if settings.prefill_attention_backend != ATTENTION_BACKEND:
         logger.warning(
             "Shared decode is off, as an attention backend was named: each request reads its whole context. Leave the "

@@ -55,7 +55,10 @@ class HostAttentionBackend(AttentionBackend):
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
-        self.pool = self.token_to_kv_pool = runner.token_to_kv_pool  # models ask an attention backend for it
+        # Models ask an attention backend for these, and SGLang's backend of linear attention does.
+        self.pool = self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.kv_index_translator = getattr(runner, "kv_index_translator", None)  # newer versions have it
         self.runtime: Runtime = self.pool.runtime
         self.work: list[_Work] = []
 

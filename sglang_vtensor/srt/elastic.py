@@ -25,7 +25,6 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
 from sglang_vtensor.worker import RETRY_SECONDS as WORKER_RETRY_SECONDS
@@ -63,7 +62,8 @@ class Elastic:
         self.tree = tree
         self.cache_idle_seconds = cache_idle_seconds
         self.minimum_bytes = minimum_bytes
-        self.limit = runtime.memory.limit
+        #: In pages of each side, whose bytes the sides share.
+        self.limit = runtime.memory.capacity
         self.sleeping = False
         #: Tags whose memory was released (`occupation`). While there are any, nothing runs.
         self.released: frozenset[str] = frozenset()
@@ -104,7 +104,7 @@ class Elastic:
 
     def control(self, asked: dict[str, Any]) -> bool:
         """Do all that `asked` says. If some of it cannot be, nothing of it is done: False, and a line in the log."""
-        limit, sleeping, most = self.limit, self.sleeping, self.runtime.memory.limit
+        limit, sleeping, most = self.limit, self.sleeping, self.runtime.memory.capacity
         for key, value in asked.items():
             if key == LIMIT:
                 if not isinstance(value, int) or isinstance(value, bool):
@@ -128,8 +128,9 @@ class Elastic:
         return True
 
     def pages_of(self, nbytes: int) -> int:
-        """Pages that `nbytes` bytes have room for, beside the padding page, which is always there."""
-        return nbytes // self.runtime.memory.page_bytes - 1
+        """Pages of each side that `nbytes` bytes have room for, beside the padding pages, which are always there."""
+        memory = self.runtime.memory
+        return (nbytes - memory.padding_bytes) // memory.page_bytes
 
     @property
     def holding(self) -> bool:
@@ -147,9 +148,9 @@ class Elastic:
 
     def _evict_excess(self) -> None:
         memory = self.runtime.memory
-        excess = memory.excess() if memory.allowance < memory.limit else 0
-        if excess and self.tree.evictable_size():
-            self.tree.evict(EvictParams(num_tokens=excess * self.runtime.page_tokens))
+        excess = memory.excess() if memory.allowance < memory.capacity else 0
+        if excess:
+            self.tree.reclaim(excess)
 
     def release(self, released: frozenset[str]) -> None:
         """The memory of these tags is out, and what arrives waits. If the KV cache is among them, nothing of it is
@@ -182,7 +183,7 @@ class Elastic:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
         want something, or nothing more. Most calls, of thousands a second, find nothing to do."""
         memory, now = self.runtime.memory, time.monotonic()
-        if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.limit or self.holding:
+        if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.capacity or self.holding:
             with memory.clock:
                 self._tick(waiting, now)
         else:
@@ -233,20 +234,22 @@ class Elastic:
     def record(self, waiting: Sequence[Req]) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
-        page = memory.page_bytes
-        evictable = self.tree.evictable_size() // self.runtime.page_tokens
+        evictable = self.runtime.cached_bytes(self.tree.evictable_size())
         wanted = 0
         if memory.short or self.pressure is not None:
             # What the requests at the head of the queue will take, beyond what there is for them.
-            there = min(memory.free_backed if memory.short else memory.limit, max(0, memory.room()))
+            kept = len(memory.tails) * memory.page_bytes
+            there = max(0, memory.allowed_bytes - memory.needed_bytes)
+            if memory.short:
+                there = min(there, memory.budget.free + kept)
             wanted = max(0, sum(self._wants(req) for req in waiting[:WANTED_REQUESTS]) - there - evictable)
-            wanted = min(wanted, max(0, self.limit - memory.owned))
+            wanted = min(wanted, max(0, self.limit * memory.page_bytes - memory.needed_bytes))
         return Record(
             backed=memory.backed_bytes,
-            idle=sum(backing.free * backing.page_bytes for backing in memory.backings),
-            cached=(evictable + len(memory.tails)) * page,
+            idle=memory.budget.free,
+            cached=evictable + len(memory.tails) * memory.page_bytes,
             minimum=self.minimum_bytes,
-            wanted=0 if self.holding else wanted * page,
+            wanted=0 if self.holding else wanted,
         )
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
@@ -258,7 +261,7 @@ class Elastic:
         memory = self.runtime.memory
         if self.released:  # also who was retracted, as the engine was paused
             return [], False
-        if memory.allowance == memory.limit:
+        if memory.allowance == memory.capacity:
             return waiting, False
         begun = [] if busy else [req for req in waiting if req.is_retracted]
         if begun or self.sleeping:
@@ -269,7 +272,7 @@ class Elastic:
         """Whether the limit keeps the first waiting request out. To be asked when no request was admitted although
         nothing runs: SGLang counts the longest answer that a request may give, and the limit has no room for that. The
         request is then to be admitted alone, and may grow beyond the limit."""
-        limited = self.limit < self.runtime.memory.limit
+        limited = self.limit < self.runtime.memory.capacity
         return bool(waiting) and not busy and limited and self.pressure is None and not self.holding
 
     @contextlib.contextmanager
@@ -278,7 +281,7 @@ class Elastic:
         memory = self.runtime.memory
         allowance = memory.allowance
         if really:
-            memory.allowance = memory.limit
+            memory.allowance = memory.capacity
         try:
             yield
         finally:
@@ -287,14 +290,15 @@ class Elastic:
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
         memory = self.runtime.memory
-        if self.holding or self.limit == memory.limit:
+        if self.holding or self.limit == memory.capacity:
             return
+        page = memory.page_bytes
         with memory.clock:
-            too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit]
+            too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit * page]
         for req in too_long:
             message = (
-                f"this request needs {self._wants(req)} pages of KV cache, and the server is limited to {self.limit} "
-                f"({(self.limit + 1) * memory.page_bytes} bytes): raise the limit, or shorten the prompt"
+                f"this request needs {-(-self._wants(req) // page)} pages of KV cache, and the server is limited to "
+                f"{self.limit} ({(self.limit + 1) * page} bytes): raise the limit, or shorten the prompt"
             )
             self._refuse(
                 req, waiting, {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}, send
@@ -327,13 +331,14 @@ class Elastic:
         return [check.http_worker_ipc for check in checks]
 
     def _wants(self, req: Req) -> int:
-        pages: int = self.runtime.memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids) + 1)
-        return pages
+        """Bytes that a request needs to begin or to go on."""
+        return self.runtime.bytes_for(len(req.origin_input_ids) + len(req.output_ids) + 1)
 
     def stats(self) -> dict[str, int]:
-        page = self.runtime.memory.page_bytes
+        memory = self.runtime.memory
+        page = memory.page_bytes
         return {
-            "limit_bytes": (self.limit + 1) * page,
+            "limit_bytes": self.limit * page + memory.padding_bytes,
             "sleeping": int(self.holding),
             "neighbours": len(self.neighbours.others()) if self.neighbours else 0,
             "left_by_neighbours_bytes": 0 if self.pressure is None else (self.pressure + 1) * page,

@@ -116,9 +116,11 @@ async def _ask(manager: Any, asked: dict[str, int]) -> JSONResponse:
 def limit_bytes(given: Any, ranks: list[dict[str, Any]]) -> int:
     """The limit in bytes, the same for every rank. Raises `Refused` for one that cannot be."""
     size = parse_share_or_bytes(given, "limit")
-    pages = min(rank["pages_capacity"] for rank in ranks) + 1
     page = ranks[0]["page_bytes"]
-    nbytes = int(size * pages) * page if isinstance(size, float) else size
+    capacity = min(rank["capacity_bytes"] for rank in ranks)
+    pages = capacity // page
+    share = int(size * pages) * page if size != 1 else capacity
+    nbytes = share if isinstance(size, float) else size
     if nbytes < 2 * page:
         raise Refused(
             f"limit {given!r} is {nbytes} bytes: at least {2 * page}, two pages, wanted; to give back everything, "

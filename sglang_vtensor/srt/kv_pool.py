@@ -11,15 +11,18 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_vtensor.kernels.kv_store import store_kv
 from sglang_vtensor.kernels.launch import Scales
 from sglang_vtensor.memory import KVMemory
-from sglang_vtensor.srt.options import Options, parse_share_or_bytes
+from sglang_vtensor.srt.admission import longest
+from sglang_vtensor.srt.options import Options, Refused, parse_share_or_bytes
 from sglang_vtensor.srt.runtime import Runtime
 from sglang_vtensor.srt.sides import Sides
+from sglang_vtensor.srt.window_side import SIDE, pages_within
 from sglang_vtensor.vmm import open_vmm
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
     from sglang_vtensor.srt.requests import Requests
+    from sglang_vtensor.states import StateLayout
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,10 @@ BEFORE_WINDOW = 223
 
 
 class VTensorKVPool(MHATokenToKVPool):
-    """A pool with room for `capacity` tokens that holds no memory until frames are handed out.
+    """A pool with the memory of `capacity` tokens in all layers that holds none until frames are handed out. Where
+    layers see a window, contexts of more tokens share it (`tokens`): the window side has memory for windows only, and
+    for no more than `window_ratio` times as many tokens as the other one, if that is given. Where requests have states,
+    as `state` says, these come out of the same memory: `slots_a_request` for each, and `state_slots` at most.
 
     `views[layer]` are K and V, `(slots, kv_heads, head_dim)` views of all frames, of which there are many more than the
     capacity; reading or writing a slot without memory is a fault, as it would be past the end of a tensor. `k_buffer`
@@ -50,27 +56,47 @@ class VTensorKVPool(MHATokenToKVPool):
         start_layer: int,
         end_layer: int,
         sglang: Requests,
+        chunk: int | None = None,
+        window_ratio: float | None = None,
+        state: StateLayout | None = None,
+        state_slots: int = 0,
+        slots_a_request: int = 0,
     ) -> None:
         # The base class creates the buffers in its constructor: what that needs comes first.
-        self.sides, layout = sides, sides.layouts[0]
+        self.sides, self.state, layout = sides, state, sides.layouts[0]
         capacity_pages = capacity // layout.page_tokens
         reserve = parse_share_or_bytes(options.vtensor_reserve, "--vtensor-reserve")
         reserve_pages = int(reserve * capacity_pages) if isinstance(reserve, float) else -(-reserve // sides.page_bytes)
         vmm = open_vmm(device)
         vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
         window = sides.windows[-1]
+        reach = None if window is None else window + (BEFORE_WINDOW if torch.device(device).type == "cuda" else 0)
+        most_frames, most_pages = _shares(sides, capacity_pages, reach, chunk, window_ratio)
+        if state is not None:
+            needed = (slots_a_request + 1) * state.page_bytes  # and the state that it goes on behind
+            most_frames = (capacity_pages * sides.page_bytes - needed) // sides.page_bytes
+            if most_frames < 1:
+                raise Refused(
+                    f"the KV cache has {capacity_pages * sides.page_bytes} bytes, and the states of one request take "
+                    f"{needed}: raise --mem-fraction-static or --max-total-tokens"
+                )
         self.runtime = Runtime(
             KVMemory(
                 vmm,
                 sides.layouts,
                 capacity_pages=capacity_pages,
                 max_tokens=max_tokens,
+                most_frames=most_frames,
+                most_pages=most_pages,
+                state_bytes=0 if state is None else state.page_bytes,
+                state_slots=state_slots,
                 reserve_pages=reserve_pages,
                 idle_seconds=options.vtensor_idle_seconds,
             ),
             max_running + 1,
             sglang,
-            reach=None if window is None else window + (BEFORE_WINDOW if torch.device(device).type == "cuda" else 0),
+            reach=reach,
+            chunk=chunk,
         )
         super().__init__(
             (self.runtime.memory.placement.num_frames - 1) * layout.page_tokens,
@@ -86,8 +112,15 @@ class VTensorKVPool(MHATokenToKVPool):
             kv_cache_layout="page_major",
         )
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens may be there at most: those of one context, with its window."""
+        return self.runtime.memory.limit * self.runtime.page_tokens
+
     def _create_buffers(self) -> None:
-        self.views = [self.runtime.memory.layer_views(number, side) for side, number in self.sides.layers]
+        # SGLang counts buffers by layer. Those of a layer without K and V are never asked for.
+        places = [place or (0, 0) for place in self.sides.layers]
+        self.views = [self.runtime.memory.layer_views(number, side) for side, number in places]
         self.k_buffer = [k.view(self.store_dtype) for k, _ in self.views]
         self.v_buffer = [v.view(self.store_dtype) for _, v in self.views]
 
@@ -104,11 +137,11 @@ class VTensorKVPool(MHATokenToKVPool):
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
         memory, layout = self.runtime.memory, self.runtime.memory.layout
-        self.mem_usage = (memory.limit + 1) * memory.page_bytes / (1 << 30)
+        self.mem_usage = (memory.capacity + 1) * memory.page_bytes / (1 << 30)
         logger.info(
             "KV memory: %d tokens in pages of %d (%.1f MiB, %.1f %% padding), %.2f GiB if all were backed; "
             "addresses for %d tokens, in %d lanes",
-            memory.limit * layout.page_tokens,
+            self.tokens,
             layout.page_tokens,
             memory.page_bytes / (1 << 20),
             100 * self.sides.waste,
@@ -134,3 +167,25 @@ class VTensorKVPool(MHATokenToKVPool):
 
     def set_kv_buffer_prefix_valid(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("speculative decoding is refused with --kv-backend vtensor")
+
+
+def _shares(
+    sides: Sides, capacity_pages: int, reach: int | None, chunk: int | None, ratio: float | None
+) -> tuple[int | None, dict[int, int]]:
+    """How many frames may be owned where the second side, if there is one, has memory for windows only; and the bound
+    that `ratio` sets on its pages. Raises `Refused` where that is less than what one request needs."""
+    if reach is None:
+        return None, {}
+    page_bytes, window_bytes = (layout.page_bytes for layout in sides.layouts)
+    nbytes = capacity_pages * sides.page_bytes
+    most_frames = longest(nbytes, page_bytes, window_bytes, pages_within(reach, 1, sides.page_tokens))
+    if ratio is None:
+        return most_frames, {}
+    most = int(nbytes * ratio / (page_bytes + ratio * window_bytes))
+    least = pages_within(reach, chunk or 1, sides.page_tokens) + 1
+    if most < least:
+        raise Refused(
+            f"--swa-full-tokens-ratio {ratio:g} bounds the memory of windows to {most} pages of {sides.page_tokens} "
+            f"tokens, and one request needs {least}: give more, a smaller --chunked-prefill-size, or leave it out"
+        )
+    return most_frames, {SIDE: most}

@@ -6,8 +6,7 @@ It is taken between two batches, when the HTTP server asked for it and at no oth
     {"first": [...], "count": [...], "owner": [...], ...   runs of frames, and whose they are
      "requests": {"id": [...], "tokens": [...], "node": [...]}     the node whose path the request reads, or -1
      "nodes": {"parent": [...], "tokens": [...], "age": [...]}     tokens from the root; seconds since it was matched
-     "shared": [...]                                               the nodes of `shared_prefixes`, in that order
-     "seconds": ...}                                               what the map took of the scheduling thread
+     "shared": [...]}                                              the nodes of `shared_prefixes`, in that order
 
 Lists are columns, and one node or request is one place in each of them.
 """
@@ -46,7 +45,6 @@ def lines(runtime: Runtime) -> tuple[int, ...]:
 def memory_map(runtime: Runtime, tree: PagedRadixCache, reqs: Mapping[int, Req], shared: int) -> dict[str, Any] | None:
     """The map, or None where the memory has too many pages to draw. `reqs` are the running requests by slot, and
     `shared` says how many shared prefixes are told. The caller holds the memory still."""
-    start = time.perf_counter()
     now = time.monotonic()
     nodes = tree.nodes()
     number = {node: at for at, node in enumerate(nodes)}
@@ -68,5 +66,4 @@ def memory_map(runtime: Runtime, tree: PagedRadixCache, reqs: Mapping[int, Req],
         "age": np.round(now - np.array([node.last_access_time for node in nodes]), 1).tolist(),
     }
     drawn["shared"] = [number[node] for node in tree.most_shared(shared)]
-    drawn["seconds"] = time.perf_counter() - start
     return drawn

@@ -41,13 +41,15 @@ GAUGES = {
     ),
     "vtensor_bytes": Gauge(
         "Device memory: of all pages (backed), and of those that requests, cached prefixes and kept ends use (owned); "
-        "of both, what layers take that see a window.",
+        "of both, what layers take that see a window, and what states take.",
         "kind",
         {
             "backed": "backed_bytes",
             "owned": "owned_bytes",
             "windows_backed": "windows_backed_bytes",
             "windows_owned": "windows_owned_bytes",
+            "states_backed": "states_backed_bytes",
+            "states_owned": "states_owned_bytes",
         },
     ),
     "vtensor_pages_limit": Gauge("Pages that requests and cached prefixes may own.", "", {"": "pages_limit"}),

@@ -247,12 +247,25 @@ def _meant(number: float) -> str:
 Refusal = tuple[str, bool, str]
 
 
+def has_states(model: Any) -> bool:
+    """Whether layers of the model keep a state, by its configuration."""
+    marks = ("mamba_d_state", "ssm_state_size", "linear_num_key_heads", "mamba2")
+    return any(hasattr(model.hf_text_config, mark) for mark in marks)
+
+
 def refuse_unsupported(
-    args: Any, model: Any, options: Options, *, uses_mla: bool, more: Sequence[Refusal] = ()
+    args: Any,
+    model: Any,
+    options: Options,
+    *,
+    uses_mla: bool,
+    serves_states: bool = False,
+    more: Sequence[Refusal] = (),
 ) -> None:
     """Raise `Refused` for what would break, or be wrong, with this KV memory.
 
     `args` are SGLang's settings as resolved so far, `model` is its `ModelConfig`, and `more` is what its version has.
+    Where a version `serves_states`, it looks at models with states itself.
     """
     from sglang.srt.environ import envs
     from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -332,8 +345,7 @@ def refuse_unsupported(
         refuse(name, "its encoder's K and V belong to no prefix", default)
     if model.v_head_dim != model.head_dim:
         refuse(name, f"K has {model.head_dim} elements a head and V {model.v_head_dim}", default)
-    config = model.hf_text_config
-    if any(hasattr(config, mark) for mark in ("mamba_d_state", "ssm_state_size", "linear_num_key_heads", "mamba2")):
+    if not serves_states and has_states(model):
         refuse(name, "its state-space (Mamba, linear-attention) layers keep a state, not K and V", default)
     if args.kv_cache_dtype != "auto" and args.kv_cache_dtype not in KV_DTYPES:
         refuse(

@@ -35,6 +35,10 @@ ASK_SECONDS, SHARE = 1.0, 0.002
 PATIENCE_SECONDS = 5.0
 #: Somebody else's `GET /server_info` may take the map that was asked for; then it is asked for again, so often.
 TRIES = 5
+#: What stands in a map's place where that happened each time.
+_TAKEN = orjson.dumps(
+    {"map": None, "history": None, "why": "GET /server_info of somebody else took the map: it is asked for again."}
+).decode()
 
 
 def add_page(app: FastAPI, state: Any) -> None:
@@ -96,13 +100,16 @@ class Maps:
         for _ in range(TRIES):
             await manager.set_internal_state(SetInternalStateReq(server_args={MAP: 1}))
             ranks = [state["vtensor"] for state in await manager.get_internal_state()]
-            if all("map" in rank for rank in ranks):
+            if all("page" in rank for rank in ranks):
                 break
         ranks.sort(key=lambda rank: rank["dp_rank"])  # they come as they answer
-        seconds = max(((rank.get("map") or {}).get("seconds", 0.0) for rank in ranks), default=0.0)
+        seconds = max((rank.get("page_seconds", 0.0) for rank in ranks), default=0.0)
         self._due = time.monotonic() + max(ASK_SECONDS, seconds / SHARE)
-        told = [
-            {"map": rank.pop("map", None), "history": rank.pop("history", None), "stats": rank}
-            for rank in map(dict, ranks)
-        ]
-        return orjson.dumps({"ranks": told})
+        return b'{"ranks":[' + b",".join(map(_told, ranks)) + b"]}"
+
+
+def _told(rank: dict[str, Any]) -> bytes:
+    """What a scheduler told, as JSON: its statistics beside the text that it made of the rest."""
+    page = rank.get("page", _TAKEN)
+    stats = {key: value for key, value in rank.items() if key not in ("page", "page_seconds")}
+    return b'{"stats":' + orjson.dumps(stats) + b"," + page.encode()[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sglang_vtensor.srt.options import Refused, kv_dtype
@@ -10,10 +11,12 @@ from sglang_vtensor.srt.windows import windows_of
 from sglang_vtensor.vmm import page_units
 
 
-def choose_page_size(args: Any, model: Any, *, attn_tp_size: int) -> int:
+def choose_page_size(args: Any, model: Any, *, attn_tp_size: int, without: Collection[int] = ()) -> int:
     """Tokens a page: `--page-size`, or the smallest size that suits the model. Raises `Refused` for one that does not
     fit the memory, the longest context, the cache or a chunk of prefill."""
-    page = sides_for(args, model, device=args.device, page_tokens=args.page_size, attn_tp_size=attn_tp_size).page_tokens
+    page = sides_for(
+        args, model, device=args.device, page_tokens=args.page_size, attn_tp_size=attn_tp_size, without=without
+    ).page_tokens
     context = model.context_len
     if args.page_size is not None and page > context:
         raise Refused(
@@ -30,8 +33,17 @@ def choose_page_size(args: Any, model: Any, *, attn_tp_size: int) -> int:
     return page
 
 
-def sides_for(args: Any, model: Any, *, device: str, page_tokens: int | None, attn_tp_size: int) -> Sides:
-    """The sides of the KV cache of one of `attn_tp_size` ranks for `model` on `device`. Raises `Refused` as
+def sides_for(
+    args: Any,
+    model: Any,
+    *,
+    device: str,
+    page_tokens: int | None,
+    attn_tp_size: int,
+    without: Collection[int] = (),
+) -> Sides:
+    """The sides of the KV cache of one of `attn_tp_size` ranks for `model` on `device`, whose layers `without` K and V
+    have states. Raises `Refused` as
     `Sides.choose` and `windows_of` do, and `Unsupported` where the device has no virtual memory management."""
     granularity, tile_tokens = page_units(device)
     windows = windows_of(model)
@@ -44,6 +56,7 @@ def sides_for(args: Any, model: Any, *, device: str, page_tokens: int | None, at
             granularity=granularity,
             tile_tokens=tile_tokens,
             page_tokens=page_tokens,
+            without=without,
         )
     except ValueError as error:
         raise Refused(str(error)) from error

@@ -14,24 +14,21 @@ taken too. So reuse is exact to the token, and samples of one prompt compute it 
 
 from __future__ import annotations
 
-import heapq
-import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
-    EvictParams,
-    EvictResult,
     InsertParams,
     InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
+from sglang_vtensor.srt.eviction import EvictingTree
 from sglang_vtensor.srt.runtime import Begun, Partial, RequestFrames, Runtime, slots_of
 from sglang_vtensor.srt.window_side import SIDE
 
@@ -54,13 +51,16 @@ class PagedInsertParams(InsertParams):
     frames: list[int] = field(default_factory=list)
 
 
-class PagedRadixCache(RadixCache):
+class PagedRadixCache(EvictingTree):
     """What is the same for every version of SGLang; `patches` has a class for each, with the names that it calls.
 
     A node has `frames` (in the order of its tokens), `tails` (`(RadixKey, Tail)`, what followed in pages that were not
     filled), `begun` (`(RadixKey, Begun)`, the same of requests that run), `firsts` (the first pages of its children, as
     tokens, sorted: of all of them, one beside where a page would stand has the longest start in common with it),
-    `depth` (tokens from the root to its end) and `saved` (tokens that its children need not have each).
+    `depth` (tokens from the root to its end), `saved` (tokens that its children need not have each), `window` (frames
+    that have memory for its end on the side of windows, `WindowSide.keep`), `state` (the slot of the state at its end,
+    `StateSide`; None: it has none), `state_epoch` (of the last batch that may use that) and `epoch` (of the last batch
+    that may read it, noted when the last request lets go of it).
 
     With --disable-radix-cache it is `disable`d: nothing is found or kept, and requests own all of their frames.
     """
@@ -71,21 +71,14 @@ class PagedRadixCache(RadixCache):
         self.runtime.use_group(params.tp_cache_group)
         #: Requests whose prompts are on their way into the tree: the extend batch in flight, and the chunked one.
         self.computing: list[Req] = []
-        #: Leaves that may be evicted, each once, by the rank that it had when it came here; a heap.
-        self._order: list[tuple[Any, int, TreeNode]] = []
         #: Nodes with several children, by the tokens that these save together (`_rate`); sorted.
         self._shared: list[tuple[int, int, TreeNode]] = []
-        self._queued: set[int] = set()
-        # Ranks are times and counts, which only grow: one that is out of date comes up too early, and is put back.
-        self._ranks_grow = params.eviction_policy.lower() != "mru"
         super().__init__(params)
 
     def reset(self) -> None:
         """Forget the tree. Its frames are freed by `VTensorAllocator.clear`, which SGLang calls with it."""
         super().reset()
         self.computing.clear()
-        self._order.clear()
-        self._queued.clear()
         self._shared.clear()
         self.root_node.frames = []
         self._dress(self.root_node, 0)
@@ -98,6 +91,9 @@ class PagedRadixCache(RadixCache):
         node.gone = False
         node.depth = depth
         node.saved = 0
+        node.window = []
+        node.state = None
+        node.epoch = self.runtime.memory.next_epoch
 
     def _first(self, key: RadixKey) -> tuple[str, tuple[int, ...]]:
         return self.runtime.sglang.namespace(key), tuple(key.token_ids[: self.page_size])
@@ -114,16 +110,17 @@ class PagedRadixCache(RadixCache):
         """A match that goes on for so many tokens inside a page, which no node gives to the request."""
         raise NotImplementedError
 
+    @staticmethod
+    def branching(result: MatchResult, tokens: int) -> MatchResult:
+        """A match behind which a state is to be left at so many tokens."""
+        raise NotImplementedError
+
     def insertion(self, req: Req, key: RadixKey, value: torch.Tensor, frames: list[int]) -> PagedInsertParams:
         """Of the start of a request."""
         raise NotImplementedError
 
     def hold(self, req: Req, leaf: TreeNode, tokens: int) -> None:
         """From now on the request's first `tokens` are the tree's: it locks `leaf`, and no longer what it matched."""
-        raise NotImplementedError
-
-    def tell_removed(self, leaf: TreeNode) -> None:
-        """For who listens to SGLang's events of the cache."""
         raise NotImplementedError
 
     # Matching.
@@ -139,6 +136,8 @@ class PagedRadixCache(RadixCache):
         if self.disable:
             return result
         matched, node = self.matched(result), result.last_device_node
+        if self.runtime.states is not None:
+            return self._up_to_a_state(params, result)
         whole_pages = self.page_size == 1 or getattr(req, "vtensor_whole_pages", False)
         with self.runtime.memory.clock:
             found, partial = self._longest(node, params.key, whole_pages=whole_pages)
@@ -148,6 +147,20 @@ class PagedRadixCache(RadixCache):
             return result
         req.vtensor_partial = partial
         return self.longer(result, partial.tokens)
+
+    def _up_to_a_state(self, params: MatchPrefixParams, result: MatchResult) -> MatchResult:
+        """A match ends where there is a state. Beyond it, the tree may have keys and values of more tokens. Where other
+        texts go on behind these, SGLang is told so, and the request leaves a state there for the next one. Where
+        nothing follows, this is the next turn of that text, and its own end is worth more: one state is left at a time.
+        """
+        states, end = self.runtime.states, result.last_device_node
+        assert states is not None
+        anew = getattr(params.req, "vtensor_anew", False)  # what it would go on behind may be just what has to go
+        found = 0 if anew else states.longest(end).depth
+        if found < end.depth:
+            result = super().match_prefix(replace(params, key=params.key[:found]))
+        branch = states.tracked(end.depth) if end.children else 0
+        return self.branching(result, branch) if branch > found else result
 
     def _longest(self, node: TreeNode, key: RadixKey, *, whole_pages: bool) -> tuple[int, Partial | None]:
         """How many tokens of whole pages a match of `key` that ends at `node` may keep, and what it finds inside the
@@ -220,16 +233,21 @@ class PagedRadixCache(RadixCache):
     def _awaits(self, req: Req, begun: Sequence[Req]) -> bool:
         sglang = self.runtime.sglang
         tokens, start = req.full_untruncated_fill_ids, sglang.prefix(req)
-        end = start + AWAITED_TOKENS
-        if self.disable or end > req._compute_max_prefix_len(len(tokens)) or req.positional_embed_overrides is not None:
+        least, most = start + AWAITED_TOKENS, req._compute_max_prefix_len(len(tokens))
+        if self.disable or least > most or req.positional_embed_overrides is not None:
             return False
         batches: int = getattr(req, "vtensor_awaited", 0)
         if batches == AWAITED_BATCHES:
             return False
         for other in (*begun, *self.computing):
             theirs = other.full_untruncated_fill_ids
+            end = least
+            if self.runtime.states is not None:  # a match ends where the other one leaves a state
+                before = sglang.prefix(other)
+                end = max(end, before + self.runtime.states.tracked(len(theirs) - before))
             if (
                 len(theirs) // self.page_size * self.page_size >= end  # what fills no page stays its own
+                and end <= most
                 and theirs[start] == tokens[start]  # most differ here
                 and sglang.namespace(other) == sglang.namespace(req)
                 and other.positional_embed_overrides is None
@@ -261,6 +279,7 @@ class PagedRadixCache(RadixCache):
         upper.frames, child.frames = child.frames[:count], child.frames[count:]
         # The tails stay with the child: they follow the end of its text.
         self._dress(upper, child.depth - len(child.key))
+        upper.epoch = child.epoch
         upper.firsts = [self._first(child.key)]
         return upper
 
@@ -287,6 +306,7 @@ class PagedRadixCache(RadixCache):
             with runtime.memory.clock:
                 runtime.memory.free(record.frames[record.protected : had])
                 theirs = self.path_frames(leaf)[record.protected : had]
+                runtime.changes += 1
                 record.frames[record.protected : had] = theirs
             if not over:
                 where = slice(record.protected * self.page_size, had * self.page_size)
@@ -295,13 +315,20 @@ class PagedRadixCache(RadixCache):
                 table.write((slot, where), slots.to(table.req_to_token.device, non_blocking=True))
         if runtime.window is not None:
             runtime.window.hold(record.frames[max(record.protected, record.behind) : full])
+            node = leaf
+            while node.depth > record.protected * self.page_size:
+                runtime.window.keep(node, record.frames[: node.depth // self.page_size])
+                node = node.parent
         record.protected, record.leaf = full, leaf
         if runtime.window is not None:
             runtime.window.slide(record, len(tokens))
         if runtime.sharing is not None and not over:
             runtime.sharing.changed(slot)
         self.hold(req, leaf, len(key))
-        if not over and len(tokens) > len(key) and self.page_size > 1:
+        if runtime.states is not None:  # it may evict: the leaf is locked
+            runtime.states.keep(self, req, record, leaf, over=over)
+        inside = self.page_size > 1 and runtime.states is None  # a match ends inside a page
+        if inside and not over and len(tokens) > len(key):
             with runtime.memory.clock:
                 self._note_begun(leaf, runtime.sglang.key(req, tokens[len(key) :]), Begun(slot, record, full))
 
@@ -341,15 +368,17 @@ class PagedRadixCache(RadixCache):
         runtime = self.runtime
         memory = runtime.memory
         record = runtime.end_request(runtime.sglang.slot(req), runtime.sglang.allocated(req))
+        if runtime.states is not None:
+            runtime.states.over(req, record)
         if not kept:
-            memory.free(record.frames[record.protected :])
+            memory.free(record.frames[record.protected :], runtime.last_reader)
             return
         full = record.protected
         # Where the tree did not take all of its full pages, there is no node that the last one follows. Where less is
         # kept than was computed, that page may be behind the window.
-        tail = written // self.page_size == full and written % self.page_size > 0
+        tail = runtime.states is None and written // self.page_size == full and written % self.page_size > 0
         tail = tail and (runtime.window is None or runtime.window.there(record.frames[full]))
-        memory.free(record.frames[full + tail :])
+        memory.free(record.frames[full + tail :], runtime.last_reader)
         with memory.clock:
             if tail:
                 tokens = (req.origin_input_ids + req.output_ids)[full * self.page_size : written]
@@ -362,77 +391,29 @@ class PagedRadixCache(RadixCache):
             self.runtime.memory.forget(node.tails.pop(0)[1])
         node.tails.append((key, self.runtime.memory.keep(page, len(key))))
 
-    # Eviction.
+    def ending_at(self, leaf: TreeNode, tokens: int) -> TreeNode:
+        """The node that ends so many tokens, whole pages of them, from the root on the way to the end of `leaf`. A node
+        that these end inside of is split there."""
+        while leaf.parent.depth >= tokens:
+            leaf = leaf.parent
+        return leaf if leaf.depth == tokens else self._split_node(leaf.key, leaf, tokens - leaf.parent.depth)
 
-    def evict(self, params: EvictParams) -> EvictResult:
-        """Give up unlocked leaves, in the order of the eviction policy, until `params.num_tokens` are free."""
-        if self.disable:
-            return EvictResult()
-        start_time = time.perf_counter()
-        if not self._ranks_grow:
-            self._order = [(self._rank(leaf), leaf.id, leaf) for leaf in self.evictable_leaves]
-            self._queued = {leaf.id for leaf in self.evictable_leaves}
-            heapq.heapify(self._order)
-        frames: list[int] = []
-        while len(frames) * self.page_size < params.num_tokens and (leaf := self._next_leaf()) is not None:
-            frames += self._give_up(leaf)
-        self.runtime.memory.free(frames)
-        evicted = len(frames) * self.page_size
-        self.update_eviction_metrics(evicted, start_time)
-        return EvictResult(num_tokens_evicted=evicted)
+    # What SGLang asks of a tree with states: how many of these there are, where none is held by requests.
 
-    def expire(self, before: float) -> int:
-        """Give up every leaf that nobody has read since `before` (`time.monotonic`), what becomes a leaf by that, and
-        the unfilled pages that were kept before. Returns how many tokens of the tree."""
-        start_time = time.perf_counter()
-        self.runtime.memory.forget_old_tails(before)
-        frames: list[int] = []
-        while old := [leaf for leaf in self.evictable_leaves if leaf.last_access_time < before]:
-            for leaf in old:
-                frames += self._give_up(leaf)
-        self.runtime.memory.free(frames)
-        expired = len(frames) * self.page_size
-        if expired:
-            # Nobody may ever evict, who takes the nodes that are gone from the order.
-            self._order = [entry for entry in self._order if not entry[2].gone]
-            self._queued = {leaf_id for _, leaf_id, _ in self._order}
-            heapq.heapify(self._order)
-            self.update_eviction_metrics(expired, start_time)
-        return expired
+    def supports_mamba(self) -> bool:
+        return self.runtime.states is not None
 
-    def _give_up(self, leaf: TreeNode) -> list[int]:
-        """Take an unlocked leaf from the tree. Returns its frames, for the caller to free."""
-        for _, tail in leaf.tails:
-            self.runtime.memory.forget(tail)
-        leaf.gone = True
-        firsts = leaf.parent.firsts
-        del firsts[bisect_left(firsts, self._first(leaf.key))]
-        self._delete_leaf(leaf)
-        self._rate(leaf.parent)
-        self.tell_removed(leaf)
-        frames: list[int] = leaf.frames
-        return frames
+    def full_evictable_size(self) -> int:
+        return int(self.evictable_size())
 
-    def _rank(self, leaf: TreeNode) -> Any:
-        return self.eviction_strategy.get_priority(leaf)
+    def full_protected_size(self) -> int:
+        return int(self.protected_size())
 
-    def _update_leaf_status(self, node: TreeNode) -> None:
-        super()._update_leaf_status(node)
-        if node in self.evictable_leaves and node.id not in self._queued:
-            self._queued.add(node.id)
-            heapq.heappush(self._order, (self._rank(node), node.id, node))
+    def mamba_evictable_size(self) -> int:
+        return 0 if self.runtime.states is None else len(self.runtime.states.nodes)
 
-    def _next_leaf(self) -> TreeNode | None:
-        """The leaf of the lowest rank; one that is locked now comes back when it is not."""
-        while self._order:
-            rank, _, leaf = heapq.heappop(self._order)
-            self._queued.discard(leaf.id)
-            if leaf not in self.evictable_leaves:
-                continue  # locked now, or expired
-            if rank == self._rank(leaf):
-                return leaf
-            self._update_leaf_status(leaf)
-        return None
+    def mamba_protected_size(self) -> int:
+        return 0
 
     # What there is.
 
@@ -487,8 +468,8 @@ class PagedRadixCache(RadixCache):
             assert node.firsts == sorted(self._first(child.key) for child in node.children.values())
             assert node.saved == max(0, len(node.children) - 1) * node.depth
         assert self._shared == sorted((node.saved, node.id, node) for node in nodes if node.saved)
-        if self.runtime.window is not None:
-            self.runtime.window.check_integrity(self.runtime.requests.values(), nodes)
+        if self.runtime.ends is not None:
+            self.runtime.ends.check_integrity(self.runtime.requests.values(), nodes)
         for node in nodes:
             assert node.depth == node.parent.depth + len(node.key)
             assert len(node.frames) * self.page_size == len(node.key) == len(node.value)

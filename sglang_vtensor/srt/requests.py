@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -61,3 +62,23 @@ class Requests(Protocol):
 
     def ranks(self, scheduler: Any) -> tuple[int, int]:
         """The tensor-parallel and the data-parallel rank of a scheduler."""
+
+
+class StateFields(Protocol):
+    """Where a version of SGLang that serves models with states keeps those of a request. Slots are tensors on the
+    device, `()` or `(1,)`, int64."""
+
+    def begin(self, req: Req, own: torch.Tensor, tracks: Sequence[torch.Tensor], source: torch.Tensor | None) -> None:
+        """It begins with a state of its own, which the batch copies from slot `source`, or clears."""
+
+    def tracked(self, req: Req, most: int, *, over: bool) -> tuple[int, int]:
+        """The most tokens, up to `most`, that a track of the request is the state of, and which track; 0: of none."""
+
+    def replace(self, req: Req, track: int, slot: torch.Tensor) -> None:
+        """From now on it has this slot as that track."""
+
+    def nothing_tracked(self, req: Req) -> None:
+        """Its tracks are the state of nothing yet."""
+
+    def over(self, req: Req) -> None:
+        """It has no slots any more."""

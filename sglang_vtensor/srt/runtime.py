@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,19 @@ import torch
 from sglang_vtensor.history import History
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
+from sglang_vtensor.srt.decode_batch import DecodeBatch
 from sglang_vtensor.srt.memory_map import LINES, lines
 from sglang_vtensor.srt.window_side import SIDE, WindowSide
 from sglang_vtensor.tails import Tail
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
     from sglang_vtensor.kernels.compiling import Compiling
     from sglang_vtensor.srt.batch_sharing import BatchSharing
     from sglang_vtensor.srt.metrics import Metrics
     from sglang_vtensor.srt.requests import Requests
+    from sglang_vtensor.srt.state_side import StateSide
 
 #: What is told of shared decode where there is none.
 NO_SHARING = dict.fromkeys(("decode_steps_shared", "decode_steps_plain", "shared_bytes_saved", "grouping_seconds"), 0)
@@ -39,7 +43,7 @@ class RequestFrames:
     """The frames of a running request, in the order of its tokens; the first `protected` of them are the tree's. Those
     before `own` were there before it, and those before `behind` are behind its window. `leaf` is the tree's node that
     the `protected` ones end with. With a window it is `awaited` from an extend batch until the tree has got what that
-    computed."""
+    computed. With states, `states` are the slots of its own and of its tracks; None: the tree has got that."""
 
     frames: list[int]
     protected: int
@@ -47,6 +51,7 @@ class RequestFrames:
     behind: int = 0
     leaf: Any = None
     awaited: bool = False
+    states: list[int | None] = field(default_factory=list)
 
     def ask(self, count: int) -> Ask:
         """What to ask the memory for, to get `count` more frames behind the last one."""
@@ -87,15 +92,29 @@ def slots_of(frames: Sequence[int], tokens: int) -> torch.Tensor:
 
 class Runtime:
     """Ties a `KVMemory` to SGLang's request slots, of which there are `request_slots`. `reach` says how many tokens
-    before one the second side is read, where there are two."""
+    before one the second side is read, where there are two; `chunk`, how many tokens of a request an extend batch
+    computes at most."""
 
-    def __init__(self, memory: KVMemory, request_slots: int, sglang: Requests, *, reach: int | None = None) -> None:
+    def __init__(
+        self,
+        memory: KVMemory,
+        request_slots: int,
+        sglang: Requests,
+        *,
+        reach: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
         self.memory = memory
-        self.window = None if reach is None else WindowSide(memory, reach)
+        self.window = None if reach is None else WindowSide(self, reach, chunk)
+        #: Set where the model has states, once there is SGLang's pool of requests.
+        self.states: StateSide | None = None
         self.request_slots = request_slots
         #: How the running version of SGLang keeps requests.
         self.sglang = sglang
         self.requests: dict[int, RequestFrames] = {}
+        #: How often a request's frames changed, or which requests there are. To be counted by who does that.
+        self.changes = 0
+        self.decode = DecodeBatch(self)
         #: The request slots of the batch that is being launched, in its order; else none.
         self.batch: list[int] = []
         #: Copies that the next batch begins with: source frame, target frame, tokens, and of which sides.
@@ -119,6 +138,11 @@ class Runtime:
         self.tree_stats: Callable[[], dict[str, int]] = dict
         self.elastic_stats: Callable[[], dict[str, int]] = dict
         self._group: torch.distributed.ProcessGroup | None = None
+
+    @property
+    def ends(self) -> WindowSide | StateSide | None:
+        """What the ends of nodes have beside the memory of all tokens, where a match needs more than that."""
+        return self.window or self.states
 
     @property
     def page_tokens(self) -> int:
@@ -152,8 +176,23 @@ class Runtime:
         learn by `agree`.
         """
         memory = self.memory
-        pages = memory.missing_pages() if self._group is None else memory.limit - memory.allowance
+        pages = memory.missing_pages() if self._group is None else memory.capacity - memory.allowance
         return pages * self.page_tokens
+
+    def bytes_for(self, tokens: int) -> int:
+        """What a request of so many tokens takes at most, on all sides."""
+        nbytes = self.memory.layout.pages_for(tokens) * self.memory.layout.page_bytes
+        if self.states is not None:
+            nbytes += self.states.request_bytes
+        return nbytes if self.window is None else nbytes + self.window.most_pages(tokens) * self.window.page_bytes
+
+    def cached_bytes(self, evictable_tokens: int) -> int:
+        """What cached pages take that are given up where memory is short, of which the first side has
+        `evictable_tokens`."""
+        nbytes = evictable_tokens // self.page_tokens * self.memory.layout.page_bytes
+        if self.states is not None:
+            nbytes += self.states.cached_bytes
+        return nbytes if self.window is None else nbytes + self.window.spare * self.window.page_bytes
 
     def runs(self, slot: int, context: int) -> list[tuple[int, int]]:
         """The runs of the first `context` tokens of a request: `(first slot, tokens)` of each. Of SGLang's padding
@@ -171,11 +210,25 @@ class Runtime:
         record = begun.record
         return self.requests.get(begun.slot) is record and record.behind <= begun.page == record.protected
 
-    def drop(self, slot: int) -> None:
-        """Forget a request that has nothing of its own."""
-        record = self.requests.pop(slot)
+    @property
+    def last_reader(self) -> int:
+        """The epoch of the last batch that may read what is not needed from now on: one that was launched, unless the
+        next one begins with copies."""
+        return self.memory.next_epoch if self.copies else self.memory.launched
+
+    def begin(self, slot: int, record: RequestFrames) -> None:
+        """A request begins."""
+        self.changes += 1
+        self.requests[slot] = record
+
+    def drop(self, req: Req) -> None:
+        """Forget a request that has no page of its own."""
+        self.changes += 1
+        record = self.requests.pop(self.sglang.slot(req))
         if self.window is not None:
-            self.window.ends(record)
+            self.window.over(record)
+        if self.states is not None:
+            self.states.over(req, record)
 
     def copy_partials(self) -> None:
         """Make the copies that the next batch begins with, on the current stream: behind the batches that wrote the
@@ -187,13 +240,14 @@ class Runtime:
 
     def end_request(self, slot: int, allocated_tokens: int) -> RequestFrames:
         """Take the record of a request that is over. The frame of a next token that is not to come is freed."""
+        self.changes += 1
         record = self.requests.pop(slot)
         if self.window is not None:
-            self.window.ends(record)
+            self.window.over(record)
         if self.sharing is not None:
             self.sharing.left(slot)
         used = self.memory.layout.pages_for(allocated_tokens)
-        self.memory.free(record.frames[used:])
+        self.memory.free(record.frames[used:], self.last_reader)
         del record.frames[used:]
         with self.memory.clock:
             left = len(record.frames) * self.page_tokens - allocated_tokens
@@ -227,14 +281,16 @@ class Runtime:
             self.memory.nothing_launched()
         if not self.requests:
             self.memory.unfilled_tokens = 0
+            self.decode.forget()
         self.memory.give_way()
 
     def clear(self) -> None:
         """Forget every request and free every page: the caches are flushed."""
+        self.changes += 1
         self.requests.clear()
         self.copies.clear()
-        if self.window is not None:
-            self.window.holders.clear()
+        if self.ends is not None:
+            self.ends.clear()
         if self.sharing is not None:
             self.sharing.clear()
         self.memory.free_all()
@@ -261,7 +317,7 @@ class Runtime:
 
     def _bytes_by_state(self, stats: dict[str, Any]) -> dict[str, int]:
         """What the pages of each state take, on all sides: on the side of windows only some of a frame's owners need
-        one."""
+        one. States of requests are live, and those of nodes are cached."""
         memory, states = self.memory, ("live", "cached", "kept")
         taken = {state: stats[f"pages_{state}"] * memory.layout.page_bytes for state in states}
         if self.window is not None:
@@ -270,6 +326,10 @@ class Runtime:
             cached = memory.backings[SIDE].used - live - kept
             for state, pages in zip(states, (live, cached, kept), strict=True):
                 taken[state] += pages * memory.sides[SIDE].page_bytes
+        if self.states is not None:
+            cached = self.states.cached_bytes
+            taken["cached"] += cached
+            taken["live"] += stats["states_owned_bytes"] - cached
         return {f"{state}_bytes": nbytes for state, nbytes in taken.items()}
 
     def check_integrity(self) -> None:
@@ -281,8 +341,13 @@ class Runtime:
     def check_batch(self, slots: Sequence[int], contexts: Sequence[int], table: torch.Tensor | None) -> None:
         """Raises `AssertionError` where a request of the batch that is about to be launched (`contexts` tokens each)
         reads what is not its own by SGLang's `table` of slots (if that is given) or by its runs, or what has no
-        memory (invariant 2)."""
+        memory (invariant 2); or where the batch begins with a copy of what need not have memory by then."""
         tokens = self.page_tokens
+        for source, target, _, sides in self.copies:
+            for backing in (self.memory.backings[side] for side in sides):
+                for frame in (source, target):
+                    there = backing.stays_until(frame, self.memory.next_epoch)
+                    assert there, f"frame {frame} may be given back before the copy {source} -> {target}"
         for slot, context in zip(slots, contexts, strict=True):
             frames = self.requests[slot].frames[: self.memory.layout.pages_for(context)]
             assert len(frames) * tokens >= context, f"slot {slot}: {len(frames)} frames for {context} tokens"
@@ -292,6 +357,8 @@ class Runtime:
             runs = [first + n for first, count in self.runs(slot, context) for n in range(count)]
             assert runs == own, f"slot {slot}: not its frames in its runs"
             assert all(map(self.memory.backing.uses, frames)), f"slot {slot}: frames without memory"
+            if self.states is not None:
+                assert self.states.has_memory(self.requests[slot]), f"slot {slot}: states without memory"
             if self.window is not None:
                 behind = self.requests[slot].behind
                 assert behind <= self.window.first(context - 1), f"slot {slot}: {behind} frames are behind its window"

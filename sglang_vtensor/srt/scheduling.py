@@ -5,8 +5,11 @@ The device may give less than the pool's size promised: admission goes down, bat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from sglang_vtensor.srt.allocation import PutOff
 from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
@@ -37,7 +40,7 @@ def equip(scheduler: Any, options: Options, metrics_of: str | None, *, tells_ref
         runtime,
         scheduler.tree_cache,
         cache_idle_seconds=options.vtensor_cache_idle_seconds,
-        minimum_bytes=options.minimum_bytes(runtime.memory.limit * runtime.memory.page_bytes),
+        minimum_bytes=options.minimum_bytes(runtime.memory.budget.nbytes),
     )
     scheduler.vtensor_elastic.tells_refusals = tells_refusals
     if metrics_of is not None:
@@ -123,6 +126,7 @@ def _put_off(scheduler: Any, reqs: list[Any], chunked: Any, alone: bool) -> None
     waiting = [req for req in reqs if req is not chunked]
     for req in waiting:
         sglang.release_match(scheduler.tree_cache, req)
+        req.vtensor_anew = alone  # of a model with states: it then begins without one, which may be evicted for it
     scheduler.waiting_queue = waiting + scheduler.waiting_queue
     if chunked is None:
         return
@@ -137,9 +141,9 @@ def spare(runtime: Runtime, retracted: list[Any], aborted: list[Any], may_wait: 
     """SGLang aborts the last request of a decode batch when that finds no memory. Here the request is retracted
     instead, and waits. It stays aborted only if the whole pool is too small for it, or if it cannot wait
     (`may_wait`)."""
-    memory = runtime.memory
+    budget = runtime.memory.budget.nbytes
     for req in list(aborted):
-        if may_wait(req) and memory.layout.pages_for(len(req.origin_input_ids) + len(req.output_ids)) <= (memory.limit):
+        if may_wait(req) and runtime.bytes_for(len(req.origin_input_ids) + len(req.output_ids)) <= budget:
             req.to_finish = None
             aborted.remove(req)
             retracted.append(req)
@@ -153,7 +157,7 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     host = scheduler.device == "cpu"
     _copy(runtime, scheduler)
     with runtime.memory.clock:
-        runtime.batch = [runtime.sglang.slot(req) for req in batch.reqs]
+        runtime.batch = runtime.decode.slots(batch.reqs)
     if runtime.sharing is not None and batch.forward_mode.is_decode():
         runtime.sharing.begin(runtime.batch, int(batch.seq_lens_cpu.sum()))
     try:
@@ -228,14 +232,14 @@ def _tell(runtime: Runtime) -> None:
 
 
 def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
+    start = time.perf_counter()
     runtime, tree = runtime_of(scheduler), scheduler.tree_cache
+    wanted, runtime.map_wanted, drawn = runtime.map_wanted, False, None
     free, total = runtime.memory.vmm.memory()
     with runtime.memory.held_still():
         stats = runtime.stats()
-        if runtime.map_wanted:
-            runtime.map_wanted = False
-            stats["map"] = memory_map(runtime, tree, _running(scheduler), _SHOWN_PREFIXES)
-            stats["history"] = runtime.history.columns()
+        if wanted:
+            drawn = memory_map(runtime, tree, _running(scheduler), _SHOWN_PREFIXES)
     result.internal_state["vtensor"] = stats | {
         "dp_rank": runtime.sglang.ranks(scheduler)[1],
         "released": sorted(scheduler.vtensor_elastic.released),
@@ -248,6 +252,10 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.page_bytes,
         "token_bytes": runtime.memory.layout.stride_bytes,
     }
+    if wanted:  # as text, so that encoding it is timed here too, and is nothing to do again behind
+        why = None if drawn else "There are too many pages to draw a map of them."
+        page = orjson.dumps({"map": drawn, "history": runtime.history.columns(), "why": why}).decode()
+        result.internal_state["vtensor"] |= {"page": page, "page_seconds": time.perf_counter() - start}
     return result
 
 

@@ -5,7 +5,7 @@ Layers that see a window are on a side of their own, which keeps memory for that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,11 @@ from sglang_vtensor.layout import LARGEST_PAGE_BYTES, LARGEST_WASTE, PAGE_TOKENS
 @dataclass(frozen=True)
 class Sides:
     """`layouts[side]` is the layout of a side; the first side holds all tokens. Layer `i` of the model is layer
-    `layers[i][1]` of side `layers[i][0]`. On a side, a token is read by the next `windows[side]` tokens; None: by all
-    tokens behind it."""
+    `layers[i][1]` of side `layers[i][0]`; None: it keeps no K and V. On a side, a token is read by the next
+    `windows[side]` tokens; None: by all tokens behind it."""
 
     layouts: Sequence[KVLayout]
-    layers: Sequence[tuple[int, int]]
+    layers: Sequence[tuple[int, int] | None]
     windows: Sequence[int | None]
 
     @classmethod
@@ -34,10 +34,13 @@ class Sides:
         granularity: int,
         tile_tokens: int = 1,
         page_tokens: int | None = None,
+        without: Collection[int] = (),
     ) -> Sides:
         """Of a model whose layers have these windows: layouts as of `KVLayout.choose`, with as many tokens a page on
-        each side. Raises `ValueError` as that does, and where no layer reads all tokens, or where the windows differ.
+        each side. The layers `without` K and V are on none. Raises `ValueError` as that does, and where no layer reads
+        all tokens, or where the windows differ.
         """
+        windows = [window for n, window in enumerate(windows) if n not in without]
         kinds: list[int | None] = list(dict.fromkeys([None, *windows]))
         if None not in windows or len(kinds) > 2:
             raise ValueError(f"windows {list(windows)}: layers that read all tokens, and one window of others, wanted")
@@ -83,9 +86,13 @@ class Sides:
                         f"({_shortest([of(tokens) for tokens in sizes])[0].page_tokens})."
                     )
         number = [0] * len(kinds)
-        layers = []
-        for window in windows:
-            side = kinds.index(window)
+        layers: list[tuple[int, int] | None] = []
+        left = iter(windows)
+        for n in range(len(windows) + len(without)):
+            if n in without:
+                layers.append(None)
+                continue
+            side = kinds.index(next(left))
             layers.append((side, number[side]))
             number[side] += 1
         return cls(layouts, layers, kinds)

@@ -57,16 +57,23 @@ def window_of(layer: Any) -> int | None:
     return None if seen is None or seen < 0 else seen
 
 
-def hold_to(windows: Sequence[int | None], sides: Sequence[tuple[int, int]], model: torch.nn.Module) -> None:
+def hold_to(windows: Sequence[int | None], sides: Sequence[tuple[int, int] | None], model: torch.nn.Module) -> None:
     """Raise `Refused` where a layer of the model that SGLang has built sees another window than its side keeps memory
-    for: it would read what is gone. `sides` are those of the layers, `windows` those of the sides."""
+    for: it would read what is gone; or where it keeps K and V and no side is laid out for that. `sides` are those of
+    the layers, `windows` those of the sides."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     for layer in model.modules():
         if not isinstance(layer, RadixAttention):
             continue
         seen = window_of(layer)
-        kept = windows[sides[layer.layer_id][0]]
+        side = sides[layer.layer_id]
+        if side is None:
+            raise Refused(
+                f"layer {layer.layer_id} of {type(model).__name__} keeps K and V, and memory was laid out for a state. "
+                "Run this model with --kv-backend default."
+            )
+        kept = windows[side[0]]
         if seen != kept:
             raise Refused(
                 f"layer {layer.layer_id} of {type(model).__name__} sees a window of {seen} tokens, and memory was laid "

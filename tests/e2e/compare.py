@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tests.harness import Answer, Request, Scheduler, side_by_side
@@ -89,3 +89,10 @@ def _set(_: object, values: dict[str, int]) -> dict[str, int]:
 
 Pair = tuple[Scheduler, Scheduler, float]
 Pairs = Callable[..., Pair]
+
+
+def mean_difference(one: Sequence[Sequence[tuple[int, float]]], other: Sequence[Sequence[tuple[int, float]]]) -> float:
+    """Of the log-probabilities of equal texts (`benchmarks.logprobs.ask`)."""
+    pairs = [(a, b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    assert all(a[0] == b[0] for a, b in pairs), "other texts"
+    return sum(abs(a[1] - b[1]) for a, b in pairs) / len(pairs)

@@ -27,14 +27,33 @@ def test_the_prefix_suite_runs_on_the_host(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = {row["workload"]: row for row in json.loads(out.read_text())}
-    assert set(rows) == {"chat", "chat_full", "agent", "documents", "tree", "random", "trace"}
-    assert rows["trace"]["requests"] == 3, "one is too long"
+    assert set(rows) == {"chat", "chat_full", "agent", "documents", "tree", "random", "trace", "conversation"}
+    assert rows["trace"]["requests"] == rows["conversation"]["requests"] == 3, "one is too long"
+    assert rows["conversation"]["speed"] == 1
+    assert 0 < rows["conversation"]["sustained_speed"] <= 1, "the last request comes before the last answer"
+    assert 0 <= rows["conversation"]["goodput_share"] <= 1
     assert rows["random"]["cached_share"] == 0
     for kind in ("chat", "agent", "documents", "tree"):
         assert rows[kind]["cached_share"] > 0.3, kind
     # Every turn goes on where the last one ended: the system prompt, and its own.
     assert rows["chat"]["context_runs"] <= 2.05 * rows["chat"]["contexts"]
     assert all(row["requests_per_second"] > 0 and row["ttft_median_ms"] > 0 for row in rows.values())
+
+
+def test_other_peoples_benchmarks_run_on_the_host(tmp_path):
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "rows.json"
+    with trace.open("w") as file:
+        for n in range(3):
+            entry = {"timestamp": 100 * n, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1, 2 + n]}
+            file.write(json.dumps(entry) + "\n")
+    run("benchmarks.third_party", "--quick", "--rounds", "1", "--trace", str(trace), "--rows", str(out))
+    rows = {row["workload"]: row for row in json.loads(out.read_text())}
+    assert {kind: row["requests"] for kind, row in rows.items()} == {"gsp": 6, "mooncake": 3}
+    assert {kind: row["output_tokens"] for kind, row in rows.items()} == {"gsp": 6 * 8, "mooncake": 3 * 5}
+    assert rows["mooncake"]["cached_share"] > 0.3, "requests that come after each other share two blocks"
+    for row in rows.values():
+        assert row["upstream"].startswith("python -m sglang.bench_serving --dataset-name ")
+        assert row["contexts"] > row["requests"], "what our server counted stands beside what upstream's client says"
 
 
 def run(*command: str) -> str:
@@ -67,7 +86,7 @@ def test_log_probabilities_are_compared_on_the_host():
 
 
 def test_a_cache_is_filled_until_a_request_is_retracted():
-    printed = run("benchmarks.live_tokens", "--quick", "--count", "120")
+    printed = run("benchmarks.live_tokens", "--quick", "--count", "120", "--rounds", "1")
     ratio = float(re.findall(r"'fp8_live_tokens_vs_bf16': ([0-9.]+)", printed)[0])
     assert 2.5 < ratio < 6, "the same bytes hold four times as many tokens in FP8, but for how often it is asked"
 

@@ -40,13 +40,13 @@ def control(scheduler, **asked):
 
 
 def limit(pages):
-    """A step: the limit is so many pages, beside the padding page."""
+    """A step: the limit is so many pages, beside the padding pages."""
     return Do(_limit, (pages,))
 
 
 def _limit(scheduler, pages):
-    page = scheduler.token_to_kv_pool_allocator.runtime.memory.page_bytes
-    assert control(scheduler, limit_bytes=(pages + 1) * page)
+    memory = scheduler.token_to_kv_pool_allocator.runtime.memory
+    assert control(scheduler, limit_bytes=pages * memory.page_bytes + memory.padding_bytes)
 
 
 def _sleep(scheduler):
@@ -65,7 +65,7 @@ def settle(scheduler, patience=5.0):
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
     scheduler.on_idle()
     deadline = time.monotonic() + patience
-    while memory.over(memory.backing) and time.monotonic() < deadline:
+    while memory.over_bytes() and time.monotonic() < deadline:
         time.sleep(0.005)
     memory.check_integrity()
 

@@ -36,8 +36,9 @@ STEPS = st.lists(
         (16, 50, {"environment": FEW_FRAMES}),
         (16, 40, {"kv_cache_dtype": "fp8_e4m3"}),
         *((16, 60, {"model": model}) for model in versions.WINDOWED),
+        *((16, 40, {"model": model}) for model in versions.WITH_STATES),
     ],
-    ids=["page1", "page16", "few-frames", "fp8", *versions.WINDOWED],
+    ids=["page1", "page16", "few-frames", "fp8", *versions.WINDOWED, *versions.WITH_STATES],
 )
 def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placing):
     model = placing.get("model", "gqa")

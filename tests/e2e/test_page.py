@@ -22,8 +22,7 @@ KEY = "sesame"
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     path = find()
-    if path is None:
-        pytest.skip("no Chromium here: `make browser` installs one where it is root of a Debian")
+    assert path is not None, "no Chromium here: `make browser` installs one where it is root of a Debian"
     browser = Browser(path, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
@@ -39,7 +38,8 @@ def page(server, chromium):
 @pytest.fixture(autouse=True)
 def nothing_goes_wrong(page):
     yield
-    assert page.problems == []
+    # The scheduler may be late where a machine has other work. The page says so, and asks again.
+    assert [problem for problem in page.problems if "status of 503" not in problem] == []
     assert page.run("document.title") == "KV memory", "an id of a request became markup"
 
 
@@ -102,6 +102,9 @@ def equal(page, server, seconds=20.0):
 
 STEM = list(range(10, 138))
 
+#: Of a canvas: the pixel at a place of its picture.
+PIXEL = """(canvas, x, y) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data]"""
+
 
 def test_the_page_tells_what_server_info_tells_as_the_load_changes(page, server):
     before, _ = equal(page, server)
@@ -115,6 +118,9 @@ def test_the_page_tells_what_server_info_tells_as_the_load_changes(page, server)
     )
     assert after["cells"]["cached"] > before["cells"]["cached"]
     assert len(after["prefixes"]) == len(rank["shared_prefixes"]) == 1
+    hits = "[...document.querySelectorAll('.numbers div')].find(d => d.textContent.includes('prompts cached'))"
+    share = 100 * rank["prefix_tokens_served"] / rank["prompt_tokens"]
+    assert page.run(f"{hits}.firstChild.textContent") == f"{share:.1f} %"
     assert requests.post(f"{server}/flush_cache", timeout=60).status_code == 200
     flushed, _ = equal(page, server)
     assert (flushed["cells"]["cached"], flushed["prefixes"]) == (0, [])
@@ -141,7 +147,10 @@ def test_running_requests_are_named_and_who_reads_a_prefix_is_told(page, server)
                     if (alpha && green > red + 40 && green > blue + 20) return [box.x + x, box.y + y];
                 }
         })()"""
+        marks = "[...document.querySelector('.over').getContext('2d').getImageData(0, 0, 400, 8).data]"
+        assert set(page.run(marks)) == {0}, "nothing is marked"
         page.point(*page.wait(where))
+        page.wait(f"new Set({marks}.filter((_, i) => i % 4 === 3)).size === 2")  # all is darker but for what is marked
         told = page.wait("document.getElementById('tip').textContent")
         assert "request" in told
         assert "runs of frames" in told
@@ -192,9 +201,14 @@ def one_rank(pages, stats):
     drawn |= {"owner": owner, "nodes": nodes, "shared": [], "seconds": 0.002}
     drawn |= {"sides": [[0, 2 * pages]], "requests": {"id": ["a", "b"], "tokens": [9, 9], "node": [3, -1]}}
     ages = [2.0 * n for n in range(300)][::-1]
-    names = ("generated_tokens", "prompt_tokens", "prefix_tokens_served", "pages_live", "pages_cached", "pages_backed")
+    each = {"generated_tokens": 100, "prompt_tokens": 40, "prefix_tokens_served": 10}
+    each |= {"pages_live": 1, "pages_cached": 2, "pages_backed": 4}
     told = stats | {"pages_capacity": pages - 1, "pages_backed": pages}
-    return {"map": drawn, "stats": told, "history": {"age": ages, **{name: [*range(300)] for name in names}}}
+    return {
+        "map": drawn,
+        "stats": told,
+        "history": {"age": ages, **{name: [n * more for n in range(300)] for name, more in each.items()}},
+    }
 
 
 @pytest.fixture
@@ -248,19 +262,60 @@ def test_other_servers_are_on_the_same_page_and_10000_frames_are_fluid(page, ser
     first = "document.querySelectorAll('section')[0]"
     assert page.run(f"{first}.querySelector('.key').value") == "", "a key is for its own server"
     assert page.run(f"{second}.querySelector('.sides').hidden") is False
-    drawn = page.run(f"""(() => {{
+    drawn = page.run("""(() => {
         const view = servers[1].ranks[0], told = view.told, all = [];
-        for (let i = 0; i < 20; i++) {{
+        for (let i = 0; i < 20; i++) {
             const start = performance.now();
             view.show(told);
             all.push(performance.now() - start);
-        }}
-        {second}.querySelector('.side').value = '1';
-        view.draw();
+        }
         return all.sort((a, b) => a - b)[10];
-    }})()""")
+    })()""")
     print(f"10,000 frames are decoded and drawn in {drawn:.1f} ms")
     assert drawn < 200, "of each second"
+    # What is drawn: colours of prefixes by age and by depth, the other side, and ten minutes as lines.
+    node = f"""(number => {{
+        const view = servers[1].ranks[0], run = view.squares.findIndex(([, , owner]) => owner === view.map.ownerOfNode(number));
+        const x = view.starts[run] % view.columns * view.step, y = Math.floor(view.starts[run] / view.columns) * view.step;
+        return ({PIXEL})({second}.querySelector('.cells'), x + view.step - 3, y + 1);
+    }})"""  # noqa: E501
+    new, old = (page.run(f"{node}({number})") for number in (2, 390))
+    assert sum(new[:3]) > sum(old[:3]) + 100, "what was matched lately is brighter"
+    page.run(f"(() => {{{second}.querySelector('.by').value = 'depth'; servers[1].ranks[0].draw()}})()")
+    short, long = (page.run(f"{node}({number})") for number in (2, 390))
+    assert short != new
+    assert long[0] < short[0], "a long prefix is less red"
+    cells = "servers[1].ranks[0].squares.reduce((sum, run) => sum + run[1], 0)"
+    assert page.run(cells) == 10_000
+    page.run(f"(() => {{{second}.querySelector('.side').value = '1'; servers[1].ranks[0].draw()}})()")
+    assert page.run(cells) == 20_000, "the frames of the second side"
+    number = f"[...{second}.querySelectorAll('.numbers div')].find(d => d.textContent.includes('tokens/s'))"
+    assert page.run(f"{number}.firstChild.textContent") == "50"
+    told = page.run(
+        "(({generated, prompt, hits}) => [generated, prompt, hits])(rates(servers[1].ranks[0].told.history))"
+    )
+    assert [set(values) for values in told] == [{50}, {20}, {0.25}]
+    for chart in range(3):
+        line = f"""(() => {{
+            const canvas = {second}.querySelectorAll('.charts canvas')[{chart}], context = canvas.getContext('2d');
+            const data = context.getImageData(canvas.width / 2, 8, 1, canvas.height - 16).data;
+            return [...data].filter((value, i) => i % 4 < 3 && value > 150).length;
+        }})()"""
+        assert page.run(line) > 0, f"chart {chart} has no line in its middle"
+    # The server begins anew with one side, while the second one is shown.
+    page.run(f"{second}.querySelector('.side').value = '1'")
+    page.run("(() => { const told = servers[1].ranks[0].told; told.map.sides = []; servers[1].show([told, told]) })()")
+    assert page.run(f"{second}.querySelector('.side').value") == "0"
+    assert page.run(f"{second}.querySelector('.state').textContent") == "awake"
+    assert page.run(f"[...{second}.querySelectorAll('h3')].map(h => h.hidden)") == [False, False]
+    assert page.run(f"{second}.querySelector('h3').textContent") == "data-parallel rank 0"
+    # What the page cannot show is said so, and the buttons of a server that answers work.
+    page.run("(() => { servers[1].show([{stats: servers[1].ranks[0].stats, map: {}}]) })()")
+    assert page.run(f"{second}.querySelector('.message').textContent").startswith("This page cannot show")
+    assert page.run(f"{second}.querySelector('.set').disabled") is False
+    page.problems.clear()  # the console says why
+    page.run(f"(() => {{const k = {second}.querySelector('.key'); k.value = 'ключ'; k.onchange()}})()")
+    page.wait(f"{second}.querySelector('.message').textContent.includes('no header can have')")
     for bad in ("javascript:document.title=3", "", "ftp://127.0.0.1"):
         page.run(f"document.querySelector('#add input').value = {bad!r}")
         page.run("document.querySelector('#add').requestSubmit()")

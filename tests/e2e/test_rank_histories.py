@@ -87,7 +87,7 @@ def state(scheduler: Any) -> tuple[Any, ...]:
         tails = [
             (runtime.sglang.namespace(key), tuple(key.token_ids), tail.frame is not None) for key, tail in node.tails
         ]
-        nodes.append((hash(path), node.lock_ref, len(node.frames), tails))
+        nodes.append((hash(path), node.lock_ref, len(node.frames), tails, node.state is not None))
         stack += [(child, path) for child in node.children.values()]
     records = {slot: (len(record.frames), record.protected) for slot, record in runtime.requests.items()}
     memory = runtime.memory
@@ -113,6 +113,7 @@ class Ranks:
         self._starts += 1
         store = str(self._folder / f"store{self._starts}")
         self.both = [Scheduler(self._model, wait=False, **SERVER) for _ in range(2)]
+        at_once(self.both, lambda rank, _: rank.stats())  # both are there: who joins waits ten seconds for the other
         at_once(self.both, lambda rank, number: rank.call(join, number, store))
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class Ranks:
         self.both = []
 
 
-@pytest.fixture(scope="module", params=["gqa", *versions.WINDOWED])
+@pytest.fixture(scope="module", params=["gqa", *versions.WINDOWED, *versions.WITH_STATES])
 def ranks(request, models, tmp_path_factory):
     ranks = Ranks(models[request.param], tmp_path_factory.mktemp("ranks"))
     ranks.start()

@@ -38,6 +38,7 @@ def pair():
 def test_conversations_are_those_of_sglang_and_right(pair):
     reference, ours = pair
     tokenizer = AutoTokenizer.from_pretrained(real_model.fetch())
+    assert tokenizer.eos_token == "<|im_end|>", f"made by an earlier version: remove {real_model.cached()}"
     chats = [(demo.LIBRARY.system, turns) for turns in LIBRARY] + [(PLAIN, turns) for turns in GENERAL]
     histories = [[{"role": "system", "content": system}] for system, _ in chats]
     right, wrong = 0, []

@@ -39,7 +39,10 @@ from tests.harness import Scheduler
         ({"vtensor_idle_seconds": "3"}, "--vtensor-idle-seconds '3': give 0 or more seconds"),
         ({"vtensor_cache_idle_seconds": float("inf")}, "--vtensor-cache-idle-seconds inf: give more than 0 seconds"),
         ({"kv_backend": "default", "attention_backend": "vtensor"}, "memory of --kv-backend vtensor: give both"),
-        ({"kv_backend": "default", "page_size": 16}, "--page-size 16 needs a GPU with SGLang's own KV cache"),
+        *(
+            ({"kv_backend": "default", "page_size": size}, f"--page-size {size} needs a GPU with SGLang's own KV cache")
+            for size in versions.REFUSED_PAGES
+        ),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

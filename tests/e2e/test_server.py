@@ -289,7 +289,7 @@ def test_a_demo_that_is_ended_takes_its_server_with_it(tmp_path):
                     seen.append(child)
         return seen
 
-    wait_for(server_is_there, 60)
+    wait_for(server_is_there, 300)
     (server,) = seen
     demonstration.terminate()
     assert demonstration.wait(60) == 128 + signal.SIGTERM

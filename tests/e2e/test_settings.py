@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 
 import pytest
@@ -104,3 +105,20 @@ def test_without_them_the_settings_are_sglangs(models, way):
 def test_what_is_wrong_is_said(models, way, error):
     *_, wrong = ask(way, models["gqa"], {"kv_backend": "default", "vtensor_min": "0.5"})
     assert wrong.startswith(f"{error}--vtensor-min 0.5 needs --kv-backend vtensor")
+
+
+def with_convolutions_in_bfloat16(model, given):
+    os.environ["SGLANG_MAMBA_CONV_DTYPE"] = "bfloat16"  # SGLang's default, which tests change
+    return by_command_line(model, given)
+
+
+@pytest.mark.parametrize("model", [name for name in versions.WITH_STATES if name == "nemotron_h"])
+def test_a_type_that_mamba_does_not_convert_is_refused(models, model):
+    """SGLang's own server ends at the first prompt."""
+    *_, wrong = ask(with_convolutions_in_bfloat16, models[model], GIVEN)
+    assert wrong.startswith(
+        "SystemExit: error: this model computes in float32, and SGLang keeps the inputs of its Mamba"
+    )
+    assert "set SGLANG_MAMBA_CONV_DTYPE=float32" in wrong
+    *_, wrong = ask(by_command_line, models[model], GIVEN)
+    assert not wrong

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.e2e.shortage import leave_pages, refuse_at_random
+from tests.e2e.shortage import check_while_the_driver_fails, leave_pages
 from tests.harness import Abort, Do, Request
 
 PAGE = 16
@@ -99,23 +97,4 @@ def test_an_abort_of_what_waits_leaves_nothing(pair):
 def test_calls_of_the_driver_fail_at_random(schedulers, extra):
     limits = LIMITS | {"max_total_tokens": 640} | extra
     reference, ours = schedulers(**limits), schedulers(kv_backend="vtensor", page_size=PAGE, **limits)
-
-    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(seed=st.integers(0, 1 << 30), share=st.sampled_from([0.05, 0.2, 0.4]), count=st.integers(3, 16))
-    def run(seed, share, count):
-        prompt = Prompts(seed)
-        stem = prompt(seed % 50)
-        script = []
-        for n in range(count):
-            script.append([Request(f"s{seed}n{n}.", stem + prompt(1 + (seed >> n) % 90), 1 + (seed >> n) % 24)])
-            script += [[] for _ in range((seed >> (2 * n)) % 4)]
-        expected = reference.run(script)
-        try:
-            got = ours.run([[Do(refuse_at_random, (share, seed))], *script])
-        finally:
-            ours.run([[Do(refuse_at_random, (0, seed))]])
-        ours.check()
-        for rid, theirs in expected.items():
-            assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
-
-    run()
+    check_while_the_driver_fails(reference, ours, longest=90)

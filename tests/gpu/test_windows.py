@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.logprobs import ask, spoken
+from benchmarks.serving import server
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.memory import Ask, KVMemory
 from sglang_vtensor.placement import runs_of
+from sglang_vtensor.server_client import server_stats
 from sglang_vtensor.sharing import Sharing
 from sglang_vtensor.vmm import open_vmm
 from tests import windowed_models
-from tests.e2e.compare import TIE, Prompts, both
-from tests.harness import Request, Scheduler
+from tests.e2e.compare import Prompts, mean_difference
 
 flash_attn = pytest.importorskip("sgl_kernel.flash_attn")
 
@@ -153,21 +155,29 @@ def test_shared_decode_reads_nothing_behind_a_window(memory, window):
 
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
-def test_servers_say_the_same(tmp_path, name, kernel):
-    """Conversations, branches and chunks, beside SGLang's own memory and FlashAttention-3."""
-    model = getattr(windowed_models, name)(tmp_path / name, window=129)
-    args = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 4}
-    args |= {"chunked_prefill_size": 1024, "max_total_tokens": 32768}
-    tie, prompt = TIE["bfloat16"], Prompts(70)
+def test_log_probabilities_are_as_near_as_sglangs_own(tmp_path, name, kernel):
+    """Equal texts, and not equal answers: in bfloat16 two correct attentions of PyTorch already choose other tokens
+    here (Gemma 3: 130 of 2,020, by up to 0.75 nats; gpt-oss: 365, by up to 6), as norms and experts amplify what is
+    rounded. So what SGLang differs from itself by, where other requests are computed beside one, or where decode is
+    compared with prefill, is the measure."""
+    model = getattr(windowed_models, name)(tmp_path / name, window=129, dtype="bfloat16")
+    common = ["--load-format", "auto", "--mem-fraction-static", "0.2", "--chunked-prefill-size", "1024"]
+    ours = ["--kv-backend", "vtensor", "--vtensor-prefill-kernel", kernel, *common]
+    prompt = Prompts(70)
+    stem = prompt(700)
+    prompts = [stem + prompt(count) for count in (20, 600, 1500)] + [prompt(2000), stem + prompt(20)]
+    new, begin, every = 60, 600, len(prompts)
     with (
-        Scheduler(model, wait=False, attention_backend="fa3", **args) as reference,
-        Scheduler(model, wait=False, kv_backend="vtensor", vtensor_prefill_kernel=kernel, **args) as ours,
+        server("fa3", model, tmp_path / "fa3.log", arguments=["--attention-backend", "fa3", *common]) as (theirs, _),
+        server("vtensor", model, tmp_path / "ours.log", arguments=ours) as (url, _),
     ):
-        stem = prompt(700)
-        texts = [stem + prompt(count) for count in (20, 600, 1500)] + [prompt(2000)]
-        for turn in range(3):
-            requests = [Request(f"t{turn}r{n}", text, 40) for n, text in enumerate(texts)]
-            answers = both(reference, ours, requests, tie=tie)
-            texts = [text + answer.tokens + prompt(60) for text, answer in zip(texts, answers, strict=True)]
-        stats = ours.stats()
-        assert 0 < stats["windows_owned_bytes"] < stats["owned_bytes"] / 2
+        said = {who: ask(who, prompts, new, at_once=every) for who in (theirs, url)}
+        texts = {who: spoken(prompts, answers) for who, answers in said.items()}
+        told = {who: ask(theirs, texts[who], 1, at_once=every, told_from=begin) for who in texts}
+        alone = ask(theirs, texts[theirs], 1, at_once=1, told_from=begin)
+        mine = ask(url, texts[theirs], 1, at_once=every, told_from=begin)
+        (stats,) = server_stats(url)
+    answered = {who: [one[-new:] for one in told[who]] for who in told}
+    assert mean_difference(mine, told[theirs]) < 1.5 * mean_difference(alone, told[theirs])
+    assert mean_difference(said[url], answered[url]) < 1.5 * mean_difference(said[theirs], answered[theirs])
+    assert 0 < stats["windows_owned_bytes"] < stats["owned_bytes"] / 2

@@ -41,7 +41,7 @@ class Manager:
             except asyncio.CancelledError:
                 self.given_up = True
                 raise
-        rank = {"page_bytes": PAGE, "pages_capacity": 99, "limit_bytes": 50 * PAGE}
+        rank = {"page_bytes": PAGE, "capacity_bytes": 100 * PAGE, "limit_bytes": 50 * PAGE}
         rank |= {"sleeping": int(self.sleeping), "requests": self.requests}
         rank |= {"backed_bytes": 8 * PAGE, "live_bytes": 3 * PAGE, "cached_bytes": 4 * PAGE, "dp_rank": 0}
         return [{"vtensor": rank | {"live_bytes": 60 * PAGE, "dp_rank": 1}}, {"vtensor": rank}]  # as they answer

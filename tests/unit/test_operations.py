@@ -4,16 +4,18 @@ are the code's."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from fastapi import FastAPI
 
 from sglang_vtensor import cli, patches
-from sglang_vtensor.srt import options
+from sglang_vtensor.srt import linear, options
 from sglang_vtensor.srt.http import add_routes
 from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 
@@ -55,6 +57,15 @@ def test_every_command_is_there_and_no_other():
     assert told == commands
 
 
+def test_every_parameter_of_a_command_is_there():
+    group = typer.main.get_command(cli.app)
+    parameters = [parameter for command in (group, *group.commands.values()) for parameter in command.params]
+    for parameter in parameters:
+        names = [name for name in parameter.opts if name.startswith("--")]
+        assert not names or any(re.search(rf"{name}\b", OPERATIONS) for name in names), names
+        assert parameter.envvar is None or f"`{parameter.envvar}`" in OPERATIONS
+
+
 def test_every_route_is_there():
     app = FastAPI()
     add_routes(app, SimpleNamespace())
@@ -90,10 +101,12 @@ def test_every_variable_of_the_environment_is_there():
 
 def test_all_that_is_refused_is_named():
     page = (DOCS / "faq.md").read_text()
-    refusing = [inspect.getsource(options.refuse_unsupported)]
+    refusing = [inspect.getsource(options.refuse_unsupported), inspect.getsource(linear.refuse_states)]
     for module in patches.MODULES.values():
-        text = (DOCS.parent / "patches" / f"{module}.py").read_text()
+        found = importlib.util.find_spec(f"{patches.__name__}.{module}")
+        text = Path(found.origin).read_text()
         refusing += re.findall(r"def refused\(.*?(?=\n    def )", text, re.DOTALL)
     names = {name for text in refusing for name in re.findall(r'\(\s*f?"(--[a-z-]+|SGLANG_\w+)', text)}
+    names |= {f"--{option.replace('_', '-')}" for option in linear.KERNELS}
     assert len(names) > 30
     assert {name for name in names if f"`{name}" not in page} == set()

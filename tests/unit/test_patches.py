@@ -286,6 +286,14 @@ def test_shared_decode_says_where_it_cannot_be(server_args, wanted, why, caplog)
     assert bool(why) == bool(caplog.records)
 
 
+def test_shared_decode_is_off_beside_linear_attention(caplog):
+    args = SimpleNamespace(device="cuda", prefill_attention_backend="vtensor", enable_deterministic_inference=False)
+    assert not wants_shared_decode(args, Options("vtensor", vtensor_shared_decode="off"), states=True)
+    assert not caplog.records
+    assert not wants_shared_decode(args, Options("vtensor"), states=True)
+    assert "Shared decode is off, as layers of this model keep states" in caplog.text
+
+
 @pytest.mark.parametrize(("beside_others", "slept"), [(False, [1000]), (True, [50])])
 def test_an_event_loop_sleeps_in_naps_beside_neighbours(beside_others, slept):
     from sglang.srt.managers.scheduler import Scheduler

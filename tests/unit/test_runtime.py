@@ -11,6 +11,7 @@ import torch
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.memory import Ask
+from sglang_vtensor.srt.allocation import _attempt
 from sglang_vtensor.srt.allocator import VTensorAllocator
 from sglang_vtensor.srt.batch_sharing import BatchSharing
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
@@ -110,6 +111,22 @@ def test_copies_are_made_once_before_the_batch(runtime):
     assert not runtime.copies
     runtime.copy_partials()
     assert runtime.memory.counts["copies"] == 1
+
+
+def test_what_a_copy_is_yet_to_read_stays_where_another_rank_was_refused(runtime, monkeypatch):
+    memory, source = runtime.memory, take(runtime.memory, 3)
+    one = record(source[:2], 0)
+    runtime.begin(0, one)
+    runtime.copies.append((source[2], source[0], 3, (0,)))
+    memory.free(source[2:], runtime.last_reader)
+    runtime.check_batch([], [], None)
+    monkeypatch.setattr(runtime, "agree", lambda done: False)
+    assert not _attempt(runtime, [(one, 1)], True), "it had just that page in place, and another rank had none"
+    assert memory.counts["in_place"] == 1
+    runtime.check_batch([], [], None)
+    memory.trim()
+    runtime.copy_partials()
+    memory.free(one.frames, memory.launched)
 
 
 def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):

@@ -94,7 +94,7 @@ def test_each_target_has_one_body():
     assert len(targets) == len(set(targets))
 
 
-@pytest.mark.parametrize("file", sorted(PATCHES.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(PATCHES.rglob("*.py")), ids=lambda file: str(file.relative_to(PATCHES)))
 def test_a_module_for_a_version_knows_what_that_has(file):
     """It asks no object whether it has a name, and guards no import: what is not there is to fail, and to be seen."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -105,6 +105,6 @@ def test_a_module_for_a_version_knows_what_that_has(file):
         if isinstance(node, ast.ExceptHandler):
             caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"all"}
             assert not caught & {"all", "ImportError", "ModuleNotFoundError", "AttributeError", "Exception"}, where
-        if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute) and file.name != "__init__.py":
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute) and file != PATCHES / "__init__.py":
             names = [alias.name for alias in node.names] if not isinstance(node, ast.Attribute) else [node.attr]
             assert not {"__version__", "version"} & set(names), f"{where}: one module, one version"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
 from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.srt.linear import chunk_tokens, refuse_page, refuse_states, track_interval
 from sglang_vtensor.srt.options import Refused
 from sglang_vtensor.srt.sides import Sides
 from sglang_vtensor.srt.windows import hold_to, refuse_readers, windows_of
@@ -33,6 +35,78 @@ def test_a_model_of_one_kind_has_what_it_had():
     sides = Sides.choose([None] * 32, kv_heads=8, head_dim=128, **GPU)
     assert sides.layouts == [KVLayout.choose(layers=32, kv_heads=8, head_dim=128, **GPU)]
     assert (sides.windows, sides.layers) == ([None], [(0, n) for n in range(32)])
+
+
+def test_layers_without_keys_and_values_are_on_no_side():
+    """As of Qwen3-Next: three layers have linear attention for each one that reads all tokens."""
+    linear = {n for n in range(48) if n % 4 != 3}
+    sides = Sides.choose([None] * 48, kv_heads=2, head_dim=256, without=linear, **GPU)
+    assert sides.layouts == [KVLayout.choose(layers=12, kv_heads=2, head_dim=256, **GPU)]
+    assert sides.layers == [None if n in linear else (0, n // 4) for n in range(48)]
+    both = Sides.choose([None, 127, None, 127, None], kv_heads=8, head_dim=64, without={0, 3}, **GPU)
+    assert both.layers == [None, (1, 0), (0, 0), None, (0, 1)]
+
+
+def settings(**given):
+    names = {"mamba_radix_cache_strategy": "auto", "mamba_track_interval": 256, "enable_linear_replayssm": False}
+    names |= {"linear_attn_backend": "triton", "linear_attn_prefill_backend": None, "linear_attn_decode_backend": None}
+    names |= {"mamba_backend": "triton", "mamba_max_states_per_path": -1}
+    names |= {"enable_int8_mamba_checkpoint": False, "enable_mis": False}
+    return SimpleNamespace(**{**names, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "why"),
+    [
+        ("Qwen3NextForCausalLM", {}, None),
+        ("Qwen3_5MoeForConditionalGeneration", {"mamba_radix_cache_strategy": "extra_buffer"}, None),
+        (
+            "FalconH1ForCausalLM",
+            {},
+            r"FalconH1ForCausalLM: of models with state-space .* it serves Qwen3NextForCausal",
+        ),
+        ("NemotronHForCausalLM", {}, None),
+        ("NemotronHForCausalLM", {"mamba_max_states_per_path": 4}, "-states-per-path 4: .* --max-mamba-cache-size"),
+        ("NemotronHForCausalLM", {"mamba_backend": "flashinfer"}, "--mamba-backend flashinfer: .*, or give triton"),
+        (
+            "Qwen3NextForCausalLM",
+            {"mamba_radix_cache_strategy": "no_buffer"},
+            "strategy no_buffer: .*or give extra_buf",
+        ),
+        ("Qwen3NextForCausalLM", {"mamba_radix_cache_strategy": "extra_buffer_lazy"}, "strategy extra_buffer_lazy"),
+        ("Qwen3NextForCausalLM", {"enable_linear_replayssm": True}, "--enable-linear-replayssm: states lie in pages"),
+        ("Qwen3NextForCausalLM", {"mamba_track_interval": 0}, "--mamba-track-interval 0: give 1 token or more"),
+        ("Qwen3NextForCausalLM", {"linear_attn_prefill_backend": "flashinfer"}, None),
+        ("Qwen3NextForCausalLM", {"linear_attn_decode_backend": "cutedsl"}, "-decode-backend cutedsl: states of a req"),
+        (
+            "Qwen3NextForCausalLM",
+            {"linear_attn_decode_backend": "flashinfer"},
+            "-backend flashinfer: .*, or give triton",
+        ),
+        ("Qwen3NextForCausalLM", {"linear_attn_backend": "flashinfer"}, "--linear-attn-backend flashinfer: states of"),
+        ("Qwen3NextForCausalLM", {"enable_mis": True}, "--enable-mis: states lie in pages of their own"),
+        ("Qwen3NextForCausalLM", {"enable_int8_mamba_checkpoint": True}, "--enable-int8-mamba-checkpoint: states"),
+    ],
+)
+def test_models_and_settings_that_states_do_not_go_with_are_refused(name, given, why):
+    with contextlib.nullcontext() if why is None else pytest.raises(Refused, match=why):
+        refuse_states(name, settings(**given))
+
+
+def test_pages_and_chunks_of_a_prompt_end_together():
+    assert chunk_tokens(SimpleNamespace()) == 64
+    assert chunk_tokens(SimpleNamespace(mamba_chunk_size=256)) == 256
+    for page in (1, 16, 32, 64, 128, 512):
+        refuse_page(page, 64)
+    for page, chunk in ((48, 64), (96, 64), (96, 128)):
+        with pytest.raises(Refused, match=f"--page-size {page}: with states a page .* a multiple of {chunk} tokens"):
+            refuse_page(page, chunk)
+
+
+def test_states_are_kept_of_whole_pages_of_an_answer():
+    assert [track_interval(256, page, 64) for page in (1, 16, 128, 256, 512)] == [256, 256, 256, 256, 512]
+    assert track_interval(64, 16, 64) == 64
+    assert track_interval(64, 16, 256) == 256
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

@@ -23,6 +23,7 @@ MODULES = (
     "clock",
     "snapshot",
     "memory",
+    "room",
     "sharing",
     "neighbours",
 )
@@ -78,7 +79,7 @@ def test_the_wheel_holds_the_package_and_no_other(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"sglang_vtensor", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    for module in ("kernels/__init__", "patches/v0_5_17", "patches/v0_5_23", "vmm/cuda", "srt/radix_cache"):
+    for module in ("kernels/__init__", "patches/v0_5_17", "patches/v0_5_23/tree", "vmm/cuda", "srt/radix_cache"):
         assert f"sglang_vtensor/{module}.py" in names
     assert "sglang_vtensor/page.html" in names
 
