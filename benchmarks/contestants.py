@@ -30,6 +30,7 @@ import requests
 
 from benchmarks.geometries import LLAMA, Geometry
 from benchmarks.serving import CONTESTANTS, STREAM_INTERVAL, Said, command, started, stream
+from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
 
 KEEP = ["--vtensor-idle-seconds", "3600"]
@@ -57,6 +58,8 @@ SPARE = 0.02
 #: Page sizes divide it.
 ROUND_TOKENS = 1024
 START_SECONDS = 480
+#: Within which requests end that nobody waits for any more.
+FLUSH_SECONDS = 30.0
 #: After a flush, so that a round does not begin with work that the round before left.
 SETTLE_SECONDS = 1.0
 #: What our server counted in a round.
@@ -149,7 +152,10 @@ class Client:
         return {}
 
     def flush(self) -> None:
-        requests.post(f"{self.url}/flush_cache", timeout=30).raise_for_status()
+        """Requests of a round may still be ending; the server waits for them. Raises `requests.HTTPError` if they stay
+        for longer."""
+        flushed = requests.post(f"{self.url}/flush_cache", params={"timeout": FLUSH_SECONDS}, timeout=2 * FLUSH_SECONDS)
+        flushed.raise_for_status()
 
     def words(self, rng: random.Random, count: int) -> list[int]:
         return [rng.randrange(6, self.vocabulary) for _ in range(count)]
@@ -171,13 +177,16 @@ class Client:
             workload = workload.answers
         before = self.stats()
         seconds = self.drive(workload, seed)
+        return row(self.answers, seconds) | prompts | self.counted(before, seconds)
+
+    def counted(self, before: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What our server counted since it said `before`, which is `seconds` ago."""
         after = self.stats()
-        measured = row(self.answers, seconds) | {"mapping_share": 0.0} | prompts
-        if after:
-            waited = after["scheduling_seconds"] - before["scheduling_seconds"]
-            measured |= {"mapping_share": round(waited / seconds, 5), "backed_bytes": after["backed_bytes"]}
-            measured |= {key: after[key] - before[key] for key in COUNTED}
-        return measured
+        if not after:
+            return {"mapping_share": 0.0}
+        waited = after["scheduling_seconds"] - before["scheduling_seconds"]
+        counted = {"mapping_share": round(waited / seconds, 5), "backed_bytes": after["backed_bytes"]}
+        return counted | {key: after[key] - before[key] for key in COUNTED}
 
 
 class VllmClient(Client):
@@ -240,21 +249,30 @@ VLLM_NAME = "llama"
 def vllm_command(plan: Plan, port: int) -> list[str]:
     """vLLM as it ships, with room for as many tokens. Its check of free memory at the start asks for a share of the
     device; the size of the cache is given in bytes instead, so that share is small."""
-    model, boot, fp8 = plan.model, plan.vllm_boot, plan.kv_cache_dtype.startswith("fp8")
-    python = "python3" if boot else sys.executable
-    vllm = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", VLLM_NAME]
+    model, fp8 = plan.model, plan.kv_cache_dtype.startswith("fp8")
+    vllm = ["vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", VLLM_NAME]
     vllm += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--load-format", "dummy", "--seed", "0"]
-    vllm += ["--skip-tokenizer-init", "--max-model-len", str(plan.context), "--enable-prefix-caching"]
+    vllm += ["--max-model-len", str(plan.context), "--enable-prefix-caching"]
     vllm += ["--kv-cache-dtype", plan.kv_cache_dtype, "--gpu-memory-utilization", "0.1"]
     vllm += ["--kv-cache-memory-bytes", str(plan.tokens * plan.geometry.token_bytes // (2 if fp8 else 1))]
-    vllm += ["--stream-interval", str(STREAM_INTERVAL), "--enable-prompt-tokens-details"]
-    vllm += ["--uvicorn-log-level", "warning"]
-    return ["bash", "-c", '. "$0" && exec "$@"', str(boot.resolve()), *vllm] if boot else vllm
+    vllm += ["--enable-prompt-tokens-details", "--uvicorn-log-level", "warning"]
+    interval = plan.stream_interval if plan.text else STREAM_INTERVAL
+    vllm += ["--stream-interval", str(interval), *([] if plan.text else ["--skip-tokenizer-init"])]
+    return in_vllm(plan, vllm)
+
+
+def in_vllm(plan: Plan, module: list[str]) -> list[str]:
+    """The command that runs a module, with arguments, where vLLM is."""
+    if plan.vllm_boot is None:
+        return [sys.executable, "-m", *module]
+    return ["bash", "-c", '. "$0" && exec "$@"', str(plan.vllm_boot.resolve()), "python3", "-m", *module]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How servers are started: all with the same model and the same room."""
+    """How servers are started: all with the same model and the same room. With `text` they read and write text, and
+    stream every `stream_interval` tokens, where they ship with 1. `devices` has a GPU for each server (as
+    CUDA_VISIBLE_DEVICES names it); if it is empty, all are on the first."""
 
     model: Path
     vocabulary: int
@@ -265,6 +283,9 @@ class Plan:
     kv_cache_dtype: str = "auto"
     geometry: Geometry = LLAMA
     temperature: float = 0.0
+    text: bool = False
+    stream_interval: int = 1
+    devices: tuple[str, ...] = ()
 
 
 def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
@@ -293,17 +314,19 @@ def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
 @contextlib.contextmanager
 def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], dict[str, float]]]:
     """Start contestants, all at once. Yields, when all are up, who asks each, and the seconds that each took. Raises
-    `RuntimeError` if one does not start, or comes up with another capacity than planned."""
+    `RuntimeError` if one does not start, or comes up with another capacity than planned, or without its kernels."""
     with contextlib.ExitStack() as stack:
         waits: dict[str, Callable[[], float]] = {}
         clients: dict[str, Client] = {}
         ports: set[int] = set()
-        for name in names:
+        for number, name in enumerate(names):
             while (port := free_port()) in ports:
                 pass
             ports.add(port)
             log = plan.model.parent / f"{name}.log"
             environment, folder = dict(os.environ), None
+            if plan.devices:
+                environment["CUDA_VISIBLE_DEVICES"] = plan.devices[number]
             client: type[Client]
             if name == "vllm":
                 what = vllm_command(plan, port)
@@ -312,14 +335,10 @@ def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], d
                 health, client = "/health", VllmClient
             else:
                 arguments = HOST[name] if plan.host else [*GPU[name], "--mem-fraction-static", "0.98"]
-                arguments = [
-                    *arguments,
-                    "--max-total-tokens",
-                    str(plan.tokens),
-                    "--kv-cache-dtype",
-                    plan.kv_cache_dtype,
-                ]
-                what = command(plan.model, port, arguments, environment, host=plan.host)
+                arguments = [*arguments, "--max-total-tokens", str(plan.tokens)]
+                arguments += ["--kv-cache-dtype", plan.kv_cache_dtype]
+                arguments += ["--stream-interval", str(plan.stream_interval)] if plan.text else []
+                what = command(plan.model, port, arguments, environment, host=plan.host, text=plan.text)
                 health, client = "/health_generate", Client
             url = f"http://127.0.0.1:{port}"
             wait = started(name, what, url, log, environment, health=health, folder=folder, patience=START_SECONDS)
@@ -329,4 +348,13 @@ def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], d
         for name, up in clients.items():
             if (room := up.kv_tokens()) and abs(room - plan.tokens) > ROUND_TOKENS:
                 raise RuntimeError(f"{name} has room for {room} tokens, and not for {plan.tokens}")
+        for name, up in clients.items():
+            compiled(name, up.url)
         yield clients, seconds
+
+
+def compiled(name: str, url: str) -> None:
+    """Until a server of ours has its kernels: it answers before, and uses others until then. Raises `RuntimeError` if
+    some do not compile."""
+    if name.startswith("vtensor") and (left := precompile.wait(url)):
+        raise RuntimeError(f"{name} did not compile {left} kernels")

@@ -33,7 +33,9 @@ from benchmarks.kernels import (
     graph,
     ours,
     rates,
+    rounds,
     times,
+    told,
 )
 from sglang_vtensor.kernels import configs
 
@@ -69,7 +71,7 @@ def measure_prefill(geometry: str, shape: list[tuple[int, int]]) -> Row:
         one = {f"fa3_page{page}": fa3(case, page)}
         calls |= one
         graphs |= {name: graph(call, case.rotation) for name, call in one.items()}
-    row |= {name: round(value, 2) for name, value in times(graphs, case.rotation).items()}
+    row |= told(rounds(graphs, case.rotation))
     new, context = case.new[0], case.contexts[0]
     wanted = exact(case.q[:new], case.pool[:context, 0, 0], case.pool[:context, 0, 1], context - new)
     row |= {f"error_{name}": round(error(calls[name](0)[:new], wanted), 5) for name in ("ours", "fa3_page128")}
@@ -87,7 +89,7 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     calls: dict[str, Call] = {"ours": case.ours(decoder), "fa3_in_ours": fa3_on(case, *in_ours)}
     calls |= {f"fa3_page{page}": fa3(case, page) for page in PAGES}
     row: Row = {"part": "decode", "case": what, "requests": case.requests, "tokens": sum(case.context_lens.tolist())}
-    row |= times({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
+    row |= told(rounds({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation))
     row["ours_bf16"] = times({"ours": graph(wide.ours(wide.decoder()), wide.rotation)}, wide.rotation)["ours"]
     slots = case.table[0, : int(case.context_lens[0])].long()
     keys, values = (as_bytes(case.pool[:, 0, part])[slots].view(FP8) for part in (0, 1))

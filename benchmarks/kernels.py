@@ -1,19 +1,19 @@
 """`python -m benchmarks.kernels prefill|shared-decode`: attention kernels beside each other, on a Hopper GPU.
 
 Every contestant has its own layout of the same sizes: ours is token-major over all layers, as in the server, and each
-context one run, or two; the others have a pool a layer, as SGLang allocates it, and pages in random order. A CUDA graph
-calls a
-contestant once on each of several layers, together more than the L2 cache; graphs are replayed in turns, and the time
-of a call is the median of the replays. The floor is the larger of operations over the matmul rate and bytes over the
-copy bandwidth, both measured in the same run.
+context one run, or two; the others (`benchmarks.peers`) have a pool a layer, as SGLang allocates it, and pages in
+random order. A CUDA graph calls a contestant once on each of several layers, together more than the L2 cache. Graphs
+are replayed in rounds, in which they take turns at going first; the time of a call is the median of the rounds, and
+rows have the least and the most too. The floor is the larger of operations over the matmul rate and bytes over the copy
+bandwidth, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -22,6 +22,17 @@ import typer
 from rich.console import Console
 
 from benchmarks import grouping, results
+from benchmarks.peers import (
+    Call,
+    fa3,
+    fa3_on,
+    flashinfer_cascade,
+    flashinfer_decode,
+    flashinfer_paged,
+    flashinfer_ragged,
+    sglang_triton,
+)
+from benchmarks.rounds import rotated, spread
 from sglang_vtensor.kernels import configs
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
@@ -177,7 +188,6 @@ def as_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
-Call = Callable[[int], torch.Tensor]
 Row = dict[str, Any]
 
 
@@ -204,132 +214,6 @@ def ours(case: Case, *, runs: int = 1, **options: Any) -> Call:
     return lambda layer: prefix_prefill(case.q, *case.ours(layer), plan, scale=case.scale)
 
 
-def fa3(case: Case | Paged, page: int) -> Call:
-    """FlashAttention-3 as SGLang calls it, on pages of that size."""
-    return fa3_on(case, *case.paged(page))
-
-
-def fa3_on(case: Case | Paged, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Call:
-    """FlashAttention-3 on K and V `(layers, pages, page, kv_heads, dim)`, by a page table. Over FP8 it takes queries of
-    that type too; that SGLang makes them so in each layer is left out."""
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-    longest, q = max(case.new), case.q.to(k.dtype)
-    return lambda layer: flash_attn_with_kvcache(
-        q=q,
-        k_cache=k[layer],
-        v_cache=v[layer],
-        page_table=table,
-        cache_seqlens=case.context_lens,
-        cu_seqlens_q=case.starts,
-        max_seqlen_q=longest,
-        softmax_scale=case.scale,
-        causal=True,
-    )
-
-
-def sglang_triton(case: Case, decode: bool, page: int) -> Call:
-    """SGLang's own Triton kernels, with its own choice of splits."""
-    k, v, table = case.paged(page)
-    k, v = (x.view(case.rotation, -1, case.kv_heads, case.dim) for x in (k, v))
-    prefixes = [prefix for prefix, _ in case.shape]
-    lengths = case.contexts if decode else prefixes
-    pages = [table[i, : -(-length // page)].long() for i, length in enumerate(case.contexts)]
-    slots = [(p[:, None] * page + torch.arange(page, device="cuda")).view(-1) for p in pages]
-    kv_starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    indices = torch.cat([s[:length] for s, length in zip(slots, lengths, strict=True)])
-    if decode:
-        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
-        from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
-
-        requests, most = len(lengths), 8
-        splits = torch.empty(requests, dtype=torch.int32, device="cuda")
-        get_num_kv_splits_triton[(1,)](
-            splits,
-            case.context_lens,
-            requests,
-            1,
-            case.q_heads,
-            case.kv_heads,
-            most,
-            torch.cuda.get_device_properties(0).multi_processor_count,
-            MAX_NUM_SEQ=256,
-        )
-        partial = torch.empty(requests, case.q_heads, most, case.dim, dtype=torch.float32, device="cuda")
-        lse = torch.empty(requests, case.q_heads, most, dtype=torch.float32, device="cuda")
-        out = torch.empty_like(case.q)
-
-        def step(layer: int) -> torch.Tensor:
-            decode_attention_fwd(
-                case.q, k[layer], v[layer], out, kv_starts, indices, partial, lse, splits, most, case.scale, 1.0, 1.0
-            )
-            return out
-
-        return step
-    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
-
-    fresh = torch.cat([s[p:c] for s, p, c in zip(slots, prefixes, case.contexts, strict=True)])
-    new_k, new_v = k[:, fresh].contiguous(), v[:, fresh].contiguous()
-    out = torch.empty_like(case.q)
-    longest = max(case.new)
-
-    def extend(layer: int) -> torch.Tensor:
-        extend_attention_fwd(
-            case.q,
-            new_k[layer],
-            new_v[layer],
-            out,
-            k[layer],
-            v[layer],
-            case.starts,
-            kv_starts,
-            indices,
-            None,
-            True,
-            None,
-            longest,
-            1.0,
-            1.0,
-            case.scale,
-        )
-        return out
-
-    return extend
-
-
-def flashinfer(case: Case, decode: bool, ragged: bool = False) -> Call:
-    """FlashInfer as SGLang calls it: on pages of one token, its second-generation kernels; for prefill also on
-    contiguous K and V of each layer. Compiles on first use."""
-    from flashinfer import (
-        BatchDecodeWithPagedKVCacheWrapper,
-        BatchPrefillWithPagedKVCacheWrapper,
-        BatchPrefillWithRaggedKVCacheWrapper,
-    )
-
-    workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
-    kv_starts = torch.tensor([0, *torch.tensor(case.contexts).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    common = {"sm_scale": case.scale, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-    heads = (case.q_heads, case.kv_heads, case.dim)
-    if ragged:
-        each = zip(case.first.tolist(), case.contexts, strict=True)
-        slots = torch.cat([torch.arange(first, first + context, device="cuda") for first, context in each])
-        k, v = (case.pool[slots, : case.rotation, i].transpose(0, 1).contiguous() for i in (0, 1))
-        contiguous = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa2")
-        contiguous.plan(case.starts, kv_starts, *heads, causal=True, **common)
-        return lambda layer: contiguous.run(case.q, k[layer], v[layer])
-    k, v, table = case.paged(1)
-    pages = torch.cat([table[i, :context] for i, context in enumerate(case.contexts)])
-    last = torch.ones(len(case.contexts), dtype=torch.int32, device="cuda")
-    if decode:
-        tensor_cores = case.q_heads // case.kv_heads >= 4
-        step = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2", use_tensor_cores=tensor_cores)
-        step.plan(kv_starts, pages, last, *heads, 1, **common)
-        return lambda layer: step.run(case.q, (k[layer], v[layer]))
-    paged = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
-    paged.plan(case.starts, kv_starts, pages, last, *heads, 1, causal=True, **common)
-    return lambda layer: paged.run(case.q, (k[layer], v[layer]))
-
-
 @dataclass
 class Graph:
     """One call on each layer of the rotation. The call owns the buffers that the graph reads."""
@@ -352,19 +236,34 @@ def graph(call: Call, rotation: int) -> Graph:
     return Graph(captured, call)
 
 
-def times(graphs: dict[str, Graph], rotation: int, replays: int = 7) -> dict[str, float]:
-    """Median microseconds a call, the contestants in turns."""
+def rounds(graphs: dict[str, Graph], rotation: int, replays: int = 7) -> dict[str, list[float]]:
+    """Microseconds a call, of each round: a replay of each contestant, who take turns at going first. One more round
+    before them does not count."""
     seen: dict[str, list[float]] = {name: [] for name in graphs}
     for replay in range(replays + 1):
-        for name, one in graphs.items():
+        for name in rotated(list(graphs), replay):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            one.captured.replay()
+            graphs[name].captured.replay()
             end.record()
             end.synchronize()
             if replay:
                 seen[name].append(start.elapsed_time(end) * 1000 / rotation)
-    return {name: statistics.median(values) for name, values in seen.items()}
+    return seen
+
+
+def times(graphs: dict[str, Graph], rotation: int, replays: int = 7) -> dict[str, float]:
+    """Median microseconds a call."""
+    return {name: statistics.median(values) for name, values in rounds(graphs, rotation, replays).items()}
+
+
+def told(seen: dict[str, list[float]]) -> Row:
+    """What stands in a row of each contestant's rounds: the median, by its name, the least and the most."""
+    row: Row = {"rounds": min(map(len, seen.values()))}
+    for name, values in seen.items():
+        _, middle, least, most = spread(values)
+        row |= {name: round(middle, 2), f"{name}_least": round(least, 2), f"{name}_most": round(most, 2)}
+    return row
 
 
 def rates() -> tuple[float, float]:
@@ -405,18 +304,16 @@ def measure(geometry: str, shapes: list[list[tuple[int, int]]], rate: tuple[floa
             if page in (1, 64):
                 paged[f"triton_page{page}"] = sglang_triton(case, False, page)
             if page == 1 and FLASHINFER:
-                paged["flashinfer_paged"] = flashinfer(case, False)
-                paged["flashinfer_ragged"] = flashinfer(case, False, ragged=True)
+                paged |= {"flashinfer_paged": flashinfer_paged(case), "flashinfer_ragged": flashinfer_ragged(case)}
             agree(what, {"ours": first["ours"]} | paged)
             graphs |= {name: graph(call, case.rotation) for name, call in paged.items()}
-        measured = times(graphs, case.rotation)
-        row |= {name: round(value, 2) for name, value in measured.items()}
+        row |= told(rounds(graphs, case.rotation))
         row["triton"] = min(row["triton_page1"], row["triton_page64"])
         ours_first = configs.ours_before_fa3(case.new, case.contexts, case.q_heads, case.kv_heads, case.dim, "cuda")
         row["auto"] = row["ours"] if ours_first else row["fa3_in_ours"]
-        row["tflops"] = round(case.operations() / measured["ours"] / 1e6, 1)
+        row["tflops"] = round(case.operations() / row["ours"] / 1e6, 1)
         row["operations"] = case.operations()
-        row["gbytes"] = round(case.bytes() / measured["ours"] / 1e3, 1)
+        row["gbytes"] = round(case.bytes() / row["ours"] / 1e3, 1)
         rows.append(row)
         console.print(row)
         del graphs, first, paged, case
@@ -452,11 +349,13 @@ def warm(geometries: Geometries = ALL) -> None:
         for page in (1, 64):
             sglang_triton(case, False, page)(0)
         if FLASHINFER:
-            flashinfer(case, False)(0)
+            flashinfer_ragged(case)(0)
         case = Case(geometry, [(7000, 1), (1000, 1)])
         sglang_triton(case, True, 1)(0)
         if FLASHINFER:
-            flashinfer(case, True)(0)
+            flashinfer_decode(case)(0)
+            shared = SharedCase("two_level", geometry)
+            console.print(cascades(shared, fa3(shared, 1))[1])
         torch.cuda.synchronize()
 
 
@@ -564,16 +463,29 @@ class Paged:
 
         return call
 
+    @cached_property
+    def pools(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `(rotation, tokens, kv_heads, dim)` with a pool for each layer."""
+        k, v, _ = self.slots()
+        return k.squeeze(2).contiguous(), v.squeeze(2).contiguous()
+
     def paged(self, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As of `Case`: the pages are in random order already."""
-        k, v, table = self.slots()
-        k, v = (x.contiguous().unflatten(1, (-1, page)).squeeze(3) for x in (k, v))
-        return k, v, table[:, ::page] // page
+        k, v = (x.unflatten(1, (-1, page)) for x in self.pools)
+        return k, v, self.table[:, ::page] // page
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same where it lies in our pool, at a stride: what SGLang's backend decodes there."""
         k, v = (self.pool[:, :, part].transpose(0, 1).unsqueeze(2) for part in (0, 1))
         return k, v, self.table
+
+
+def levels(requests: int, of_all: int, group: int, of_group: int, own: int) -> list[tuple[int, int, int]]:
+    """Of one of `SHARED`: how many requests share, and from which token to which of their contexts. What nobody has is
+    left out."""
+    shared = of_all + of_group
+    each = [(requests, 0, of_all), (group, of_all, shared), (1, shared, shared + own)]
+    return [(count, first, end) for count, first, end in each if first < end]
 
 
 class SharedCase(Paged):
@@ -591,6 +503,7 @@ class SharedCase(Paged):
         private = each * own + of_all + groups * of_group
         slots[:, shared:] = private[:, None] + torch.arange(own, device="cuda")
         super().__init__(geometry, [context] * requests, slots, of_all + groups * of_group + requests * own, kv_dtype)
+        self.levels = levels(requests, of_all, group, of_group, own)
         for request in range(requests):
             document = 10_000 * (1 + request // group)
             path = [*range(of_all // PAGE), *range(document, document + of_group // PAGE)]
@@ -630,17 +543,43 @@ def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
     case = PlainCase(contexts, geometry)
     calls = {"fa3_page1": fa3(case, 1), "fa3_slots": fa3_on(case, *case.slots()), "ours": case.ours(case.decoder())}
     agree(f"{geometry}, {len(contexts)} requests", calls)
-    measured = times({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
+    seen = rounds({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation)
     read = sum(contexts) * case.token_bytes
     shape = f"{len(contexts)} x {contexts[0]}" if len(set(contexts)) == 1 else f"ragged, {len(contexts)} requests"
     row: Row = {"geometry": geometry, "shape": shape, "bytes": read, "floor_us": round(read / copy * 1e6, 1)}
     group, capability = case.q_heads // case.kv_heads, configs.capability("cuda")
     row["taken"] = configs.shared_decode_pays(len(contexts), sum(contexts), 0, 0, group, case.token_bytes, capability)
-    return row | {name: round(value, 2) for name, value in measured.items()}
+    return row | told(seen)
+
+
+#: FlashInfer's: the size of their pages, and who computes a level.
+CASCADES = {
+    "cascade_page1": (1, "auto"),
+    "cascade_page128": (128, "auto"),
+    "cascade_fa2_page1": (1, "fa2"),
+    "cascade_fa2_page128": (128, "fa2"),
+}
+
+
+def cascades(case: SharedCase, base: Call) -> tuple[dict[str, Graph], dict[str, str]]:
+    """Those that run and say what `base` does, and why the others do not: FlashInfer compiles each at its first call,
+    and no failure of that ends what the other contestants do."""
+    graphs, failed = {}, {}
+    for name, (page, backend) in CASCADES.items():
+        try:
+            call = flashinfer_cascade(case, page, backend)
+            agree("a cascade", {"the base": base, name: call})
+            graphs[name] = graph(call, case.rotation)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+    return graphs, failed
 
 
 def measure_shared(name: str, geometry: str, copy: float) -> Row:
-    """One of `SHARED`: a row. `copy` is the rate of a copy, in bytes a second."""
+    """One of `SHARED`: a row, with ours beside FlashAttention-3 over pages of 1, 64 and 128 tokens, which reads what is
+    shared once for each request, and beside FlashInfer's cascades, which read it once, as ours does. `copy` is the rate
+    of a copy, in bytes a second. `<other>_ratio` is the other's time over ours, round by round; `failed` has the
+    cascades that did not run, and why."""
     case = SharedCase(name, geometry)
     decoder = case.decoder()
 
@@ -649,27 +588,52 @@ def measure_shared(name: str, geometry: str, copy: float) -> Row:
         decoder.plan(case.each, case.context_lens)
         return case.q
 
-    calls: dict[str, Call] = {"fa3_page1": fa3(case, 1), "ours": case.ours(decoder)}
+    calls: dict[str, Call] = {f"fa3_page{page}": fa3(case, page) for page in (1, 64, 128)}
+    calls["ours"] = case.ours(decoder)
     agree(name, calls)
-    measured = times({contestant: graph(call, case.rotation) for contestant, call in calls.items()}, case.rotation)
+    graphs, failed = cascades(case, calls["fa3_page1"])
+    graphs |= {contestant: graph(call, case.rotation) for contestant, call in calls.items()}
+    seen = rounds(graphs, case.rotation)
     planning = times({"plan": graph(plan, case.rotation)}, case.rotation)["plan"]
     row: Row = {"case": name, "requests": case.requests, "context": case.context, "plan_us": round(planning, 2)}
     row["floor_us"] = round(case.tokens * case.token_bytes / copy * 1e6, 1)
-    return row | {contestant: round(value, 2) for contestant, value in measured.items()}
+    return row | told(seen) | against_each(seen) | ({"failed": failed} if failed else {})
+
+
+def against_each(seen: dict[str, list[float]]) -> Row:
+    """The strongest contestant beside ours, by its median, and each other's time over ours: median, least and most of
+    the rounds."""
+    others = [name for name in seen if name != "ours"]
+    row: Row = {"strongest": min(others, key=lambda name: statistics.median(seen[name]))}
+    for name in others:
+        ratio = spread([theirs / mine for theirs, mine in zip(seen[name], seen["ours"], strict=True)])
+        row |= {f"{name}_ratio": round(ratio.median, 4), f"{name}_ratio_least": round(ratio.least, 4)}
+        row[f"{name}_ratio_most"] = round(ratio.most, 4)
+    return row
 
 
 @app.command()
 def shared_decode(geometry: Annotated[str, typer.Option()] = "Llama-3-8B") -> None:
-    """One new token of each of many requests that share runs of tokens. Writes shared_decode.json."""
+    """One new token of each of many requests that share runs of tokens. Writes shared_decode.json, after each case."""
     rate, rows = rates(), []
+    grouped = {"grouping_us_256": grouping.step_us(256)}
     for name in SHARED:
         rows.append(measure_shared(name, geometry, rate[1]))
         console.print(rows[-1])
+        results.write("shared_decode", summarize_shared(rows) | grouped, rows)
         torch.cuda.empty_cache()
-    summary = {row["case"]: row["fa3_page1"] / row["ours"] for row in rows}
-    summary["grouping_us_256"] = grouping.step_us(256)
-    results.write("shared_decode", summary, rows)
-    console.print(summary)
+    console.print(summarize_shared(rows) | grouped)
+
+
+def summarize_shared(rows: list[Row]) -> dict[str, float]:
+    """Over ours, of each case: FlashAttention-3's time over pages of 1, the strongest contestant's, and that of the
+    strongest cascade, if one ran."""
+    summary = {row["case"]: row["fa3_page1_ratio"] for row in rows}
+    summary |= {f"{row['case']}_vs_best": row[f"{row['strongest']}_ratio"] for row in rows}
+    for row in rows:
+        if ran := [name for name in CASCADES if name in row]:
+            summary[f"{row['case']}_vs_cascade"] = row[f"{min(ran, key=row.__getitem__)}_ratio"]
+    return summary
 
 
 @app.command()

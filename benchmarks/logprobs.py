@@ -15,6 +15,7 @@ requests begin with one prompt, and each ends with words of its own.
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.contestants import GPU, HOST
-from benchmarks.serving import server
+from benchmarks.contestants import GPU, HOST, compiled
+from benchmarks.serving import end_with_servers, server
 from sglang_vtensor import tiny_model
 from sglang_vtensor.server_client import server_stats
 
@@ -85,6 +86,11 @@ def ask(url: str, texts: Sequence[list[int]], new: int, *, at_once: int, told_fr
     return said
 
 
+def spoken(prompts: Sequence[list[int]], said: Sequence[Said]) -> list[list[int]]:
+    """Each prompt with what was said behind it."""
+    return [prompt + [token for token, _ in answer] for prompt, answer in zip(prompts, said, strict=True)]
+
+
 def differences(one: Sequence[Said], other: Sequence[Said]) -> list[float]:
     """Of the tokens of each text, until one is another."""
     found = []
@@ -111,34 +117,46 @@ def row(name: str, one: Sequence[Said], other: Sequence[Said]) -> dict[str, Any]
     }
 
 
-def compared(model: Path, folder: Path, names: Sequence[str], size: Size, *, host: bool) -> list[dict[str, Any]]:
-    """The first of `names` is the reference."""
-    rows, prompts, together = [], size.prompts(), size.groups * size.samples
+def compared(
+    model: Path, folder: Path, names: Sequence[str], size: Size, *, host: bool, rows_file: Path | None = None
+) -> list[dict[str, Any]]:
+    """The first of `names` is the reference. Raises `RuntimeError` where ours is to share what it decodes, on a GPU,
+    and does not. Rows are written to `rows_file` as they come."""
+    rows: list[dict[str, Any]] = []
+    prompts, together = size.prompts(), size.groups * size.samples
     decoded: list[Said] = []
     prefilled: list[Said] = []
     texts: list[list[int]] = []
     begin = size.shared + size.own
+
+    def note(one: dict[str, Any]) -> None:
+        rows.append(one)
+        if rows_file is not None:
+            rows_file.write_text(json.dumps(rows, indent=1))
+
     for name in names:
         arguments = [*(HOST if host else GPU)[name]]
         if not host:
-            arguments += ["--load-format", "auto", "--mem-fraction-static", "0.5"]
+            arguments += ["--load-format", "auto", "--mem-fraction-static", "0.3"]
         with server(name, model, folder / f"{name}.log", arguments=arguments, host=host) as (url, _):
+            compiled(name, url)
             mine = ask(url, prompts, size.new, at_once=together)
             if name == names[0]:
                 decoded = mine
-                texts = [prompt + [token for token, _ in said] for prompt, said in zip(prompts, decoded, strict=True)]
+                texts = spoken(prompts, decoded)
                 prefilled = ask(url, texts, 1, at_once=together, told_from=begin)
                 alone = ask(url, prompts, size.new, at_once=1)
-                rows.append(row(f"{name} decode, one at a time", alone, decoded))
+                note(row(f"{name} decode, one at a time", alone, decoded))
                 alone = ask(url, texts, 1, at_once=1, told_from=begin)
-                rows.append(row(f"{name} prefill, one at a time", alone, prefilled))
+                note(row(f"{name} prefill, one at a time", alone, prefilled))
                 continue
-            rows.append(
-                row(f"{name} decode", mine, decoded) | {"steps_shared": server_stats(url)[0]["decode_steps_shared"]}
-            )
+            shared = server_stats(url)[0]["decode_steps_shared"]
+            if name == "vtensor" and not shared and not host:
+                raise RuntimeError("vtensor shared nothing, so it says nothing about shared decode")
+            note(row(f"{name} decode", mine, decoded) | {"steps_shared": shared})
             if name == "vtensor":
                 told = ask(url, texts, 1, at_once=together, told_from=begin)
-                rows.append(row(f"{name} prefill", told, prefilled))
+                note(row(f"{name} prefill", told, prefilled))
     return rows
 
 
@@ -161,13 +179,15 @@ def summarize(rows: Sequence[dict[str, Any]], reference: str) -> dict[str, float
 def main(
     quick: Annotated[bool, typer.Option(help="A small model on the host backend.")] = False,
     write: Annotated[bool, typer.Option(help="Write the results file.")] = False,
+    rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure and print."""
+    end_with_servers()
     names, size = (QUICK, SMALL) if quick else (SERVERS, FULL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = tiny_model.build(folder / "model", **({} if quick else GEOMETRY))
-        rows = compared(model, folder, names, size, host=quick)
+        rows = compared(model, folder, names, size, host=quick, rows_file=rows_file)
     table = Table("against the same of " + names[0], "texts", "tokens", "mean", "p99", "max", "steps shared", box=None)
     for one in rows:
         numbers = [f"{one[key]:.2e}" for key in ("mean", "p99", "max")]

@@ -33,10 +33,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.contestants import Client, Workload
+from benchmarks.contestants import Client, Workload, compiled
 from benchmarks.contestants import row as latencies
 from benchmarks.prefix import large_model, small_model
-from benchmarks.serving import CONTESTANTS, server
+from benchmarks.serving import CONTESTANTS, end_with_servers, parts_of, server
 from benchmarks.workloads import conversations, workloads
 
 console = Console(width=150)
@@ -45,6 +45,8 @@ HOST_CONTESTANTS = {"vtensor": ["--kv-backend", "vtensor"], "fa3": ["--attention
 SAMPLE_SECONDS = 0.1
 #: After this long what a burst freed is to be back.
 RETURN_SECONDS = 5.0
+#: Longer than free pages are kept.
+STEADY_SECONDS = 5.0
 
 
 class Meter:
@@ -110,6 +112,16 @@ def device_bytes() -> tuple[Callable[[], float], float]:
     return lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used), float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
 
 
+def wait_until_steady(client: Client) -> None:
+    """Until no page was created or given back for longer than free ones are kept."""
+    last, since = -1, time.perf_counter()
+    while time.perf_counter() - since < STEADY_SECONDS:
+        pages = client.stats()["pages_backed"]
+        if pages != last:
+            last, since = pages, time.perf_counter()
+        time.sleep(0.2)
+
+
 #: What is noted of the server at the moment when it held the most.
 OF_WORST = ("requests", "tree_tokens", "live_tokens", "kept_tokens", "pages_backed", "pages_owned", "pages_kept")
 
@@ -156,6 +168,7 @@ class Bench:
         path = self.folder / f"{log or name}.log"
         with server(name, self.model, path, arguments=[*table[name], *arguments], host=self.quick) as (url, seconds):
             console.print(f"{log or name}: up in {seconds:.1f} s")
+            compiled(name, url)
             yield Client(url, self.vocabulary)
 
     def note(self, part: str, what: str, **values: Any) -> None:
@@ -235,26 +248,17 @@ class Bench:
         first one, and stays so where free pages are kept for an hour."""
         for name, options in {"grown": (), "all backed": ("--vtensor-idle-seconds", "3600")}.items():
             with self.server("vtensor", *options, log=name) as client:
-                self._wait_until_steady(client)
+                wait_until_steady(client)
                 self.drive(client, self.many, seed=0)
                 for number in range(rounds):
                     for temperature in ("trimmed", "warm") if name == "grown" else ("warm",):
                         client.flush()
                         if temperature == "trimmed":
-                            self._wait_until_steady(client)  # as after an hour without a request
+                            wait_until_steady(client)  # as after an hour without a request
                         before = client.stats()["pages_created"]
                         measured = self.drive(client, self.many, seed=1 + number)
                         created = client.stats()["pages_created"] - before
                         self.note("backed", name, temperature=temperature, pages_created=created, **measured)
-
-    def _wait_until_steady(self, client: Client) -> None:
-        """Until no page was created or given back for longer than free ones are kept."""
-        last, since = -1, time.perf_counter()
-        while time.perf_counter() - since < 5:
-            pages = client.stats()["pages_backed"]
-            if pages != last:
-                last, since = pages, time.perf_counter()
-            time.sleep(0.2)
 
     def two(self) -> None:
         with self.server("vtensor", log="first") as first:
@@ -327,10 +331,9 @@ def main(
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure, print, and merge into memory.json."""
+    end_with_servers()
     # Two servers on the host would each have the machine to itself.
-    chosen = parts.split(",") if parts else [part for part in PARTS if not (quick and part in ("two", "pair"))]
-    if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
+    chosen = parts_of(parts, PARTS, [part for part in PARTS if not (quick and part in ("two", "pair"))])
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), quick, trace, speed)
         for part in chosen:
@@ -339,9 +342,8 @@ def main(
                 rows_file.write_text(json.dumps(bench.rows, indent=1))
     rows = bench.rows
     if not quick:
-        kept = results.read("memory")
-        rows = [row for row in (kept["rows"] if kept else []) if row["part"] not in chosen] + rows
-        console.print(f"written to {results.write('memory', summarize(rows), rows)}")
+        path, rows, dropped = results.add_parts("memory", rows, lambda row: row["part"], summarize)
+        console.print(results.written(path, dropped))
     console.print(summarize(rows))
 
 

@@ -5,16 +5,23 @@
     python -m benchmarks.merge chat.json vllm.json        runs of one commit, device and versions, as prefix.json
     python -m benchmarks.prefix --quick                   the host backend and a small model: does the suite run?
 
-For each workload every contestant warms up for one round. Then rounds alternate: in each, every contestant is given the
-same requests, from an empty cache, while the others do nothing; who goes first rotates, so that with as many rounds as
-contestants, or a multiple, each goes first equally often. Rows are written as they come, so that a run that is cut off
-loses one round at most. `--first` goes on with the numbers of an earlier call, and so adds rounds to it.
+For each workload every contestant warms up for one round, or for the first turns of one that takes minutes. Then rounds
+alternate: in each, every contestant is given the same requests, from an empty cache, while the others do nothing; who
+goes first rotates, so that with as many rounds as contestants, or a multiple, each goes first equally often. Rows are
+written as they come, so that a run that is cut off loses one round at most. `--first` goes on with the numbers of an
+earlier call, and so adds rounds to it.
 
 All contestants have room for the same number of tokens. By default that is what so many servers leave each other on
 this device (`contestants.capacity`): on an H200 for three about 190,000 tokens, and for two 380,000; `workloads.TOKENS`
 says what each workload needs. So chat, documents, tree and random run with three side by side, and agent with two.
 Where the contestants do not fit together, or with `--in-turn`, each is started anew for each round, warms up and has
-the GPU to itself; then, too, who goes first rotates.
+the GPU to itself; then, too, who goes first rotates. With `--devices` each has a GPU of one host to itself, and with
+`--at-once` all do their rounds at the same time: for what takes long, and comes by the clock.
+
+    python -m benchmarks.prefix --trace FILE --requests 300 --speed 100 --workloads conversation --devices 0,1,2 \\
+        --at-once --rounds 1 --no-write                   which speed does each sustain?
+    python -m benchmarks.prefix --trace FILE --speed SUSTAINED --workloads conversation,conversation_fast \\
+        --devices 0,1,2 --at-once --rounds 3
 
 A ratio is only ever taken between contestants of one round.
 """
@@ -24,10 +31,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -51,10 +57,13 @@ from benchmarks.contestants import (
 )
 from benchmarks.geometries import GEOMETRIES, LLAMA, Geometry
 from benchmarks.rounds import Row, compare, rotated, summarize, whole
-from benchmarks.workloads import FULL, TOKENS, workloads
+from benchmarks.serving import end_with_servers
+from benchmarks.workloads import CONVERSATION_REQUESTS, FULL, TOKENS, WARM, Replay, Targets, workloads
 
 console = Console(width=190)
 CONTEXT = 65_536
+#: Within which a request of a trace is to be answered, to count as good. The choice is ours.
+TTFT_TARGET_MS, TPOT_TARGET_MS = 2000.0, 100.0
 
 
 class Suite:
@@ -66,6 +75,7 @@ class Suite:
         self.names, self.made, self.plan, self.head, self.file = names, made, plan, head, file
         self.rows: list[Row] = []
         self.label = ""
+        self.targets = Targets(TTFT_TARGET_MS, TPOT_TARGET_MS)
         self._run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
 
     def side_by_side(self, kinds: list[str], numbers: range) -> None:
@@ -73,7 +83,7 @@ class Suite:
         with self._up(self.names) as clients:
             for kind in kinds:
                 for name in self.names:
-                    clients[name].run(self.made[kind], seed=0)
+                    self.warm_up(kind, name, clients[name])
                 for number in numbers:
                     for place, name in enumerate(rotated(self.names, number)):
                         self._measure(kind, number, place, name, clients)
@@ -84,15 +94,43 @@ class Suite:
             for place, name in enumerate(rotated(self.names, number)):
                 with self._up([name]) as clients:
                     for kind in kinds:
-                        clients[name].run(self.made[kind], seed=0)
+                        self.warm_up(kind, name, clients[name])
                         self._measure(kind, number, place, name, clients)
+
+    def at_once(self, kinds: list[str], numbers: range) -> None:
+        """All servers are up, and all contestants do the same round at the same time."""
+        with self._up(self.names) as clients, ThreadPoolExecutor(len(clients)) as pool:
+            for kind in kinds:
+                list(pool.map(lambda item, kind=kind: self.warm_up(kind, *item), clients.items()))
+                for number in numbers:
+                    of = {name: pool.submit(self.once, kind, number, name, clients[name]) for name in self.names}
+                    for name, measured in of.items():
+                        self._keep(kind, number, 0, name, clients, measured.result())
+
+    def warm_up(self, kind: str, name: str, client: Client) -> None:
+        """A round that does not count; of a trace only its start, and of what takes minutes only the first turns."""
+        workload = WARM.get(kind, self.made[kind])
+        client.run(workload.short() if isinstance(workload, Replay) else workload, seed=0)
+
+    def once(self, kind: str, number: int, name: str, client: Client) -> Row:
+        """One round of a workload: what of its row was measured."""
+        workload = self.made[kind]
+        measured = client.run(workload, seed=number)
+        if isinstance(workload, Replay):
+            measured |= workload.told(client.answers, measured["seconds"], self.targets)
+        return measured
 
     def _measure(self, kind: str, number: int, place: int, name: str, clients: dict[str, Client]) -> None:
         """One round of one contestant, and what the workers of our servers did beside it."""
         beside = [client for other, client in clients.items() if other != name and other.startswith("vtensor")]
         before = sum(client.stats()["worker_seconds"] for client in beside)
-        measured = clients[name].run(self.made[kind], seed=number)
+        measured = self.once(kind, number, name, clients[name])
         after = sum(client.stats()["worker_seconds"] for client in beside)
+        measured["worker_seconds_beside"] = round(after - before, 4)
+        self._keep(kind, number, place, name, clients, measured)
+
+    def _keep(self, kind: str, number: int, place: int, name: str, clients: dict[str, Client], measured: Row) -> None:
+        """A row, which is written at once."""
         row: Row = {
             "workload": self.label + kind,
             "contestant": name,
@@ -100,7 +138,7 @@ class Suite:
             "run": self._run,
         }
         row |= {"round": number, "place": place, "servers_up": len(clients), "kv_tokens": clients[name].kv_tokens()}
-        self.rows.append(self.head | row | measured | {"worker_seconds_beside": round(after - before, 4)})
+        self.rows.append(self.head | row | measured)
         if self.file is not None:
             self.file.write_text(json.dumps(self.rows, indent=1))
         console.print(
@@ -130,7 +168,7 @@ def table(rows: list[Row]) -> Table:
             *(str(one[key]) for key in ("rounds", "first")),
             *(f"{one[key]:,.0f}" for key in ("tokens_per_second", "least", "most")),
             *(f"{one[key]:.1f}" for key in ("ttft_median_ms", "ttft_p99_ms", "tpot_median_ms")),
-            f"{one['cached_share']:.1%}",
+            f"{one['cached_share']:.1%}" if "cached_share" in one else "not told",
             f"{one['mapping_share']:.2%}",
             f"{one['worker_share']:.1%}",
             *ratio,
@@ -147,6 +185,11 @@ def main(
     tokens: Annotated[int, typer.Option(help="KV tokens of each server; 0 for what the device has room for.")] = 0,
     trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace, for the workload trace.")] = None,
     speed: Annotated[float, typer.Option(help="How much faster than recorded the trace is replayed.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=1, help="Of conversation.")] = CONVERSATION_REQUESTS,
+    ttft_target: Annotated[float, typer.Option(help="Of a request of a trace, ms.")] = TTFT_TARGET_MS,
+    tpot_target: Annotated[float, typer.Option(help="The same, ms a token.")] = TPOT_TARGET_MS,
+    devices: Annotated[str, typer.Option(help="With commas, a GPU for each contestant, ours first.")] = "",
+    at_once: Annotated[bool, typer.Option("--at-once", help="With --devices: rounds at the same time.")] = False,
     vllm_boot: Annotated[
         Path | None,
         typer.Option(exists=True, envvar="VTENSOR_VLLM_BOOT", help="A shell file, sourced before vLLM is started."),
@@ -164,48 +207,72 @@ def main(
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here too.")] = None,
 ) -> None:
     """Measure, print, and merge into the results."""
-    # Who ends this ends its servers, which would else keep the GPU's memory.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_with_servers()
     if geometry_name not in GEOMETRIES:
         raise typer.BadParameter(f"--model {geometry_name!r} is unknown: there are {', '.join(GEOMETRIES)}")
     known, geometry = HOST if quick else GPU, GEOMETRIES[geometry_name]
     file = "prefix"
     names = ["vtensor", *(compare_with.split(",") if compare_with else [] if quick else ["fa3", "fa3-page128"])]
-    made = workloads(quick, trace, speed)
+    made = workloads(quick, trace, speed, requests)
     chosen = kinds.split(",") if kinds else [kind for kind in made if quick or kind not in FULL]
     for name in (set(names) - set(known)) | (set(chosen) - set(made)):
-        have = "trace needs --trace FILE" if name == "trace" else f"there are {', '.join([*known, *made])}"
+        have = "it needs --trace FILE" if name in TOKENS else f"there are {', '.join([*known, *made])}"
         raise typer.BadParameter(f"{name!r} is unknown: {have}")
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"each contestant takes part once, and vtensor always does: not {', '.join(names)}")
+    on = devices_of(devices, names, alone=in_turn or quick)
+    if at_once and not (on or quick):
+        raise typer.BadParameter("servers that work at once need a GPU each: --devices")
     if full := FULL.keys() & set(chosen):
         if len(chosen) > 1 and not quick:
             raise typer.BadParameter(f"{', '.join(sorted(full))} fill a cache of their own size: run each alone")
         tokens = tokens or (0 if quick else FULL[chosen[0]] // 2 // ROUND_TOKENS * ROUND_TOKENS)
     needed = 0 if quick or full else max(TOKENS[kind] for kind in chosen)
-    room = tokens or (HOST_TOKENS if quick else capacity(device_bytes(), len(names), geometry))
-    if not tokens and room < needed and len(names) > 1:
-        console.print(f"{len(names)} servers would have room for {room:,} tokens each; {needed:,} are needed: in turn")
-        in_turn = True
-    if in_turn and not tokens and not quick:
-        room = capacity(device_bytes(), 1, geometry)
-    if room < needed:
-        console.print(f"room for {room:,} tokens is less than the {needed:,} that {', '.join(chosen)} come back to")
+    if quick:
+        room = tokens or HOST_TOKENS
+    else:
+        room, in_turn = room_for(1 if on else len(names), tokens, needed, in_turn, geometry)
     with tempfile.TemporaryDirectory() as folder:
         model, vocabulary = small_model(Path(folder)) if quick else large_model(Path(folder), geometry)
-        plan = Plan(model, vocabulary, CONTEXT, room, quick, vllm_boot, kv_cache_dtype, geometry)
+        plan = Plan(model, vocabulary, CONTEXT, room, quick, vllm_boot, kv_cache_dtype, geometry, devices=on)
         suite = Suite(names, made, plan, results.head(), rows_file)
+        suite.targets = Targets(ttft_target, tpot_target)
         if geometry.label:
             suite.label, file = geometry.label, "models"
         if kv_cache_dtype.startswith("fp8"):
             suite.label, file = f"fp8_{geometry.label}", "fp8"
-        measure: Callable[[list[str], range], None] = suite.in_turn if in_turn else suite.side_by_side
-        measure(chosen, range(first, first + rounds))
+        side_by_side: Callable[[list[str], range], None] = suite.at_once if at_once else suite.side_by_side
+        (suite.in_turn if in_turn else side_by_side)(chosen, range(first, first + rounds))
     console.print(table(suite.rows))
     console.print(summarize(whole(suite.rows)))
     if write:
         path, dropped = results.add_rounds("prefix_quick" if quick else file, [suite.rows])
-        console.print(f"written to {path}", *([f"; dropped what it had: {dropped}"] if dropped else []))
+        console.print(results.written(path, dropped))
+
+
+def devices_of(text: str, names: list[str], *, alone: bool) -> tuple[str, ...]:
+    """A GPU for each of these contestants; none if nothing is said. Raises `typer.BadParameter` if they are not as
+    many, or if the servers are not up together on GPUs (`alone`)."""
+    on = tuple(text.split(",")) if text else ()
+    if on and (len(on) != len(names) or alone):
+        raise typer.BadParameter(f"--devices names a GPU for each of {', '.join(names)}, which then run side by side")
+    return on
+
+
+def room_for(
+    servers: int, tokens: int, needed: int, in_turn: bool = False, geometry: Geometry = LLAMA
+) -> tuple[int, bool]:
+    """KV tokens of each of so many servers on one device: `tokens` unless that is 0. And whether they run in turn,
+    which they also do if they have no room for what is `needed` beside each other. Says so where the room is less."""
+    room = tokens or capacity(device_bytes(), servers, geometry)
+    if not tokens and room < needed and servers > 1:
+        console.print(f"{servers} servers would have room for {room:,} tokens each; {needed:,} are needed: in turn")
+        in_turn = True
+    if in_turn and not tokens:
+        room = capacity(device_bytes(), 1, geometry)
+    if room < needed:
+        console.print(f"room for {room:,} tokens is less than the {needed:,} that the requests come back to")
+    return room, in_turn
 
 
 def device_bytes() -> int:

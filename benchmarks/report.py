@@ -3,6 +3,8 @@
     python -m benchmarks.report           rewrite both pages, and draw the plots into docs/plots
     python -m benchmarks.report --check   exit with 1 if one of the pages says anything else
 
+A file of fewer than three rounds, or of more than one commit, is refused (`benchmarks.evidence`).
+
 A mark is `<!-- results NAME -->` or `<!-- short NAME -->`, up to the next `<!-- end -->`. NAME is a results file.
 TABLES makes its whole table, and SHORT the part of it that README shows.
 """
@@ -16,16 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import plots, results
+from benchmarks import evidence, plots, results, rounds
+from benchmarks.kernel_tables import fp8_kernels, plain_decode, prefill, shared_decode
+from benchmarks.results import Record, source, where
+from benchmarks.server_tables import accuracy, live_tokens, rollout
 
-#: Contestants of the kernel benchmarks, in the order of the columns.
-OTHERS = ("triton", "flashinfer_paged", "flashinfer_ragged", "fa3_page1", "fa3_page64", "fa3_page128", "fa3_segments")
-SHARED = {
-    "shared_8k_x64": "64 requests, 8,192 tokens for all, 512 each",
-    "groups_16k_x256": "256 requests in 8 groups, 16,384 tokens a group, 256 each",
-    "two_level": "64 requests, 2,048 tokens for all, 4,096 for each 8, 512 each",
-    "no_sharing": "64 requests, 4,096 tokens each, nothing shared",
-}
 #: What the workloads of the prefix suite are, in a few words.
 WORKLOADS = {
     "chat": "chat: 64 conversations under one system prompt",
@@ -33,10 +30,6 @@ WORKLOADS = {
     "tree": "tree: prompts that branch",
     "chat_full": "chat, in a cache with room for half of it",
 }
-#: Of `benchmarks.fp8`: what shares, and the plain batch that the issue of FP8 asks about.
-FP8_CASES = {name: text for name, text in SHARED.items() if name != "no_sharing"}
-FP8_CASES |= {"64 x 8192": "64 requests, 8,192 tokens each, nothing shared"}
-Record = dict[str, Any]
 SERVERS = {
     "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
     "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
@@ -51,15 +44,19 @@ PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
 
 
 def host(record: Record) -> str:
-    """Rates of both engines on the host backend."""
+    """Rates of both engines on the host backend: medians, and the least and the most of the rounds."""
     lines = ["| chat on the host backend, tokens/s | SGLang, torch_native | vtensor | ratio |", "|---|---|---|---|"]
     for part, what in (("prefill", "new prompt tokens"), ("decode", "answers")):
-        rates = [
-            statistics.median(row[part] for row in record["rows"] if row["engine"] == engine)
+        of = {
+            engine: [row[part] for row in record["rows"] if row["engine"] == engine]
             for engine in ("torch_native", "vtensor")
-        ]
-        ratio = record["summary"][f"{part}_vs_torch_native"]
-        lines.append(f"| {what} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} |")
+        }
+        cells = []
+        for values in of.values():
+            _, middle, least, most = rounds.spread(values)
+            cells.append(f"{middle:,.0f} ({least:,.0f} to {most:,.0f})")
+        _, middle, least, most = rounds.spread([mine / theirs for theirs, mine in zip(*of.values(), strict=True)])
+        lines.append(f"| {what} | {' | '.join(cells)} | {middle:.2f} ({least:.2f} to {most:.2f}) |")
     lines += ["", "| on the scheduling thread, microseconds | SGLang, core in Rust | in Python | vtensor |"]
     lines.append("|---" * 4 + "|")
     for name, count in (("100", "100"), ("10k", "10,000")):
@@ -105,107 +102,6 @@ def serving(record: Record) -> str:
     return "\n".join([*lines, "", end])
 
 
-def prefill(record: Record) -> str:
-    """Prefix-prefill kernels, shape by shape: ours over each contestant, the geometric mean over the geometries, and
-    ours for Llama-3-8B beside the floor."""
-    measured = [row for row in record["rows"] if "sweep" not in row]
-    others = [name for name in OTHERS if all(name in row for row in measured)]
-    lines = [
-        "| prefill, requests x (prefix + new) | TFLOP/s, Llama-3-8B | share of the floor | "
-        + " | ".join(f"x {other.replace('_', ' ')}" for other in others)
-        + " |",
-        "|---" * (3 + len(others)) + "|",
-    ]
-    for shape in dict.fromkeys(row["shape"] for row in measured):
-        rows = [row for row in measured if row["shape"] == shape]
-        llama = next((row for row in rows if row["geometry"] == "Llama-3-8B"), rows[0])
-        ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in rows) for other in others)
-        lines.append(
-            f"| {shape} | {llama['tflops']:,.0f} | {llama['floor_us'] / llama['ours']:.2f} | "
-            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            + " |"
-        )
-    ratios = (statistics.geometric_mean(row[other] / row["ours"] for row in measured) for other in others)
-    lines.append("| all | | | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
-    drawn = [f"![{text}](plots/prefill_{sweep}.svg)" for sweep, text in plots.SWEEPS.items()]
-    swept = {row["sweep"] for row in record["rows"] if "sweep" in row}
-    end = [picture for picture, sweep in zip(drawn, plots.SWEEPS, strict=True) if sweep in swept]
-    return "\n".join([*lines, "", source(record), *(["", *end] if end else [])])
-
-
-def shared_decode(record: Record) -> str:
-    """Decode of batches that share, beside FlashAttention-3, which reads everything once for each request."""
-    lines = [
-        "| decode, Llama-3-8B | floor, all read once | shared decode | FlashAttention-3, pages of 1 | x |",
-        "|---" * 5 + "|",
-    ]
-    for row in record["rows"]:
-        lines.append(
-            f"| {SHARED[row['case']]} | {row['floor_us']:.0f} us | {row['ours']:.0f} us | {row['fa3_page1']:.0f} us | "
-            f"**{record['summary'][row['case']]:.2f}** |"
-        )
-    planned = [row["plan_us"] for row in record["rows"]]
-    end = f"Once a step, for all layers, the work is divided: {min(planned):.0f} to {max(planned):.0f} us."
-    return "\n".join([*lines, "", end, source(record)])
-
-
-def plain_decode(record: Record) -> str:
-    """Decode of batches that share nothing: the geometric mean over the geometries, where our kernel is taken and where
-    it is not."""
-    head = ["decode, nothing shared", "batches", "x FlashAttention-3, this layout", "least", "most"]
-    head += ["x FlashAttention-3, its own", "least", "most"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    summary = record["summary"]
-    said = {"taken": "8 requests and 32 MB a layer, or more: ours", "left": "fewer or less: FlashAttention-3's"}
-    for name, text in said.items():
-        count = sum(row["taken"] is (name == "taken") for row in record["rows"])
-        ratios = (
-            summary.get(f"{name}_vs_{other}_{what}", 0.0)
-            for other in ("fa3_slots", "fa3_page1")
-            for what in ("geomean", "min", "max")
-        )
-        lines.append(f"| {text} | {count} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
-    return "\n".join([*lines, "", source(record)])
-
-
-def fp8_kernels(record: Record) -> str:
-    """Kernels over FP8 KV: what shares, and what the server takes for each geometry, beside FlashAttention-3 at its
-    best page size of 1, 64 and 128 tokens, on a pool of its own."""
-
-    def best(row: dict[str, Any]) -> float:
-        return float(min(row[f"fa3_page{page}"] for page in (1, 64, 128)))
-
-    lines = ["| decode over FP8, Llama-3-8B | vtensor's kernel | FlashAttention-3 | x | vtensor's over bf16 |"]
-    lines.append("|---" * 5 + "|")
-    by_case = {row["case"]: row for row in record["rows"] if row["part"] == "decode"}
-    for case, text in FP8_CASES.items():
-        row = by_case[f"Llama-3-8B, {case}"]
-        lines.append(
-            f"| {text} | {row['ours']:.0f} us | {best(row):.0f} us | **{best(row) / row['ours']:.2f}** | "
-            f"{row['ours_bf16']:.0f} us |"
-        )
-    lines += ["", "| FlashAttention-3 / what the server takes | decode | least | prefill | least |", "|---" * 5 + "|"]
-    for geometry in dict.fromkeys(row["geometry"] for row in record["rows"] if row["part"] == "prefill"):
-        cells = []
-        for part in ("decode", "prefill"):
-            rows = [
-                row
-                for row in record["rows"]
-                if row["part"] == part and row.get("geometry", row.get("case", "").rpartition(", ")[0]) == geometry
-            ]
-            ratios = [best(row) / row["server"] for row in rows if not row.get("case", "").endswith(tuple(SHARED))]
-            cells.append(f"{statistics.geometric_mean(ratios):.2f} | {min(ratios):.2f}")
-        lines.append(f"| {geometry} | {' | '.join(cells)} |")
-    summary = record["summary"]
-    end = (
-        f"With what is shared, decode is {summary['fp8_decode_vs_fa3']:.2f} times as fast as FlashAttention-3 in the "
-        f"geometric mean, and prefill {summary['fp8_prefill_vs_fa3']:.2f} times. Beside attention in float32 over the "
-        f"same FP8 keys and values, the error of our decode kernel is at most "
-        f"{summary['fp8_decode_error_vs_fa3_worst']:.2f} of FlashAttention-3's."
-    )
-    return "\n".join([*lines, "", end, source(record)])
-
-
 def prefix(record: Record) -> str:
     """The prefix-caching suite."""
     return _side_by_side(record) if "comparisons" in record else _one_after_another(record)
@@ -216,7 +112,8 @@ def _side_by_side(record: Record) -> str:
     head = ["workload", "server", "rounds", "requests/s", "tokens/s", "TTFT", "p99", "TPOT", "cached", "mapping"]
     head += ["worker", "vtensor / it"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for one in record["comparisons"]:
+    for one in _strongest_first(record["comparisons"]):
+        cached = f"{one['cached_share']:.1%}" if "cached_share" in one else "not told"
         ratio = (
             f"**{one['ratio']:.3f}** ({one['ratio_least']:.3f} to {one['ratio_most']:.3f})" if "ratio" in one else ""
         )
@@ -224,15 +121,48 @@ def _side_by_side(record: Record) -> str:
             f"| {one['workload']} | {one['contestant']} | {one['rounds']} | {one['requests_per_second']:.2f} | "
             f"{one['tokens_per_second']:,.0f} ({one['least']:,.0f} to {one['most']:,.0f}) | "
             f"{one['ttft_median_ms']:.0f} ms | {one['ttft_p99_ms']:.0f} ms | {one['tpot_median_ms']:.1f} ms | "
-            f"{one['cached_share']:.1%} | {one['mapping_share']:.2%} | {one['worker_share']:.1%} | {ratio} |"
+            f"{cached} | {one['mapping_share']:.2%} | {one['worker_share']:.1%} | {ratio} |"
         )
-    end = []
+    end = [text for one in record["comparisons"] if (text := _by_clock(one))]
     kinds = list(dict.fromkeys(one["workload"] for one in record["comparisons"]))
     for other, name in (("best", "the stronger of `fa3` and `fa3-page128`"), ("vllm", "vLLM")):
         if measured := [kind for kind in kinds if f"{kind}_vs_{other}" in record["summary"]]:
             said = ", ".join(f"{kind} {_ratio(record['summary'], f'{kind}_vs_{other}')}" for kind in measured)
             end.append(f"Throughput over that of {name}, the median of the rounds (least to most): {said}.")
     return "\n".join([*lines, "", *_of_all(record["summary"], end), source(record), *_plot(record)])
+
+
+def _strongest_first(comparisons: list[Record]) -> list[Record]:
+    """Of the contestants that ran together: by throughput, but Triton behind the others, and ours last."""
+    together = list(dict.fromkeys((one["workload"], one["among"]) for one in comparisons))
+
+    def rank(one: Record) -> tuple[int, int, float]:
+        name = one["contestant"]
+        last = ("triton", "vtensor").index(name) + 1 if name in ("triton", "vtensor") else 0
+        return together.index((one["workload"], one["among"])), last, -one["tokens_per_second"]
+
+    return sorted(comparisons, key=rank)
+
+
+def _by_clock(one: Record) -> str:
+    """What is said of a contestant whose requests came by the clock of a trace; "" for others. Other people's clients
+    do not tell all of it."""
+    if "goodput_share" not in one:
+        return ""
+    speed = f" at {one['speed']:.2f} times the recorded speed" if "speed" in one else ""
+    targets = ", ".join(f"{key[:4].upper()} at most {one[key]:.0f} ms" for key in rounds.TARGETS if key in one)
+    said = (
+        f"- {one['workload']}{speed}, {one['contestant']}: {one['goodput_requests_per_second']:.2f} good requests/s, "
+        f"{one['goodput_share']:.1%} of all"
+    )
+    said += f" ({targets})" if targets else ""
+    return said + (f"; it sustained {one['sustained_speed']:.2f}" if "sustained_speed" in one else "")
+
+
+def third_party(record: Record) -> str:
+    """Other people's benchmarks, each with its own command line."""
+    ran = {row["workload"]: row["upstream"] for row in record["rows"]}
+    return "\n".join([_side_by_side(record), "", *(f"- {kind}: `{command}`" for kind, command in ran.items())])
 
 
 def _ratio(summary: dict[str, float], key: str) -> str:
@@ -286,6 +216,19 @@ def _plot(record: Record) -> list[str]:
     return ["", "![Throughput by workload](plots/prefix.svg)"] if record["name"] == "prefix" else []
 
 
+def hit_rates(record: Record) -> str:
+    """How much of a trace is found, by the cache's size and tree."""
+    rows = {(row["room"], row["tree"]): row for row in record["rows"]}
+    trees = list(dict.fromkeys(tree for _, tree in rows))
+    lines = [f"| room for | tokens | {' | '.join(trees)} |", "|---" * (2 + len(trees)) + "|"]
+    for room in dict.fromkeys(room for room, _ in rows):
+        rates = " | ".join(f"{rows[room, tree]['hit_rate']:.2%}" for tree in trees)
+        lines.append(f"| {room} | {rows[room, trees[0]]['room_tokens']:,} | {rates} |")
+    some = record["rows"][0]
+    asked = f"{some['requests']:,} requests with {some['prompt_tokens']:,} tokens of prompts."
+    return "\n".join([*lines, "", f"{asked} {source(record)}"])
+
+
 def memory(record: Record) -> str:
     """What servers hold of a GPU."""
     lines = []
@@ -326,27 +269,27 @@ def servers(record: Record) -> str:
     return "\n".join([*told, "", source(record)])
 
 
-def source(record: Record) -> str:
-    """Where a table comes from, in one line."""
-    named = ("sglang", "torch", *(["vllm"] if "vllm" in record["versions"] else []))
-    versions = ", ".join(f"{name} {record['versions'][name]}" for name in named)
-    return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
-
-
 TABLES = {
     "host": host,
     "serving": serving,
     "serving_triton": serving,  # Triton attention too, in another run: ratios are its own
     "prefix": prefix,
+    "third_party": third_party,
     "moves": prefix,
     "prefix_segments": prefix,
     "prefix_0517": prefix,
     "fp8": prefix,
     "fp8_kernels": fp8_kernels,
+    "live_tokens": live_tokens,
     "models": prefix,
+    "qwen3moe": prefix,
+    "rollout": rollout,
+    "accuracy": accuracy,
+    "accuracy_fp8_e4m3": accuracy,
     "prefill": prefill,
     "shared_decode": shared_decode,
     "plain_decode": plain_decode,
+    "hit_rates": hit_rates,
     "memory": memory,
     "servers": servers,
 }
@@ -371,22 +314,21 @@ def memory_short(record: Record) -> str:
     return "\n".join([*_held([row for row in record["rows"] if row["part"] == "held"]), where(record)])
 
 
-def where(record: Record) -> str:
-    """On what a table was measured, in half a line: docs/benchmarks.md has the command too."""
-    versions = record["versions"]
-    return f"{record['device']}, SGLang {versions['sglang']}, commit {record['commit']}, {record['date']}."
-
-
 SHORT = {"prefix": prefix_short, "memory": memory_short}
 
 
 def render(text: str) -> str:
-    """A page with every marked block made anew. Raises `KeyError` for a mark without a function."""
+    """A page with every marked block made anew. Raises `KeyError` for a mark without a function, `evidence.Refused` for
+    a results file that has too few rounds, or more than one commit."""
 
     def block(match: re.Match[str]) -> str:
         kind, name = match[1], match[2]
         table, record = (TABLES if kind == "results" else SHORT)[name], results.read(name)
-        return f"<!-- {kind} {name} -->\n{table(record) if record else 'Not measured yet.'}\n<!-- end -->"
+        if record is None:
+            return f"<!-- {kind} {name} -->\nNot measured yet.\n<!-- end -->"
+        again = evidence.check(name, record)
+        said = [table(record), *([again] if again else [])]
+        return "\n".join([f"<!-- {kind} {name} -->", "\n\n".join(said), "<!-- end -->"])
 
     return re.sub(r"<!-- (results|short) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
@@ -394,7 +336,11 @@ def render(text: str) -> str:
 def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
     """Rewrite the pages, or compare them."""
     texts = {page: page.read_text() for page in PAGES}
-    wanted = {page: render(text) for page, text in texts.items()}
+    try:
+        wanted = {page: render(text) for page, text in texts.items()}
+    except evidence.Refused as error:
+        print(error)
+        raise typer.Exit(1) from None
     stale = [str(page.relative_to(ROOT)) for page in PAGES if texts[page] != wanted[page]]
     if check and stale:
         print(f"{', '.join(stale)} does not say what benchmarks/results says: run python -m benchmarks.report")

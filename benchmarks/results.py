@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 from benchmarks import rounds
 
+#: A results file.
+Record = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings")
 
@@ -23,7 +27,7 @@ def head() -> dict[str, Any]:
     # Paths of one machine do not belong in results; a file of rows does not exist yet when this is read.
     arguments = [Path(argument).name if os.sep in argument else argument for argument in sys.argv[1:]]
     return {
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": name_of_device,
@@ -40,27 +44,63 @@ def write(name: str, summary: dict[str, float], rows: list[dict[str, Any]], *, a
     return save(name, here, summary, {"rows": rows})
 
 
-def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
-    """Add runs of contestants side by side, each row with its head in it, to `results/<name>.json`. Returns its path,
-    and why what it had was dropped, or "". Raises `rounds.Differ` if the runs do not belong together, `ValueError` if
-    there is no whole round."""
-    added, dropped = rounds.joined(runs), ""
-    if not added:
-        raise ValueError("no round of these runs was finished by all contestants")
-    kept = read(name)
+def add_parts(
+    name: str,
+    rows: list[Record],
+    which: Callable[[Record], Hashable],
+    summarize: Callable[[list[Record]], dict[str, float]],
+) -> tuple[Path, list[Record], str]:
+    """Add rows of some parts to `results/<name>.json`. They replace those that are equal by `which`, and all rows of
+    another commit, device or versions. Returns its path, all its rows, and why what it had was dropped, or ""."""
+    kept, here, before, dropped = read(name), head(), "", ""
     if kept is not None:
-        before = rounds.with_heads(kept)
-        if not before:
-            dropped = "rows without rounds"
+        anew = set(map(which, rows))
         try:
-            added = rounds.joined([before, added])
+            rounds.check_same([kept, here])
         except rounds.Differ as error:
             dropped = str(error)
-    rows = [{key: value for key, value in row.items() if key not in rounds.HEAD} for row in added]
-    comparisons = rounds.compare(rows)
-    return save(
-        name, rounds.head_of(added), rounds.summarize(rows), {"comparisons": comparisons, "rows": rows}
-    ), dropped
+        else:
+            others = [row for row in kept["rows"] if which(row) not in anew]
+            if others:
+                before = " && ".join(one for one in kept["command"].split(" && ") if one != here["command"])
+            rows = others + rows
+    return write(name, summarize(rows), rows, after=before), rows, dropped
+
+
+def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
+    """Add runs of contestants side by side, and releases (`benchmarks.rollout`), each row with its head in it, to
+    `results/<name>.json`. Releases replace those of the same contestant. Returns its path, and why what it had was
+    dropped, or "". Raises `rounds.Differ` if the runs do not belong together, `ValueError` if there is neither a whole
+    round nor a release."""
+    releases = [row for run in runs for row in run if rounds.is_release(row)]
+    added = rounds.joined([[row for row in run if not rounds.is_release(row)] for run in runs])
+    if not added and not releases:
+        raise ValueError("no round of these runs was finished by all contestants")
+    rounds.check_same([*added, *releases])
+    kept, dropped = read(name), ""
+    if kept is not None:
+        before, released = rounds.with_heads(kept), rounds.releases_of(kept)
+        if not before and not released:
+            dropped = "rows without rounds"
+        try:
+            rounds.check_same([*before, *released, *added, *releases])
+            added = rounds.joined([before, added])
+            anew = {row["contestant"] for row in releases}
+            releases = [row for row in released if row["contestant"] not in anew] + releases
+        except rounds.Differ as error:
+            dropped = str(error)
+    head = rounds.head_of([*added, *releases])
+    rows, releases = (
+        [{key: value for key, value in row.items() if key not in rounds.HEAD} for row in of] for of in (added, releases)
+    )
+    summary = rounds.summarize(rows) | rounds.of_releases(releases)
+    more = {"comparisons": rounds.compare(rows), "rows": rows} | ({"releases": releases} if releases else {})
+    return save(name, head, summary, more), dropped
+
+
+def written(path: Path, dropped: str) -> str:
+    """What a benchmark says at its end: where its results are, and why what that file had was dropped, if it was."""
+    return f"written to {path}" + (f"; dropped what it had: {dropped}" if dropped else "")
 
 
 def save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[str, Any]) -> Path:
@@ -75,6 +115,19 @@ def save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[
 def read(name: str) -> dict[str, Any] | None:
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def source(record: Record) -> str:
+    """Where a table comes from, in one line."""
+    named = ("sglang", "torch", *(["vllm"] if "vllm" in record["versions"] else []))
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in named)
+    return f"`{record['command']}`, {record['device']}, {versions}, commit {record['commit']}, {record['date']}."
+
+
+def where(record: Record) -> str:
+    """On what a table was measured, in half a line: docs/benchmarks.md has the command too."""
+    versions = record["versions"]
+    return f"{record['device']}, SGLang {versions['sglang']}, commit {record['commit']}, {record['date']}."
 
 
 def commit() -> str:

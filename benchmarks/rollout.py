@@ -1,8 +1,9 @@
 """Rollouts of reinforcement learning: many samples of few prompts, and memory that is lent to a trainer.
 
-    python -m benchmarks.rollout --cases rollout_8k --rows 8k.json      ours, fa3 and fa3-page128, three rounds each
+    python -m benchmarks.rollout --cases rollout_8k --compare fa3 --rows fa3.json    two servers side by side
+    python -m benchmarks.rollout --cases rollout_8k --compare fa3-page128 --rows page128.json
     python -m benchmarks.rollout --cases rollout_8k --compare vllm --vllm-boot boot-vllm --rows vllm.json
-    python -m benchmarks.merge --name rollout 8k.json vllm.json         runs of one commit, device and versions
+    python -m benchmarks.merge --name rollout fa3.json page128.json vllm.json    of one commit, device and versions
     python -m benchmarks.rollout --release --write                      what a release frees, and how long it takes
     python -m benchmarks.rollout --quick                                the host backend and a small model: does it run?
 
@@ -12,16 +13,13 @@ length: they are drawn once, and the longest is four times the median. Rounds ar
 
 `--release` starts ours and SGLang's FlashAttention-3, each with torch_memory_saver, one after the other. In each of 20
 turns something is computed, the KV cache released, and resumed. `freed_share` is what the device had more free then, of
-what the cache held: in the first turn that is nearly all of its capacity.
+what the cache held: in the first turn that is nearly all of its capacity. Its rows are merged as those of cases are.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import signal
-import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -38,14 +36,16 @@ from benchmarks.contestants import GPU, HOST, HOST_TOKENS, Client, Plan, Staged,
 from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.memory import device_bytes as device_reader
 from benchmarks.prefix import CONTEXT, Suite, device_bytes, large_model, small_model, table
-from benchmarks.rounds import Row, summarize, whole
-from benchmarks.serving import session
+from benchmarks.rounds import Row, of_releases, summarize, whole
+from benchmarks.serving import end_with_servers, session
 from benchmarks.workloads import gather
 
 console = Console(width=190)
 TURNS = 20
 #: The largest page of a contestant.
 PAGE = 128
+#: Of what a case takes, how much room there is to be.
+MORE = 1.03
 #: Of the capacity, what the first turn fills.
 FILLED = 0.9
 
@@ -74,9 +74,9 @@ class Case:
     @property
     def tokens(self) -> int:
         """What it needs room for, in pages of `PAGE`: prompts, and what each answer has behind the prompt's last full
-        page."""
+        page. Servers get a little more: where a cache is full to its last page, a request waits until others end."""
         own = [-(-(self.prompt + new) // PAGE) - self.prompt // PAGE for new in self.lengths()]
-        return PAGE * (self.groups * -(-self.prompt // PAGE) + sum(own))
+        return int(MORE * PAGE * (self.groups * -(-self.prompt // PAGE) + sum(own)))
 
     def prompts(self, client: Client, rng: random.Random) -> list[list[int]]:
         return [client.words(rng, self.prompt) for _ in range(self.groups)]
@@ -154,40 +154,7 @@ def turns(name: str, client: Client, plan: Plan, length: int, count: int = TURNS
     return rows
 
 
-def told(rows: list[Row]) -> dict[str, float]:
-    """Of our own: what the first release freed of what was held, medians of seconds, and what the device had less free
-    behind the last release than behind the second one; of others, with their names, seconds and the share."""
-    summary: dict[str, float] = {}
-    for name in dict.fromkeys(row["contestant"] for row in rows):
-        mine = [row for row in rows if row["contestant"] == name]
-        end = "" if name.startswith("vtensor") else f"_{name.removesuffix('-saver')}"
-        summary[f"freed_share{end}"] = mine[0]["freed_bytes"] / mine[0]["held_bytes"]
-        for key in ("release_seconds", "resume_seconds"):
-            summary[f"{key}{end}"] = statistics.median(row[key] for row in mine)
-        leaked = mine[-1]["used_bytes"] - mine[min(1, len(mine) - 1)]["used_bytes"]
-        summary[f"leaked_bytes_{len(mine)}_turns{end}"] = max(0, leaked)
-    return summary
-
-
 # Everything.
-
-
-class Told:
-    """`results/rollout.json`: rounds, and what releases did beside them."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.before = name, results.read(name)
-
-    def write(self, head: Row, rows: list[Row], released: list[Row]) -> Path:
-        if rows:
-            results.add_rounds(self.name, [rows])
-        record = results.read(self.name) if rows else self.before
-        if not released and self.before is not None and self.before["commit"] == head["commit"]:
-            released = self.before.get("releases", [])
-        record = record or head | {"summary": {}, "comparisons": [], "rows": []}
-        summary = record["summary"] | (told(released) if released else {})
-        more = {key: record[key] for key in ("comparisons", "rows")} | {"releases": released}
-        return results.save(self.name, {key: record[key] for key in head}, summary, more)
 
 
 def room_for(needed: int, names: list[str], geometry: Geometry) -> tuple[int, bool]:
@@ -220,8 +187,7 @@ def main(
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON.")] = None,
 ) -> None:
     """Measure and print; merge into the results if asked to."""
-    # Who ends this ends its servers, which would else keep the GPU's memory.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_with_servers()
     if geometry_name not in GEOMETRIES:
         raise typer.BadParameter(f"--model {geometry_name!r} is unknown: there are {', '.join(GEOMETRIES)}")
     geometry, known, cases = GEOMETRIES[geometry_name], HOST if quick else GPU, QUICK if quick else CASES
@@ -229,7 +195,9 @@ def main(
     kinds = chosen.split(",") if chosen else list(cases)
     for name in (set(names) - set(known)) | (set(kinds) - set(cases)):
         raise typer.BadParameter(f"{name!r} is unknown: there are {', '.join([*known, *cases])}")
-    result, head, rows, released = Told("rollout_quick" if quick else "rollout"), results.head(), [], []
+    head = results.head()
+    rows: list[Row] = []
+    released: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model, vocabulary = small_model(Path(folder)) if quick else large_model(Path(folder), geometry)
         plan = Plan(model, vocabulary, CONTEXT, HOST_TOKENS, quick, vllm_boot, "auto", geometry, temperature=1.0)
@@ -250,13 +218,14 @@ def main(
             for name in ["vtensor"] if quick else ["vtensor-saver", "fa3-saver"]:
                 with servers([name], plan) as (clients, _):
                     length = 512 if quick else 8192
-                    released += turns(name, clients[name], plan, length, 3 if quick else TURNS)
-                    head["versions"] |= clients[name].versions()
-            console.print(*released[-2:], told(released), sep="\n")
-            if rows_file is not None and release:
-                rows_file.write_text(json.dumps([head | row for row in released], indent=1))
+                    count = 3 if quick else TURNS
+                    released += [head | row for row in turns(name, clients[name], plan, length, count)]
+                if rows_file is not None:  # with what was measured before, should the next server fail
+                    rows_file.write_text(json.dumps(rows + released, indent=1))
+            console.print(of_releases(released))
     if write:
-        console.print(f"written to {result.write(head, rows, released)}")
+        path, dropped = results.add_rounds("rollout_quick" if quick else "rollout", [rows + released])
+        console.print(results.written(path, dropped))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ says who goes first, so a later call may add rounds by going on with the numbers
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -17,6 +17,9 @@ PEERS = ("fa3", "fa3-page128")
 #: What is true of a whole run, and stands at the head of a results file.
 HEAD = ("command", "commit", "date", "device", "driver", "versions")
 SHOWN = ("requests_per_second", "ttft_median_ms", "ttft_p99_ms", "tpot_median_ms", "cached_share", "mapping_share")
+#: Of requests that came by the clock of a trace.
+TARGETS = ("ttft_target_ms", "tpot_target_ms")
+BY_CLOCK = ("speed", "sustained_speed", *TARGETS, "goodput_requests_per_second", "goodput_share")
 
 
 class Spread(NamedTuple):
@@ -52,7 +55,7 @@ def ratios(rows: Sequence[Row], workload: str, other: str, key: str = "tokens_pe
 
 def compare(rows: Sequence[Row]) -> list[Row]:
     """For each workload, company and contestant: how many rounds, how often it was first, medians, the least and the
-    most throughput, and ours over it with least and most."""
+    most throughput, and ours over it with least and most. What some row does not say is left out."""
     together: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         together.setdefault((row["workload"], row["among"]), []).append(row)
@@ -66,7 +69,8 @@ def compare(rows: Sequence[Row]) -> list[Row]:
             one = {"workload": workload, "contestant": name, "among": among, "rounds": rate.rounds}
             one |= {"first": sum(row["place"] == 0 for row in mine), "kv_tokens": mine[0]["kv_tokens"]}
             one |= {"tokens_per_second": rate.median, "least": rate.least, "most": rate.most}
-            one |= {key: round(statistics.median(row[key] for row in mine), 4) for key in SHOWN}
+            told = [key for key in (*SHOWN, *BY_CLOCK) if all(key in row for row in mine)]
+            one |= {key: round(statistics.median(row[key] for row in mine), 4) for key in told}
             one["worker_share"] = round(
                 statistics.median(row.get("worker_seconds", 0.0) / row["seconds"] for row in mine), 4
             )
@@ -99,6 +103,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
         for other, ours in measured.items():
             summary[f"{kind}_vs_{other}"] = ours.median
             summary |= {f"{kind}_vs_{other}_least": ours.least, f"{kind}_vs_{other}_most": ours.most}
+        if all("goodput_share" in row for row in rows if row["workload"] == kind):
+            summary |= _by_clock(rows, kind, measured.keys() - {"best"})
         if any("prompt_seconds" in row for row in rows if row["workload"] == kind):
             for other in measured.keys() - {"best"}:
                 slower = ratios(rows, kind, other, "tpot_median_ms")
@@ -124,6 +130,42 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
             summary[f"runs_per_context_{kind}"] = sum(row["context_runs"] for row in of_kind) / max(1, contexts)
             summary[f"broken_runs_{kind}"] = sum(row["broken_runs"] for row in of_kind)
             summary[f"pages_with_memory_{kind}"] = sum(row["pages_with_memory"] for row in of_kind) / max(1, pages)
+    return summary
+
+
+def _by_clock(rows: Sequence[Row], kind: str, others: Collection[str]) -> dict[str, float]:
+    """Where requests come by the clock, throughput says little: ours over the other's goodput, unless that had none,
+    and the other's p99 TTFT over ours. `best` is the lower one against `PEERS`."""
+    summary: dict[str, float] = {}
+    for other in others:
+        summary[f"{kind}_ttft_p99_vs_{other}"] = 1 / statistics.median(ratios(rows, kind, other, "ttft_p99_ms"))
+        if all(row["goodput_share"] for row in rows if (row["workload"], row["contestant"]) == (kind, other)):
+            good = statistics.median(ratios(rows, kind, other, "goodput_requests_per_second"))
+            summary[f"{kind}_goodput_vs_{other}"] = good
+    for what in ("ttft_p99", "goodput"):
+        of_peers = [summary.get(f"{kind}_{what}_vs_{peer}") for peer in PEERS]
+        if None not in of_peers:
+            summary[f"{kind}_{what}_vs_best"] = min(one for one in of_peers if one is not None)
+    return summary
+
+
+def is_release(row: Row) -> bool:
+    """Whether this is a turn of `benchmarks.rollout --release`, which is no round of anything."""
+    return "release_seconds" in row
+
+
+def of_releases(rows: Sequence[Row]) -> dict[str, float]:
+    """Of our own: what the first release freed of what was held, medians of seconds, and what the device had less free
+    behind the last release than behind the second one; of others, with their names, seconds and the share."""
+    summary: dict[str, float] = {}
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        mine = [row for row in rows if row["contestant"] == name]
+        end = "" if name.startswith("vtensor") else f"_{name.removesuffix('-saver')}"
+        summary[f"freed_share{end}"] = mine[0]["freed_bytes"] / mine[0]["held_bytes"]
+        for key in ("release_seconds", "resume_seconds"):
+            summary[f"{key}{end}"] = statistics.median(row[key] for row in mine)
+        leaked = mine[-1]["used_bytes"] - mine[min(1, len(mine) - 1)]["used_bytes"]
+        summary[f"leaked_bytes_{len(mine)}_turns{end}"] = max(0, leaked)
     return summary
 
 
@@ -170,12 +212,21 @@ def head_of(rows: Sequence[Row]) -> Row:
     newest date."""
     head = {key: rows[-1][key] for key in HEAD}
     head["versions"] = {package: version for row in rows for package, version in row["versions"].items()}
-    head["command"] = " && ".join(dict.fromkeys(row["command"] for row in rows))
+    head["command"] = " && ".join(dict.fromkeys(one for row in rows for one in row["command"].split(" && ")))
     head["date"] = max(row["date"] for row in rows)
     return head
 
 
 def with_heads(record: Row) -> list[Row]:
     """The rows of a results file, each with its head in it; none if the file is older than `among`."""
+    return _headed(record, [row for row in record["rows"] if "among" in row])
+
+
+def releases_of(record: Row) -> list[Row]:
+    """The releases of a results file, each with its head in it."""
+    return _headed(record, record.get("releases", []))
+
+
+def _headed(record: Row, rows: Sequence[Row]) -> list[Row]:
     head = {key: record[key] for key in HEAD}
-    return [head | row for row in record["rows"] if "among" in row]
+    return [head | row for row in rows]

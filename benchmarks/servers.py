@@ -27,7 +27,6 @@ import random
 import re
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -43,12 +42,13 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, row
+from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, compiled, row
 from benchmarks.geometries import LLAMA
-from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS
+from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS, wait_until_steady
 from benchmarks.memory import device_bytes as device_reader
 from benchmarks.prefix import large_model, small_model
-from benchmarks.serving import CONTESTANTS, command, session, started
+from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, session, started
+from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
 
 console = Console(width=150)
@@ -195,6 +195,9 @@ class Bench:
                 waits.append(stack.enter_context(started(name, what, url, log, own, patience=START_SECONDS)))
                 clients.append(Patient(url, self.vocabulary))
             seconds = [wait() for wait in waits]
+            if home is None:  # else it is measured how long that takes
+                for name, client in zip(names, clients, strict=True):
+                    compiled(name, client.url)
             console.print(f"{', '.join(names)}: up after {', '.join(f'{one:.1f}' for one in seconds)} s")
             if tokens is not None and not self.quick:
                 for client in clients:
@@ -279,6 +282,7 @@ class Bench:
         with self.servers(["vtensor"] * 2, one["tokens"]) as ((first, second), _):
             self.warm_up([first, second])
             second.measure(peak(one["requests"], self.sizes), seed=40)
+            wait_until_steady(second)  # what it gives back by itself, being idle, is not for the first one
             cached = second.stats()["backed_bytes"]
             said: dict[str, int] = {}
 
@@ -308,15 +312,16 @@ class Bench:
                 self.note("idle", name, held_bytes=held, pool_bytes=pool, without_pool_bytes=held - pool)
 
     def cold(self) -> None:
-        """SGLang's own first, once more than it counts: files are read from the disk at the first start."""
+        """SGLang's own first, once more than it counts: files are read from the disk at the first start. A start that
+        leaves kernels uncompiled counts for nothing."""
         for number, name in enumerate(("fa3", "vtensor", "fa3")[1 if self.quick else 0 :]):
             with tempfile.TemporaryDirectory() as home, self.servers([name], None, Path(home)) as ((client,), (up,)):
                 start = time.perf_counter()
-                while client.stats().get("kernels_uncompiled", 0):
-                    time.sleep(0.1)
+                left = precompile.wait(client.url) if name == "vtensor" else 0
                 full = up + time.perf_counter() - start
                 log = (self.folder / f"{name}-0.log").read_text(errors="replace")
-            self.note("cold", name, counts=self.quick or number > 0, first_answer_s=up, full_speed_s=full)
+            counts = (self.quick or number > 0) and not left
+            self.note("cold", name, counts=counts, first_answer_s=up, full_speed_s=full, kernels_left=left)
             for seconds, line in gaps(log):
                 console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
 
@@ -376,20 +381,16 @@ def main(
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure, print, and merge into servers.json."""
-    # Who ends this ends its servers, which would else keep the GPU's memory.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    chosen = parts.split(",") if parts else list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
+    end_with_servers()
+    chosen = parts_of(parts, PARTS)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file)
         for part in chosen:
             getattr(bench, part)()
     rows = bench.rows
     if not quick:
-        kept = results.read("servers")
-        rows = [one for one in (kept["rows"] if kept else []) if one["part"] not in chosen] + rows
-        console.print(f"written to {results.write('servers', summarize(rows), rows)}")
+        path, rows, dropped = results.add_parts("servers", rows, lambda one: one["part"], summarize)
+        console.print(results.written(path, dropped))
     console.print(summarize(rows))
 
 

@@ -14,13 +14,14 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +136,9 @@ class Client:
 
 
 def session() -> aiohttp.ClientSession:
+    """For as many requests at a time as are asked: each is an open file."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(600), connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
     )
@@ -177,13 +181,28 @@ def words(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(count)]
 
 
+def end_with_servers() -> None:
+    """Who ends this process from now on ends its servers, which would else keep the GPU's memory."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def parts_of(text: str, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:
+    """The parts of a benchmark that `text` names, with commas; if it is empty, `default`, or all. Raises
+    `typer.BadParameter` for one that is not `known`."""
+    chosen = text.split(",") if text else list(known if default is None else default)
+    if unknown := set(chosen) - set(known):
+        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(known)}")
+    return chosen
+
+
 def command(
-    model: Path, port: int, arguments: list[str], environment: dict[str, str], *, host: bool = False
+    model: Path, port: int, arguments: list[str], environment: dict[str, str], *, host: bool = False, text: bool = False
 ) -> list[str]:
-    """The command of a server of SGLang's with these arguments; on the `host` backend `environment` says so."""
+    """The command of a server of SGLang's with these arguments; on the `host` backend `environment` says so. With
+    `text` it reads and writes text, by the tokenizer in the model's folder."""
     start = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    start += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--random-seed", "0"]
-    start += ["--sampling-backend", "pytorch"]
+    start += ["--host", "127.0.0.1", "--port", str(port), "--random-seed", "0"]
+    start += ["--sampling-backend", "pytorch", *([] if text else ["--skip-tokenizer-init"])]
     if host:
         start += ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]
         environment["SGLANG_PLATFORM"] = "vtensor_host"

@@ -67,10 +67,11 @@ MODELS: dict[str, tuple[Tokens, Tokens | States]] = {
 }
 HEAD = f"""# Sides
 
-Of models with two kinds of layers, those with sliding windows are served. This is the arithmetic that their memory
-starts from: each kind is a side, whose pages are whole granules of {GRANULARITY >> 20} MiB. A frame has as many tokens
-on each side. Where the bytes of a frame are no whole granules, one page of that side spans several frames here: as few
-as leave at most {LARGEST_PADDING:.0%} of padding. The server does not do that yet, and pads such pages.
+Of models with two kinds of layers, gpt-oss, Gemma 3, Qwen3-Next, Qwen3.5 and Nemotron-H are served. This is the
+arithmetic that their memory starts from: each kind is a side, whose pages are whole granules of
+{GRANULARITY >> 20} MiB. A frame has as
+many tokens on each side. Where the bytes of a frame are no whole granules, one page of that side spans several frames
+here: as few as leave at most {LARGEST_PADDING:.0%} of padding. The server does not do that yet, and pads such pages.
 Of {FRAMES[0]}, {FRAMES[1]} and {FRAMES[2]} tokens a frame, the number with the shortest pages is taken. A state is not
 divided: it takes whole granules by itself. KV is bfloat16, states are float32 with bfloat16 convolutions, as SGLang
 keeps them; tensor parallelism divides heads, and a rank has at least one KV head.

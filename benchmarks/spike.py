@@ -40,6 +40,7 @@ from rich.console import Console
 
 from benchmarks import results
 from benchmarks.rounds import Row, rotated, spread
+from benchmarks.serving import parts_of
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.layout import KVLayout
@@ -1070,9 +1071,7 @@ def main(
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here too.")] = None,
 ) -> None:
     """Measure, print, and merge into spike.json."""
-    chosen = parts.split(",") if parts else list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(unknown)} unknown: there are {', '.join(PARTS)}")
+    chosen = parts_of(parts, PARTS)
     with tempfile.TemporaryDirectory() as folder:
         file = rows_file or Path(folder) / "rows.json"
         file.unlink(missing_ok=True)

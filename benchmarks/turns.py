@@ -51,46 +51,62 @@ class NoMemory(VirtualMemory):
 
 
 class Ours:
-    """The tree and the memory of `--kv-backend vtensor`."""
+    """The tree and the memory of `--kv-backend vtensor`: so many pages of `page` tokens, and requests of up to
+    `longest` tokens."""
 
-    def __init__(self, capacity: int, running: int, longest: int) -> None:
+    def __init__(self, capacity: int, running: int, longest: int, *, page: int = PAGE) -> None:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
         from sglang_vtensor import patches
         from sglang_vtensor.srt.runtime import Runtime
 
-        patch = patches.load()
-
-        layout = KVLayout(1, 1, 64, torch.float16, PAGE, stride_bytes=256, granularity=4096)
+        self.page, patch = page, patches.load()
+        layout = KVLayout(1, 1, 64, torch.float16, page, stride_bytes=256, granularity=4096)
         self.memory = KVMemory(NoMemory(), layout, capacity_pages=capacity, max_tokens=longest, worker=False)
         self.runtime = Runtime(self.memory, running + 1, patch.requests)
-        pool: Any = SimpleNamespace(page_size=PAGE, dtype=torch.float16, device="cpu", runtime=self.runtime)
+        pool: Any = SimpleNamespace(page_size=page, dtype=torch.float16, device="cpu", runtime=self.runtime)
         self.rows = ReqToTokenPool(running, longest, "cpu", False)
         self.tree = patch.tree_class()(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=patch.allocator_class()(capacity * PAGE, pool),
-                page_size=PAGE,
+                token_to_kv_pool_allocator=patch.allocator_class()(capacity * page, pool),
+                page_size=page,
             )
         )
 
     def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
-        """Frames; the slots of all tokens."""
+        """Frames, for which the tree gives up what was not read for longest; the slots of all tokens."""
         from sglang_vtensor.srt.runtime import RequestFrames, slots_of
 
-        slot, whole = self.runtime.sglang.slot(req), matched // PAGE
+        slot, whole = self.runtime.sglang.slot(req), matched // self.page
         record = self.runtime.requests[slot] = RequestFrames(self.tree.path_frames(req.last_node), whole, whole)
         partial = req.vtensor_partial
         if partial is not None and partial.tail is not None:
             frame = self.memory.claim(partial.tail)
             assert frame is not None
             record.frames.append(frame)
-        placed = self.memory.allocate([record.ask(self.memory.layout.pages_for(end) - len(record.frames))])
-        assert placed is not None, "the pool is large enough for all turns"
+        copied = partial.node if partial is not None else None
+        if copied is not None:
+            self.tree.inc_lock_ref(copied)
+        lacking = self.memory.layout.pages_for(end) - len(record.frames)
+        self.evict(lacking - self.memory.room())
+        placed = self.memory.allocate([record.ask(lacking)])
+        if placed is None:
+            self.evict(lacking - self.memory.forget_tails(lacking))
+            placed = self.memory.allocate([record.ask(lacking)])
+        assert placed is not None, "the pool is large enough for one request"
+        if copied is not None:
+            self.tree.dec_lock_ref(copied)
         record.frames += placed[0]
-        return slots_of(record.frames, PAGE)[:end]
+        return slots_of(record.frames, self.page)[:end]
+
+    def evict(self, pages: int) -> None:
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        if pages > 0:
+            self.tree.evict(EvictParams(num_tokens=pages * self.page))
 
     def memory_seconds(self) -> float:
         return self.memory.clock.seconds

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -42,25 +42,32 @@ class Side(Protocol):
         """What placing and backing took of all turns so far, the tree's part left out."""
 
 
-class Stock:
-    """SGLang's default tree, with one of its cores, and its paged allocator, on host memory."""
+class Turn(NamedTuple):
+    """What a turn took, and how many of its tokens were found."""
 
-    def __init__(self, capacity: int, running: int, longest: int, *, core: str = "rust") -> None:
+    seconds: float
+    matched: int
+
+
+class Stock:
+    """SGLang's default tree, with one of its cores, and its paged allocator, on host memory; sizes as of `Ours`."""
+
+    def __init__(self, capacity: int, running: int, longest: int, *, core: str = "rust", page: int = PAGE) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        self.rows = ReqToTokenPool(running, longest, "cpu", False)
-        pool: Any = SimpleNamespace(page_size=PAGE)
-        self.allocator = PagedTokenToKVPoolAllocator(capacity * PAGE, PAGE, torch.float16, "cpu", pool, False)
+        self.page, self.rows = page, ReqToTokenPool(running, longest, "cpu", False)
+        pool: Any = SimpleNamespace(page_size=page)
+        self.allocator = PagedTokenToKVPoolAllocator(capacity * page, page, torch.float16, "cpu", pool, False)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=self.allocator,
-                page_size=PAGE,
+                page_size=page,
                 tree_components=(ComponentType.FULL,),
                 tree_core_backend=core,
             )
@@ -71,8 +78,13 @@ class Stock:
 
     def take(self, req: Any, matched: int, end: int) -> torch.Tensor:
         """The tree gives out whole pages only, so that new tokens begin a page."""
-        slots = self.allocator.alloc(-(-(end - matched) // PAGE) * PAGE)
-        assert slots is not None, "the pool is large enough for all turns"
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        lacking = -(-(end - matched) // self.page) * self.page
+        if (short := lacking - self.allocator.available_size()) > 0:
+            self.tree.evict(EvictParams(num_tokens=short))
+        slots = self.allocator.alloc(lacking)
+        assert slots is not None, "the pool is large enough for one request"
         return torch.cat([self.tree.prefix_device_indices(req), slots[: end - matched]])
 
     def behind(self) -> None: ...
@@ -81,8 +93,9 @@ class Stock:
         return 0.0
 
 
-def turn(side: Side, tokens: array[int], number: int) -> float:
-    """One turn of a conversation whose text is `tokens`. Returns seconds."""
+def turn(side: Side, tokens: array[int], number: int, *, prompt: int | None = None) -> Turn:
+    """One turn of a conversation whose text is `tokens`, of which the first `prompt` are asked for and the others are
+    answered; by default all are asked for."""
     from sglang.srt.managers.schedule_batch import ReqKvInfo
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -105,7 +118,7 @@ def turn(side: Side, tokens: array[int], number: int) -> float:
         kv=ReqKvInfo(),
     )
     start = time.perf_counter()
-    found = tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, None, limit=end - 1), req=req))
+    found = tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, None, limit=(prompt or end) - 1), req=req))
     matched = found.device_prefix_len
     req.prefix_len, req.last_node = matched, found.last_device_node
     req.kv.cache_protected_len = matched if found.cache_protected_len is None else found.cache_protected_len
@@ -122,7 +135,7 @@ def turn(side: Side, tokens: array[int], number: int) -> float:
     req.kv.mark_kv_released()
     seconds = time.perf_counter() - start
     side.behind()
-    return seconds
+    return Turn(seconds, matched)
 
 
 def measure(
@@ -150,7 +163,7 @@ def measure(
         at = rng.randrange(conversations)
         text = texts[at] + words(SAID)
         for name in rotated(list(caches), number):
-            taken[name].append(turn(caches[name], text, conversations + number))
+            taken[name].append(turn(caches[name], text, conversations + number).seconds)
         if len(text) + SAID < LONGEST:
             texts[at] = text
     torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """The workloads of the prefix suite: who asks what, and when.
 
-Every workload is a closed loop of conversations, except `trace`, which arrives by the clock of a production trace.
-Requests are token ids with forced lengths.
+Every workload is a closed loop of conversations, except `trace` and `conversation`, which arrive by the clock of a
+production trace. Requests are token ids with forced lengths.
 
 `TOKENS` is what each workload needs to hold at once: the prefixes that it comes back to and the requests that run. A
 server with less room would evict a prefix that is still wanted, which is another measurement.
@@ -12,6 +12,7 @@ server with less room would evict a prefix that is still wanted, which is anothe
     tree         41,472   1 + 8 + 64 levels of 512, and 64 answers of 64
     random       98,368   64 requests of 1,025 + 512 at a time; what is over is never asked for again
     trace             0   it has no set that it comes back to; requests of 600,000 tokens in all
+    conversation 540,000   45 requests that run at a time, of 12,000 in the mean
 
 `FULL` are chat and agent with lengths that are no multiple of 128 tokens, in a cache with room for half of what they
 touch: it is always full, and what was evicted is what the next ones need.
@@ -23,13 +24,14 @@ import asyncio
 import json
 import random
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 
-from benchmarks.contestants import Client, Workload
+from benchmarks.contestants import Answer, Client, Workload
 from benchmarks.serving import session
 
 TOKENS = {
@@ -39,6 +41,8 @@ TOKENS = {
     "tree": 512 * (1 + 8 + 64) + 64 * 64,
     "random": 64 * (1024 + 1 + 512),
     "trace": 0,
+    "conversation": 45 * 12_000,
+    "conversation_fast": 45 * 12_000,
 }
 #: Tokens that they touch. Their servers have room for half of it.
 FULL = {
@@ -126,8 +130,14 @@ class Arrival:
 
 
 BLOCK = 512
-#: How much of a trace is replayed: requests of up to 16,000 tokens, 600,000 in all.
+#: How much of a trace `trace` replays: requests of up to 16,000 tokens, 600,000 in all.
 TRACE_REQUESTS = 100
+#: And `conversation`: 11.3 million tokens of prompts in all, which came in 342 s.
+CONVERSATION_REQUESTS, CONVERSATION_LONGEST = 1000, 64_000
+#: Of the sustained speed, for `conversation_fast`.
+FASTER = 1.5
+#: Requests that warm a server up for a trace.
+WARM_REQUESTS = 32
 
 
 def read_trace(path: Path, count: int, longest: int, speed: float, *, most_new: int = 1 << 20) -> list[Arrival]:
@@ -152,12 +162,30 @@ def read_trace(path: Path, count: int, longest: int, speed: float, *, most_new: 
     return arrivals
 
 
-def replay(arrivals: list[Arrival]) -> Workload:
-    """Requests by their arrival time. Equal block ids are equal tokens, others differ."""
+@dataclass(frozen=True)
+class Targets:
+    """What a request is to be answered within, to count as good: ms to its first token, and ms a token behind that."""
 
-    async def run(client: Client, rng: random.Random) -> None:
+    ttft_ms: float
+    tpot_ms: float
+
+    def met(self, answer: Answer) -> bool:
+        between = 1000 * (answer.last - answer.first) / max(1, answer.new - 1)
+        return 1000 * (answer.first - answer.sent) <= self.ttft_ms and between <= self.tpot_ms
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Requests by their arrival time, `speed` times as fast as recorded. Equal block ids are equal tokens, others
+    differ."""
+
+    arrivals: list[Arrival]
+    speed: float
+
+    async def __call__(self, client: Client, rng: random.Random) -> None:
         salt = rng.randrange(1 << 30)
-        blocks = {b: client.words(random.Random(salt + b), BLOCK) for arrival in arrivals for b in arrival.blocks}
+        which = {block for arrival in self.arrivals for block in arrival.blocks}
+        blocks = {block: self._words(client, salt + block) for block in which}
 
         async def one(http: aiohttp.ClientSession, arrival: Arrival) -> None:
             await asyncio.sleep(arrival.at)
@@ -165,13 +193,46 @@ def replay(arrivals: list[Arrival]) -> Workload:
             await client.ask(http, tokens, arrival.new)
 
         async with session() as http:
-            await gather([one(http, arrival) for arrival in arrivals])
+            await gather([one(http, arrival) for arrival in self.arrivals])
 
-    return run
+    @staticmethod
+    def _words(client: Client, seed: int) -> list[int]:
+        """Of one block. There are thousands, and the clock runs."""
+        words: list[int] = np.random.default_rng(seed).integers(6, client.vocabulary, BLOCK).tolist()
+        return words
+
+    def short(self) -> Replay:
+        """Its first requests, all at once."""
+        return Replay([replace(arrival, at=0.0) for arrival in self.arrivals[:WARM_REQUESTS]], self.speed)
+
+    def told(self, answers: list[Answer], seconds: float, targets: Targets) -> dict[str, float]:
+        """What stands in a row beside what stands in every row: how much of what came was good, and the speed that a
+        server has which takes so many `seconds` for all. Where it is slower than `speed`, it does not sustain that."""
+        good = sum(map(targets.met, answers))
+        return {
+            "speed": self.speed,
+            "sustained_speed": round(self.arrivals[-1].at * self.speed / seconds, 4),
+            "ttft_target_ms": targets.ttft_ms,
+            "tpot_target_ms": targets.tpot_ms,
+            "goodput_requests_per_second": round(good / seconds, 4),
+            "goodput_share": round(good / len(answers), 4),
+        }
 
 
-def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Workload]:
-    """By name. `trace` is there where its file is given."""
+#: What warms a server up where a round takes minutes: the first turns, which fill its cache already.
+WARM: dict[str, Workload] = {"agent_full": conversations(8, 1, 0, 32_700, 2040, 30)}
+
+
+def replay(trace: Path, count: int, longest: int, speed: float, *, most_new: int = 1 << 20) -> Replay:
+    """Of a Mooncake trace, as `read_trace` reads it."""
+    return Replay(read_trace(trace, count, longest, speed, most_new=most_new), speed)
+
+
+def workloads(
+    quick: bool, trace: Path | None, speed: float, requests: int = CONVERSATION_REQUESTS
+) -> dict[str, Workload]:
+    """By name. Those that replay a trace are there where its file is given: the two of `conversation` with so many
+    requests."""
     if quick:
         made = {
             "chat": conversations(4, 3, 100, 0, 24, 8),
@@ -181,7 +242,9 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
             "random": independent(6, 60, 8, 4),
             "chat_full": conversations(4, 3, 90, 0, 21, 7),
         }
-        arrivals = read_trace(trace, 12, 1500, speed, most_new=8) if trace else []
+        if trace:
+            made["trace"] = replay(trace, 12, 1500, speed, most_new=8)
+            made["conversation"] = replay(trace, 12, 3000, speed, most_new=8)
     else:
         made = {
             "chat": conversations(64, 4, 2048, 0, 512, 128),
@@ -192,7 +255,8 @@ def workloads(quick: bool, trace: Path | None, speed: float) -> dict[str, Worklo
             "chat_full": conversations(64, 4, 2000, 0, 500, 125),
             "agent_full": conversations(8, 6, 0, 32_700, 2040, 30),
         }
-        arrivals = read_trace(trace, TRACE_REQUESTS, 16_000, speed) if trace else []
-    if arrivals:
-        made["trace"] = replay(arrivals)
+        if trace:
+            made["trace"] = replay(trace, TRACE_REQUESTS, 16_000, speed)
+            made["conversation"] = replay(trace, requests, CONVERSATION_LONGEST, speed)
+            made["conversation_fast"] = replay(trace, requests, CONVERSATION_LONGEST, FASTER * speed)
     return made

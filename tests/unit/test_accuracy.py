@@ -1,9 +1,11 @@
 """The accuracy benchmark: its questions have the answers that it wants, and it counts what the servers say."""
 
 import contextlib
+import json
 import re
 
 import pytest
+import typer
 
 from benchmarks import accuracy, results
 
@@ -52,31 +54,74 @@ def test_a_right_answer_has_the_whole_number(said, right):
     assert accuracy.is_right(accuracy.Question("lookup", 200, "", "", "345"), said) == right
 
 
-def test_right_and_same_answers_are_counted(monkeypatch, tmp_path):
+@pytest.fixture
+def no_servers(monkeypatch, tmp_path):
+    """Servers have their names as addresses, and results a folder of their own."""
+
     @contextlib.contextmanager
     def server(name, *_, **__):
         yield name, 0.0
 
-    def answers(url, _, asked):
-        """SGLang is wrong in the first answer, and the plugin in the first two, in other words."""
-        wrong = {"sglang": ["none"], "vtensor": ["nothing", "none"]}[url]
-        return wrong + [question.wanted for question in asked[len(wrong) :]]
-
     monkeypatch.setattr(accuracy, "server", server)
-    monkeypatch.setattr(accuracy, "answers", answers)
+    monkeypatch.setattr(accuracy, "compiled", lambda *_: None)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: by_words)
     monkeypatch.setattr(accuracy.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setenv("VTENSOR_COMMIT", "0123456789ab")
+
+
+def test_right_and_same_answers_are_counted(monkeypatch, no_servers):
+    def answers(url, _, asked):
+        """SGLang is wrong in the first answer, and the plugin in the first two, in other words."""
+        wrong = {"sglang": ["none"], "again": ["none"], "vtensor": ["nothing", "none"]}[url]
+        return wrong + [question.wanted for question in asked[len(wrong) :]]
+
+    monkeypatch.setattr(accuracy, "answers", answers)
     accuracy.main(model="some", lengths="200", documents=2, kv_cache_dtype="fp8_e4m3")
     record = results.read("accuracy_fp8_e4m3_host")
+    numbers = ("questions", "sglang", "again", "vtensor", "same_again", "same_vtensor")
     assert record["rows"] == [
-        {"kind": "lookup", "tokens": 200, "questions": 6, "sglang": 5, "vtensor": 5, "same": 5},
-        {"kind": "arithmetic", "tokens": 200, "questions": 4, "sglang": 4, "vtensor": 3, "same": 3},
+        {"kind": "lookup", "tokens": 200} | dict(zip(numbers, (6, 5, 5, 5, 6, 5), strict=True)),
+        {"kind": "arithmetic", "tokens": 200} | dict(zip(numbers, (4, 4, 4, 3, 4, 3), strict=True)),
     ]
-    assert record["summary"] == {
-        "accuracy_questions": 10,
-        "accuracy_sglang": 0.9,
-        "accuracy_vtensor": 0.8,
-        "accuracy_same": 0.8,
+    summary = record["summary"]
+    assert [summary[f"accuracy_{name}"] for name in ("sglang", "again", "vtensor", "same_again")] == [
+        0.9,
+        0.9,
+        0.8,
+        1.0,
+    ]
+    assert (summary["only_sglang_right_vs_vtensor"], summary["only_vtensor_right"]) == (1, 0)
+    assert summary["likely_vtensor"] == 1.0, "one question says nothing"
+
+
+def test_a_plugin_that_answers_worse_is_told(monkeypatch, no_servers):
+    def answers(url, _, asked):
+        return ["none" if url == "vtensor" and n < 8 else question.wanted for n, question in enumerate(asked)]
+
+    monkeypatch.setattr(accuracy, "answers", answers)
+    with pytest.raises(typer.Exit):
+        accuracy.main(model="some", lengths="200", documents=2)
+
+
+def test_a_server_that_fails_leaves_the_answers_of_those_before(monkeypatch, no_servers, tmp_path):
+    def answers(url, _, asked):
+        if url == "vtensor":
+            raise RuntimeError("gone")
+        return [f"{url} says {question.wanted}" for question in asked]
+
+    monkeypatch.setattr(accuracy, "answers", answers)
+    with pytest.raises(RuntimeError, match="gone"):
+        accuracy.main(model="some", lengths="200", documents=1, rows_file=tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == accuracy.QUESTIONS
+    assert {(row["sglang"], row["again"]) for row in rows} == {
+        (f"sglang says {row['wanted']}", f"again says {row['wanted']}") for row in rows
     }
+
+
+def test_how_likely_a_division_is():
+    assert accuracy.likely(0, 0) == accuracy.likely(5, 5) == 1.0
+    assert accuracy.likely(0, 8) == pytest.approx(2 / 2**8)
+    assert accuracy.likely(8, 0) == accuracy.likely(0, 8)
+    assert accuracy.likely(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -207,3 +208,43 @@ def test_shared_decode_compiles_nothing_while_serving(compiled, layers):
         for k, v in layers:
             decoder(torch.zeros(requests, HEADS, DIM, dtype=torch.bfloat16), k, v, scale=1.0)
     assert compiled[at_start:] == []
+
+
+# Triton's compiler, without a GPU: the interpreter, which the other tests of kernels run in, takes what it refuses.
+
+
+@pytest.mark.parametrize(("capability", "kv_dtype"), [(80, "bfloat16"), (90, "bfloat16"), (90, "float8_e4m3fn")])
+def test_the_compiler_takes_every_kernel(monkeypatch, capability, kv_dtype):
+    pool = torch.zeros(16 * PAGE, 2, KV_HEADS, DIM, dtype=getattr(torch, kv_dtype))
+    k, v = pool.unbind(1)
+    target = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 2000 + capability,
+        get_current_stream=lambda _: 0,
+    )
+    monkeypatch.setattr(driver, "_active", target)
+    monkeypatch.setattr(configs, "capability", lambda _: capability)
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 132)
+    shapes = {"q_heads": HEADS, "page_tokens": PAGE}
+    plain, all_there_is = (0.0, None, None), (30.0, None, torch.zeros(HEADS, dtype=torch.bfloat16))
+    noted = []
+    for window, kind in ((None, plain), (1023, all_there_is)):
+        calls = prefill_calls(k, v, q_dtype=torch.bfloat16, max_tokens=MOST, window=window, kinds=[kind], **shapes)
+        noted += [launch for some in calls.values() for launch in launches(some)]
+    decoder = SharedDecoder(
+        max_requests=2048,
+        slots=2049,
+        max_tokens=MOST,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        device="cpu",
+        kv_dtype=k.dtype,
+        **shapes,
+    )
+    table = torch.zeros(2049, MOST + 4, dtype=torch.int32)
+    for decode, kind in ((decoder, plain), (decoder.for_window(1023), all_there_is)):
+        ask = partial(decode.rehearse, table, k, v, q_dtype=torch.bfloat16, kinds=[kind])
+        noted += launches([ask])
+    for launch in {launch.key: launch for launch in noted}.values():
+        assert launch.compile().asm["ptx"], launch.name
+        launch.kernel.device_caches.pop(2000 + capability, None)

@@ -1,6 +1,7 @@
 """The client of vLLM, against a server that speaks as vLLM does; and the shell file that vLLM is started with."""
 
 import asyncio
+import contextlib
 import json
 import random
 import subprocess
@@ -45,7 +46,12 @@ async def ask_all(calls):
     async def reset(request):
         return web.json_response({"success": True})
 
+    async def flush(request):
+        """As SGLang's, of which a request ends within 10 s."""
+        return web.Response(status=200 if float(request.query.get("timeout", 0)) >= 10 else 400)
+
     app = web.Application()
+    app.router.add_post("/flush_cache", flush)
     app.router.add_post("/v1/completions", complete)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/version", version)
@@ -76,6 +82,10 @@ def test_vllm_answers_with_tokens_and_says_what_it_had():
     assert (measured["requests"], measured["cached_share"]) == (1, 0.5)
 
 
+def test_a_flush_waits_for_requests_that_end():
+    asyncio.run(ask_all(lambda url: contestants.Client(url, 400).flush()))
+
+
 def test_an_answer_of_another_length_is_no_measurement(monkeypatch):
     async def short(self, http, tokens, new):
         return contestants.Said(0.0, 1.0, 2.0, [1], {"cached_tokens": 0})
@@ -96,6 +106,27 @@ def test_vllm_starts_in_the_environment_of_its_shell_file(tmp_path):
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert said.startswith("sourced -m vllm.entrypoints.openai.api_server --model")
         assert f"--kv-cache-memory-bytes {2048 * contestants.LLAMA.token_bytes // share}" in said
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_rounds_begin_when_our_kernels_are_compiled(tmp_path, monkeypatch, left):
+    up, waited = [], []
+
+    @contextlib.contextmanager
+    def started(name, *_, **__):
+        yield lambda: up.append(name) or 1.0
+
+    def wait(url):
+        waited.append((url, len(up)))
+        return left
+
+    monkeypatch.setattr(contestants, "started", started)
+    monkeypatch.setattr(contestants.Client, "kv_tokens", lambda _: 0)
+    monkeypatch.setattr(contestants.precompile, "wait", wait)
+    plan = contestants.Plan(tmp_path / "model", 400, 4096, 8192, host=True)
+    fails = pytest.raises(RuntimeError, match="vtensor did not compile 2 kernels") if left else contextlib.nullcontext()
+    with fails, contestants.servers(["vtensor", "torch_native"], plan) as (clients, _):
+        assert waited == [(clients["vtensor"].url, 2)], "all servers start meanwhile"
 
 
 def test_words_are_equal_for_equal_seeds():

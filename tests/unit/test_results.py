@@ -137,6 +137,38 @@ def test_runs_become_one_file_and_later_rounds_replace_equal_ones(outcomes, tmp_
     assert results.read("suite")["rows"] == record["rows"], "the same run again changes nothing"
 
 
+def parts(monkeypatch, names, value, **head):
+    """Add rows of these parts, as another command would."""
+    here = HEAD | {"command": f"measure {names}"} | head
+    monkeypatch.setattr(results, "head", lambda: here)
+    rows = [{"part": name, "value": value} for name in names]
+    return results.add_parts("parts", rows, lambda row: row["part"], lambda rows: {"rows": len(rows)})
+
+
+def test_parts_become_one_file_with_all_its_commands(outcomes, monkeypatch):
+    parts(monkeypatch, "ab", 1)
+    parts(monkeypatch, "bc", 2)
+    parts(monkeypatch, "c", 3)
+    _, rows, dropped = parts(monkeypatch, "bc", 4)
+    record = results.read("parts")
+    assert (record["rows"], record["summary"], dropped) == (rows, {"rows": 3}, "")
+    assert {row["part"]: row["value"] for row in rows} == {"a": 1, "b": 4, "c": 4}
+    assert record["command"] == "measure ab && measure c && measure bc"
+    parts(monkeypatch, "abc", 5)
+    assert results.read("parts")["command"] == "measure abc", "what is there no more was not measured by it"
+
+
+@pytest.mark.parametrize(
+    "other", [{"commit": "ba9876543210"}, {"device": "NVIDIA H100"}, {"versions": {"sglang": "0.5.17"}}]
+)
+def test_parts_of_another_commit_device_or_version_do_not_stay(outcomes, monkeypatch, other):
+    parts(monkeypatch, "ab", 1, **other)
+    _, rows, dropped = parts(monkeypatch, "b", 2)
+    record = results.read("parts")
+    assert record["rows"] == rows == [{"part": "b", "value": 2}]
+    assert (record["command"], bool(dropped)) == ("measure b", True)
+
+
 @pytest.mark.parametrize(
     "other", [{"commit": "ba9876543210"}, {"device": "NVIDIA H100"}, {"versions": {"sglang": "0.5.17"}}]
 )

@@ -1,10 +1,12 @@
 """What the benchmark of rollouts makes of its cases and of its rows."""
 
+import contextlib
+import json
 import statistics
 
 import pytest
 
-from benchmarks import logprobs, results, rollout, rounds
+from benchmarks import contestants, logprobs, results, rollout, rounds, server_tables
 from tests.unit.test_results import HEAD, measured
 
 
@@ -21,7 +23,7 @@ def test_uneven_answers_are_drawn_once_and_the_longest_is_four_times_the_median(
 def test_a_case_has_room_for_all_its_pages():
     case = rollout.Case(prompt=200, new=100, groups=2, samples=3)
     pages = 2 * (2 + 3 * 2)  # a prompt's; of each sample the last page of the prompt and one more
-    assert case.tokens == 128 * pages
+    assert case.tokens == int(128 * pages * rollout.MORE)
 
 
 def test_time_a_token_is_compared_where_prompts_were_computed_before():
@@ -44,7 +46,7 @@ def released(name, *, held=1000, freed=(990, 10, 10), used=(5, 7, 7)):
 
 
 def test_what_releases_say():
-    summary = rollout.told([*released("vtensor-saver"), *released("fa3-saver", used=(5, 7, 9))])
+    summary = rounds.of_releases([*released("vtensor-saver"), *released("fa3-saver", used=(5, 7, 9))])
     assert summary["freed_share"] == 0.99
     assert summary["release_seconds"] == pytest.approx(0.2)
     assert summary["leaked_bytes_3_turns"] == 0
@@ -57,20 +59,48 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def of_a_case(**head):
+    rows = measured({"vtensor": [2], "fa3": [1]}, workload="rollout_8k", **head)
+    return [row | {"prompt_seconds": 1.0} for row in rows]
+
+
+def of_releases(*names, **head):
+    return [HEAD | head | row for name in names for row in released(name)]
+
+
 def test_rounds_and_releases_stand_in_one_file(folder):
-    rows = [row | {"prompt_seconds": 1.0} for row in measured({"vtensor": [2], "fa3": [1]}, workload="rollout_8k")]
-    rollout.Told("rollout").write(HEAD, rows, [])
-    rollout.Told("rollout").write(HEAD, [], released("vtensor-saver"))
-    rollout.Told("rollout").write(HEAD, [row | {"round": 2} for row in rows], [])
+    rows = of_a_case()
+    for run in (rows, of_releases("vtensor-saver", command="r"), [row | {"round": 2} for row in rows]):
+        _, dropped = results.add_rounds("rollout", [run])
+        assert not dropped
     record = results.read("rollout")
     assert [row["round"] for row in record["rows"]] == [1, 1, 2, 2]
     assert len(record["releases"]) == 3
     assert (record["summary"]["rollout_8k_vs_fa3"], record["summary"]["freed_share"]) == (2, 0.99)
-    assert record["commit"] == HEAD["commit"]
+    assert (record["commit"], record["command"]) == (HEAD["commit"], f"{HEAD['command']} && r")
+    assert server_tables.rollout(record).count("| rollout_8k |") == 2, "with releases of one side only, none is told"
+    results.add_rounds("rollout", [of_releases("fa3-saver", command="r")])
+    again = results.read("rollout")
+    assert (len(again["releases"]), again["command"]) == (6, record["command"])
+    assert "A release frees 0.990" in server_tables.rollout(again)
+
+
+@pytest.mark.parametrize("rounds_first", [True, False])
+def test_what_is_of_another_commit_goes_with_either_part(folder, rounds_first):
+    parts = [of_a_case, lambda **head: of_releases("vtensor-saver", **head)]
+    first, second = parts if rounds_first else reversed(parts)
+    results.add_rounds("rollout", [first()])
+    _, dropped = results.add_rounds("rollout", [second(commit="ba9876543210")])
+    record = results.read("rollout")
+    assert (record["commit"], "ba9876543210" in dropped) == ("ba9876543210", True)
+    assert bool(record["rows"]) is not rounds_first
+    assert ("releases" in record) is ("freed_share" in record["summary"]) is rounds_first
+    with pytest.raises(rounds.Differ):
+        results.add_rounds("rollout", [first() + second(commit="ba9876543210")])
 
 
 def test_releases_alone_make_a_file(folder):
-    rollout.Told("rollout").write(HEAD, [], released("vtensor-saver"))
+    results.add_rounds("rollout", [of_releases("vtensor-saver")])
     assert results.read("rollout")["summary"]["freed_share"] == 0.99
 
 
@@ -81,3 +111,26 @@ def test_tokens_are_compared_until_one_differs():
     assert logprobs.row("a", one, other)["max"] == 0.25
     with pytest.raises(RuntimeError, match="the first tokens differ already, of all 1 texts"):
         logprobs.row("a", one[1:], other[1:])
+
+
+@pytest.mark.parametrize(("host", "shared"), [(False, 3), (False, 0), (True, 0)])
+def test_shared_decode_that_did_not_happen_is_not_measured(tmp_path, monkeypatch, host, shared):
+    @contextlib.contextmanager
+    def server(name, *_, **__):
+        yield name, 1.0
+
+    waited, file = [], tmp_path / "rows.json"
+    monkeypatch.setattr(logprobs, "server", server)
+    monkeypatch.setattr(contestants.precompile, "wait", waited.append)
+    monkeypatch.setattr(logprobs, "ask", lambda url, texts, *_, **__: [[(1, -0.5)]] * len(texts))
+    monkeypatch.setattr(
+        logprobs, "server_stats", lambda url: [{"decode_steps_shared": shared if url == "vtensor" else 0}]
+    )
+    names = logprobs.QUICK if host else logprobs.SERVERS
+    fails = contextlib.nullcontext() if host or shared else pytest.raises(RuntimeError, match="shared nothing")
+    with fails:
+        rows = logprobs.compared(tmp_path, tmp_path, names, logprobs.SMALL, host=host, rows_file=file)
+        assert [row["steps_shared"] for row in rows if row["what"] == "vtensor decode"] == [shared]
+    reference = [row for row in json.loads(file.read_text()) if row["what"].startswith(names[0])]
+    assert len(reference) == 2, "which was measured before"
+    assert waited[0] == "vtensor", "without its kernels it shares nothing"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import threading
 
 import pytest
 
-from benchmarks import contestants, report, servers
+from benchmarks import contestants, memory, report, servers
 from benchmarks.contestants import Answer
 from benchmarks.servers import Patient, Sizes, gaps, intermittent, peak, summarize
 
@@ -46,6 +48,62 @@ def test_a_start_that_reads_from_the_disk_first_does_not_count():
     assert summarize(rows) == {"cold_start_extra_s": 8.0, "cold_full_speed_extra_s": 23.0}
     rows = [{"part": "idle", "what": name, "without_pool_bytes": size} for name, size in (("fa3", 10), ("vtensor", 11))]
     assert summarize(rows) == {"idle_footprint": 1.1}
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_cold_start_that_leaves_kernels_uncompiled_ends_and_does_not_count(tmp_path, monkeypatch, left):
+    @contextlib.contextmanager
+    def up(bench, names, tokens, home):
+        (tmp_path / f"{names[0]}-0.log").touch()
+        yield [Patient(f"http://{names[0]}", 400)], [60.0]
+
+    monkeypatch.setattr(servers.Bench, "servers", up)
+    monkeypatch.setattr(servers.precompile, "wait", lambda url: left if url == "http://vtensor" else 1 / 0)
+    monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
+    bench = servers.Bench(tmp_path, False, SIZES, None)
+    bench.cold()
+    told = [(row["what"], row["counts"], row["kernels_left"]) for row in bench.rows]
+    assert told == [("fa3", False, 0), ("vtensor", not left, left), ("fa3", True, 0)]
+    assert ("cold_full_speed_extra_s" in summarize(bench.rows)) is (not left)
+
+
+def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, monkeypatch):
+    asked, killed = threading.Event(), threading.Event()
+
+    class First(Patient):
+        def measure(self, workload, seed):
+            asked.set()
+            assert killed.wait(30)
+            return {}
+
+        def stats(self):
+            return {"backed_bytes": 0}
+
+    class Second(Patient):
+        looks = 0
+
+        def measure(self, workload, seed):
+            return {}
+
+        def stats(self):
+            """Free pages go back after a few looks, and what is cached when the first one asks for it."""
+            self.looks += 1
+            held = 60 if asked.is_set() else 100 if self.looks < 3 else 80
+            return {"backed_bytes": held, "pages_backed": held}
+
+    @contextlib.contextmanager
+    def up(bench, names, tokens):
+        yield (First("", 400), Second("", 400)), [1.0, 1.0]
+
+    monkeypatch.setattr(servers.Bench, "servers", up)
+    monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
+    monkeypatch.setattr(servers, "kill", lambda url: killed.set())
+    monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
+    monkeypatch.setattr(memory, "STEADY_SECONDS", 0.5)
+    bench = servers.Bench(tmp_path, True, SIZES, None)
+    bench.killed()
+    (row,) = bench.rows
+    assert (row["cached_bytes"], row["given_bytes"]) == (80, 20)
 
 
 def drive(workload, monkeypatch, waits=0.0, error=None):

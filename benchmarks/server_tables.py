@@ -1,0 +1,67 @@
+"""Tables of `benchmarks.report` about what servers do beside throughput: rollouts, FP8's room, right answers."""
+
+from __future__ import annotations
+
+from benchmarks.results import Record, source
+
+
+def rollout(record: Record) -> str:
+    """Samples of few prompts: whole runs, and the time a token takes; and what a release frees, where measured."""
+    lines = [
+        "| case | server | rounds | tokens/s | ms a token | whole run, vtensor / it | a token, it / vtensor |",
+        "|---" * 7 + "|",
+    ]
+    summary = record["summary"]
+    for one in record["comparisons"]:
+        ratio = (
+            f"**{one['ratio']:.2f}** ({one['ratio_least']:.2f} to {one['ratio_most']:.2f})" if "ratio" in one else ""
+        )
+        a_token = summary.get(f"{one['workload']}_tpot_vs_{one['contestant']}")
+        lines.append(
+            f"| {one['workload']} | {one['contestant']} | {one['rounds']} | {one['tokens_per_second']:,.0f} | "
+            f"{one['tpot_median_ms']:.1f} | {ratio} | {'' if a_token is None else f'**{a_token:.2f}**'} |"
+        )
+    if "freed_share" in summary and "freed_share_fa3" in summary:
+        lines += [
+            "",
+            f"A release frees {summary['freed_share']:.3f} times the bytes that the cache holds, in "
+            f"{summary['release_seconds']:.3f} s ({summary['release_seconds_fa3']:.3f} s of SGLang's); a resume takes "
+            f"{summary['resume_seconds']:.3f} s ({summary['resume_seconds_fa3']:.3f} s).",
+        ]
+    return "\n".join([*lines, "", source(record)])
+
+
+def live_tokens(record: Record) -> str:
+    """What an FP8 cache is worth in the same memory."""
+    live = {row["cache"]: row["live_tokens"] for row in record["rows"] if row["part"] == "live"}
+    summary = record["summary"]
+    told = [
+        f"- {live['fp8']:,} live tokens before the first request is retracted, and {live['bf16']:,} in bf16: "
+        f"**{summary['fp8_live_tokens_vs_bf16']:.2f}** times as many",
+        f"- 1/{summary['fp8_overload_ttft_p99_vs_bf16']:.2f} of the p99 TTFT under 1.5 times the load that fits in "
+        f"bf16, and {summary['fp8_overload_tokens_per_second_vs_bf16']:.2f} times the tokens/s",
+    ]
+    return "\n".join([*told, "", source(record)])
+
+
+#: Columns; older files do not have all of them.
+ACCURACY = {
+    "questions": "asked",
+    "sglang": "right, SGLang",
+    "again": "right, SGLang with pages of 64",
+    "vtensor": "right, vtensor",
+    "same": "word for word the same",
+    "same_again": "the same, SGLang twice",
+    "same_vtensor": "the same, vtensor",
+}
+
+
+def accuracy(record: Record) -> str:
+    """Right answers with and without the plugin."""
+    rows = record["rows"]
+    keys = [key for key in ACCURACY if key in rows[0]]
+    lines = [f"| questions | tokens | {' | '.join(ACCURACY[key] for key in keys)} |", "|---" * (2 + len(keys)) + "|"]
+    for row in rows:
+        lines.append(f"| {row['kind']} | {row['tokens']:,} | {' | '.join(str(row[key]) for key in keys)} |")
+    lines.append(f"| all | | {' | '.join(str(sum(row[key] for row in rows)) for key in keys)} |")
+    return "\n".join([*lines, "", source(record)])
