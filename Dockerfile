@@ -29,5 +29,5 @@ COPY patches patches
 RUN uv pip install --no-cache --no-deps .
 
 EXPOSE 30000
+# Without --model-path it says that one is needed.
 ENTRYPOINT ["sglang", "serve", "--host", "0.0.0.0", "--port", "30000", "--kv-backend", "vtensor", "--sleep-on-idle"]
-CMD ["--help"]
