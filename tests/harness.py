@@ -26,10 +26,10 @@ from tests import versions
 ON_GPU = os.environ.get("VTENSOR_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["SGLANG_PLATFORM"] = "vtensor_host"
+    os.environ["SGLANG_MAMBA_CONV_DTYPE"] = "float32"  # as all else that is compared
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
-os.environ["SGLANG_MAMBA_CONV_DTYPE"] = "float32"  # as all else that is compared
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing SGLang beside a GPU initializes CUDA, which survives no fork.
