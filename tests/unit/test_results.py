@@ -30,8 +30,17 @@ def test_runs_of_parts_of_the_gpu_tests_become_one(outcomes):
     assert record["summary"] == {"passed": 2, "failed": 0, "skipped": 0}
 
 
-@pytest.mark.parametrize("other", [{"commit": "ba9876543210"}, {"device": "NVIDIA A100"}, {"driver": "1.2.3"}])
-def test_runs_of_another_commit_or_device_are_refused(outcomes, other):
+def test_a_test_that_ran_at_another_commit_says_so(outcomes):
+    first = outcomes("first", {"test": "a", "outcome": "failed"}, {"test": "b", "outcome": "passed"})
+    gpu_tests.main([first, outcomes("second", {"test": "a", "outcome": "passed", "commit": "ba9876543210"})])
+    record = results.read("gpu_tests")
+    assert record["commit"] == "ba9876543210"
+    told = {row["test"]: (row["outcome"], row.get("commit")) for row in record["rows"]}
+    assert told == {"a": ("passed", None), "b": ("passed", "0123456789ab")}
+
+
+@pytest.mark.parametrize("other", [{"device": "NVIDIA A100"}, {"driver": "1.2.3"}])
+def test_runs_on_another_device_are_refused(outcomes, other):
     first = outcomes("first", {"test": "a", "outcome": "passed"})
     second = outcomes("second", {"test": "b", "outcome": "passed"} | other)
     with pytest.raises(typer.BadParameter, match=next(iter(other.values()))):
