@@ -80,9 +80,13 @@ def ask(url: str, texts: Sequence[list[int]], new: int, *, at_once: int, told_fr
         }
         answer = requests.post(f"{url}/generate", json=body, timeout=600)
         answer.raise_for_status()
-        key = "output_token_logprobs" if told_from < 0 else "input_token_logprobs"
-        for one in answer.json():
-            said.append([(token, value) for value, token, *_ in one["meta_info"][key] if value is not None])
+        for text, one in zip(texts[at : at + at_once], answer.json(), strict=True):
+            if told_from < 0:
+                said.append([(token, value) for value, token, *_ in one["meta_info"]["output_token_logprobs"]])
+            else:
+                # Of inputs, SGLang names a vocabulary's last token 0.
+                told = zip(text[told_from:], one["meta_info"]["input_token_logprobs"], strict=True)
+                said.append([(token, value) for token, (value, *_) in told if value is not None])
     return said
 
 
