@@ -155,7 +155,7 @@ def test_shared_decode_reads_nothing_behind_a_window(memory, window):
 
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
-def test_log_probabilities_are_as_near_as_sglangs_own(tmp_path, name, kernel):
+def test_log_probabilities_are_as_near_as_sglangs_own(tmp_path, record_property, name, kernel):
     """Equal texts, and not equal answers: in bfloat16 two correct attentions of PyTorch already choose other tokens
     here (Gemma 3: 130 of 2,020, by up to 0.75 nats; gpt-oss: 365, by up to 6), as norms and experts amplify what is
     rounded. So what SGLang differs from itself by, where other requests are computed beside one, or where decode is
@@ -178,6 +178,9 @@ def test_log_probabilities_are_as_near_as_sglangs_own(tmp_path, name, kernel):
         mine = ask(url, texts[theirs], 1, at_once=every, told_from=begin)
         (stats,) = server_stats(url)
     answered = {who: [one[-new:] for one in told[who]] for who in told}
-    assert mean_difference(mine, told[theirs]) < 1.5 * mean_difference(alone, told[theirs])
-    assert mean_difference(said[url], answered[url]) < 1.5 * mean_difference(said[theirs], answered[theirs])
+    # By prefill and by decode; theirs from itself, and ours from theirs.
+    own = mean_difference(alone, told[theirs]), mean_difference(said[theirs], answered[theirs])
+    differs = mean_difference(mine, told[theirs]), mean_difference(said[url], answered[url])
+    record_property("log_probabilities", {"theirs": own, "ours": differs})
+    assert max(differs) < 1.5 * max(own)
     assert 0 < stats["windows_owned_bytes"] < stats["owned_bytes"] / 2
