@@ -21,7 +21,7 @@ import typer
 from benchmarks import evidence, plots, results, rounds
 from benchmarks.kernel_tables import fp8_kernels, plain_decode, prefill, shared_decode
 from benchmarks.results import Record, source, where
-from benchmarks.server_tables import accuracy, live_tokens, rollout
+from benchmarks.server_tables import accuracy, gpu_tests, live_tokens, logprobs, rollout
 
 #: What the workloads of the prefix suite are, in a few words.
 WORKLOADS = {
@@ -284,6 +284,7 @@ TABLES = {
     "models": prefix,
     "qwen3moe": prefix,
     "rollout": rollout,
+    "logprobs": logprobs,
     "accuracy": accuracy,
     "accuracy_fp8_e4m3": accuracy,
     "prefill": prefill,
@@ -292,6 +293,7 @@ TABLES = {
     "hit_rates": hit_rates,
     "memory": memory,
     "servers": servers,
+    "gpu_tests": gpu_tests,
 }
 
 

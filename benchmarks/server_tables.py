@@ -31,6 +31,38 @@ def rollout(record: Record) -> str:
     return "\n".join([*lines, "", source(record)])
 
 
+def gpu_tests(record: Record) -> str:
+    """How many tests passed on a GPU, and the names of those that did not."""
+    summary = record["summary"]
+    lines = [f"{summary['passed']:.0f} tests passed, {summary['failed']:.0f} failed, {summary['skipped']:.0f} skipped:"]
+    lines.append("")
+    for row in record["rows"]:
+        if row["outcome"] != "passed":
+            lines.append(f"- {row['outcome']}: `{row['test']}`, at commit {row.get('commit', record['commit'])}")
+    return "\n".join([*lines, "", source(record)])
+
+
+#: What is compared, by the rows of `benchmarks.logprobs`, in the order of the table.
+LOGPROBS = {
+    "fa3 decode, one at a time": "SGLang, decode: each text alone",
+    "vtensor decode": "vtensor, decode that reads shared prefixes once",
+    "vtensor-plain decode": "vtensor, decode with `--vtensor-shared-decode off`",
+    "fa3 prefill, one at a time": "SGLang, prefill: each text alone",
+    "vtensor prefill": "vtensor, prefill",
+}
+
+
+def logprobs(record: Record) -> str:
+    """How far log-probabilities of equal tokens are from those of SGLang's FlashAttention-3 with all texts at once."""
+    rows = {row["what"]: row for row in record["rows"]}
+    lines = ["| log-probabilities of | tokens compared | mean difference | p99 | greatest |", "|---" * 5 + "|"]
+    for what, name in LOGPROBS.items():
+        row = rows[what]
+        numbers = " | ".join(f"{row[key]:.4f}" for key in ("mean", "p99", "max"))
+        lines.append(f"| {name} | {row['tokens']:,} | {numbers} |")
+    return "\n".join([*lines, "", source(record)])
+
+
 def live_tokens(record: Record) -> str:
     """What an FP8 cache is worth in the same memory."""
     live = {row["cache"]: row["live_tokens"] for row in record["rows"] if row["part"] == "live"}

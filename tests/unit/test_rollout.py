@@ -3,6 +3,7 @@
 import contextlib
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,3 +135,16 @@ def test_shared_decode_that_did_not_happen_is_not_measured(tmp_path, monkeypatch
     reference = [row for row in json.loads(file.read_text()) if row["what"].startswith(names[0])]
     assert len(reference) == 2, "which was measured before"
     assert waited[0] == "vtensor", "without its kernels it shares nothing"
+    if shared:
+        record = HEAD | {"rows": rows}
+        assert server_tables.logprobs(record).count("| 0.0000 | 0.0000 | 0.0000 |") == len(server_tables.LOGPROBS)
+
+
+def test_log_probabilities_of_inputs_have_the_texts_own_tokens(monkeypatch):
+    """SGLang names the last token of a vocabulary 0 there."""
+    told = [[None, 5, None], [-0.5, 7, None], [-1.5, 0, None]]
+    answer = SimpleNamespace(
+        raise_for_status=lambda: None, json=lambda: [{"meta_info": {"input_token_logprobs": told}}]
+    )
+    monkeypatch.setattr(logprobs.requests, "post", lambda *_, **__: answer)
+    assert logprobs.ask("url", [[1, 5, 7, 511]], 1, at_once=1, told_from=1) == [[(7, -0.5), (511, -1.5)]]
