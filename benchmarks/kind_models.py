@@ -142,9 +142,9 @@ def _gemma3(folder: Path) -> Path:
 
 
 def _qwen3_5(folder: Path) -> Path:
-    from tests import linear_models
+    from tests import state_models
 
-    return linear_models.qwen3_5(folder)
+    return state_models.qwen3_5(folder)
 
 
 _GPT_OSS = GEOMETRIES["gpt-oss-20b"]

@@ -214,9 +214,9 @@ class Patch(abc.ABC):
         without the option."""
         from sglang.srt.utils import get_device_memory_capacity
 
-        from sglang_vtensor.srt.linear import chunk_tokens, refuse_page, refuse_states
         from sglang_vtensor.srt.options import Options, Refused, has_states, refuse_unsupported
         from sglang_vtensor.srt.pages import choose_page_size
+        from sglang_vtensor.srt.state_models import chunk_tokens, refuse_page, refuse_states
         from sglang_vtensor.srt.windows import refuse_readers, windows_of
 
         options = Options.of(server_args)

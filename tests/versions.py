@@ -18,7 +18,7 @@ MORE_POLICIES = ["mru"] if HERE == "v0_5_17" else []
 FP4 = "fp4_e2m1" if HERE == "v0_5_17" else "nvfp4"
 #: Tiny models (`tests.windowed_models`) that SGLang serves on the host and we do too.
 WINDOWED = [] if HERE == "v0_5_17" else ["gemma3"]
-#: The same with linear attention or Mamba (`tests.linear_models`).
+#: The same with linear attention or Mamba (`tests.state_models`).
 WITH_STATES = [] if HERE == "v0_5_17" else ["qwen3_5", "nemotron_h"]
 #: Options that only this version has, and that we refuse.
 REFUSED_OPTIONS = [] if HERE == "v0_5_17" else ["--radix-eviction-policy tlru", "--enable-nvidia-megakernel"]

@@ -251,7 +251,7 @@ class Patch0523(Patch):
         from sglang.srt.arg_groups.overrides import declare_resolution
 
         from sglang_vtensor.patches.v0_5_23.states import refuse_dtype
-        from sglang_vtensor.srt.linear import STRATEGY, chunk_tokens, track_interval
+        from sglang_vtensor.srt.state_models import STRATEGY, chunk_tokens, track_interval
 
         settings, model = self.settings(server_args), self.model(server_args)
         if settings.linear_attn_decode_backend is None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sglang_vtensor import demo, tiny_model
-from tests import linear_models, windowed_models
+from tests import state_models, windowed_models
 from tests.harness import Scheduler
 
 
@@ -20,11 +20,11 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "mha": tiny_model.build(root / "mha", layers=2, heads=4, kv_heads=4),
         "gemma3": windowed_models.gemma3(root / "gemma3", window=41),
         "gpt_oss": windowed_models.gpt_oss(root / "gpt_oss", window=41),
-        "qwen3_5": linear_models.qwen3_5(root / "qwen3_5"),
-        "qwen3_5_deep": linear_models.qwen3_5(root / "qwen3_5_deep", layers=8, interval=8),
-        "qwen3_next": linear_models.qwen3_next(root / "qwen3_next"),
-        "nemotron_h": linear_models.nemotron_h(root / "nemotron_h"),
-        "nemotron_h_deep": linear_models.nemotron_h(root / "nemotron_h_deep", pattern="MMMMMMM*-"),
+        "qwen3_5": state_models.qwen3_5(root / "qwen3_5"),
+        "qwen3_5_deep": state_models.qwen3_5(root / "qwen3_5_deep", layers=8, interval=8),
+        "qwen3_next": state_models.qwen3_next(root / "qwen3_next"),
+        "nemotron_h": state_models.nemotron_h(root / "nemotron_h"),
+        "nemotron_h_deep": state_models.nemotron_h(root / "nemotron_h_deep", pattern="MMMMMMM*-"),
     }
 
 

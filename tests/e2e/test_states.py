@@ -9,7 +9,7 @@ from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.e2e.shortage import check_while_the_driver_fails
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
 from tests.harness import Abort, Request, side_by_side
-from tests.linear_models import CHUNKS
+from tests.state_models import CHUNKS
 
 pytestmark = [
     pytest.mark.parametrize("model", versions.WITH_STATES),

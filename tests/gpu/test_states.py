@@ -7,7 +7,7 @@ import pytest
 from benchmarks.logprobs import ask, spoken
 from benchmarks.serving import server
 from sglang_vtensor.server_client import server_stats
-from tests import linear_models
+from tests import state_models
 from tests.e2e.compare import Prompts, mean_difference
 
 pytest.importorskip("sgl_kernel.flash_attn")
@@ -23,7 +23,7 @@ def test_log_probabilities_are_as_near_as_sglangs_own(tmp_path, name, graphs):
     """Answers behind states that were kept: how far their log-probabilities are from SGLang's own of the same text,
     computed at once. In bfloat16 SGLang's own answers are not these either, so they are the measure. Graphs are padded
     for three requests, and for five."""
-    model = getattr(linear_models, name)(tmp_path / name, dtype="bfloat16", **DIMS[name])
+    model = getattr(state_models, name)(tmp_path / name, dtype="bfloat16", **DIMS[name])
     common = [*COMMON, *([] if graphs else ["--disable-cuda-graph"])]
     prompt = Prompts(71)
     stem = prompt(1100)

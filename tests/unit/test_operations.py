@@ -15,7 +15,7 @@ import typer
 from fastapi import FastAPI
 
 from sglang_vtensor import cli, patches
-from sglang_vtensor.srt import linear, options
+from sglang_vtensor.srt import options, state_models
 from sglang_vtensor.srt.http import add_routes
 from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
 
@@ -101,12 +101,12 @@ def test_every_variable_of_the_environment_is_there():
 
 def test_all_that_is_refused_is_named():
     page = (DOCS / "faq.md").read_text()
-    refusing = [inspect.getsource(options.refuse_unsupported), inspect.getsource(linear.refuse_states)]
+    refusing = [inspect.getsource(options.refuse_unsupported), inspect.getsource(state_models.refuse_states)]
     for module in patches.MODULES.values():
         found = importlib.util.find_spec(f"{patches.__name__}.{module}")
         text = Path(found.origin).read_text()
         refusing += re.findall(r"def refused\(.*?(?=\n    def )", text, re.DOTALL)
     names = {name for text in refusing for name in re.findall(r'\(\s*f?"(--[a-z-]+|SGLANG_\w+)', text)}
-    names |= {f"--{option.replace('_', '-')}" for option in linear.KERNELS}
+    names |= {f"--{option.replace('_', '-')}" for option in state_models.KERNELS}
     assert len(names) > 30
     assert {name for name in names if f"`{name}" not in page} == set()

@@ -10,9 +10,9 @@ import torch
 
 import tests.harness  # noqa: F401  (chooses the platform before SGLang is imported)
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.srt.linear import chunk_tokens, refuse_page, refuse_states, track_interval
 from sglang_vtensor.srt.options import Refused
 from sglang_vtensor.srt.sides import Sides
+from sglang_vtensor.srt.state_models import chunk_tokens, refuse_page, refuse_states, track_interval
 from sglang_vtensor.srt.windows import hold_to, refuse_readers, windows_of
 
 MIB = 1 << 20
