@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 # what it imports anew, for 20 s.
 unexport PYTHONDONTWRITEBYTECODE
 SETUP := $(VENV)/.setup-done
+# Of a hundred random examples, how many the longest tests try (tests/examples.py); 100 before a release.
+EXAMPLES ?= 30
+export VTENSOR_TEST_EXAMPLES = $(EXAMPLES)
 
 # What runs with SGLang is in four parts of about equal length; two of them run at once. A new file is in the last one.
 e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import leave_pages, refuse_at_random
+from tests.examples import share_of
 from tests.harness import ON_GPU, Abort, Do, Request, side_by_side
 
 #: A GPU's pages are whole tiles: everything is so many times as long there.
@@ -302,7 +303,7 @@ step = st.one_of(
     aborted=st.integers(0, 12),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=share_of(12), deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history_of_limits_and_sleeps(pair, arrivals, steps, aborted, seed):
     """Requests with shared starts arrive while the limit moves, the server sleeps and wakes, and the driver refuses."""
     reference, ours = pair

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same, having
+from tests.examples import share_of
 from tests.harness import FEW_FRAMES, Abort, Request, side_by_side
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.
@@ -52,7 +53,7 @@ def test_any_history_gets_the_same_tokens(schedulers, page_size, examples, placi
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=slow)
+    @settings(max_examples=share_of(examples), deadline=None, suppress_health_check=slow)
     @given(seed=st.integers(0, 1 << 30), rounds=st.lists(STEPS, min_size=1, max_size=3))
     def run(seed, rounds):
         prompt = Prompts(seed)

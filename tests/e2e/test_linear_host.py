@@ -12,24 +12,17 @@ from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.harness import Abort, Answer, Request, Scheduler
 from tests.versions import WITH_STATES
 
-#: By the names of SGLang's strategies. Without a buffer a request's state is kept at the ends of its prefills and of
-#: its answer. With one, states are kept on a grid, which is one of 64 tokens here, in prefill and in decode.
-WAYS: dict[str, dict[str, Any]] = {
-    "no_buffer": {"disable_overlap_schedule": True},
-    "extra_buffer": {"page_size": 64, "mamba_track_interval": 64},
-}
+#: States are kept on a grid, which is one of 64 tokens here, in prefill and in decode.
+GRID = 64
 #: SGLang keeps inputs of convolutions in bfloat16, whatever the model has, unless it is told.
 COMMON: dict[str, Any] = {
     "environment": {"SGLANG_MAMBA_CONV_DTYPE": "float32"},
     "max_mamba_cache_size": 64,
     "max_running_requests": 8,
     "chunked_prefill_size": 256,
+    "page_size": GRID,
+    "mamba_track_interval": GRID,
 }
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> str:
-    return request.param
 
 
 @pytest.fixture(params=[*WITH_STATES, "qwen3_next"], scope="module")
@@ -38,8 +31,8 @@ def model(request) -> str:
 
 
 @pytest.fixture
-def scheduler(schedulers, model, way) -> Scheduler:
-    return schedulers(model, **COMMON, **WAYS[way])
+def scheduler(schedulers, model) -> Scheduler:
+    return schedulers(model, **COMMON)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +50,8 @@ def settled(scheduler: Any) -> tuple[Any, ...]:
     return strategy, scheduler.enable_overlap, scheduler.page_size, pool.conv[0].dtype, pool.temporal.dtype
 
 
-def test_sglang_chooses_as_on_a_gpu(scheduler, way):
-    buffered = way != "no_buffer"
-    expected = (way, buffered, 64 if buffered else 1, torch.float32, torch.float32)
-    assert scheduler.call(settled) == expected
+def test_sglang_chooses_as_on_a_gpu(scheduler):
+    assert scheduler.call(settled) == ("extra_buffer", True, GRID, torch.float32, torch.float32)
 
 
 @torch.inference_mode()
@@ -99,7 +90,7 @@ def assert_as_anew(scheduler: Scheduler, request: Request, got: Answer, new: int
     assert_close(answer, replace(got, tokens=got.tokens[:new], logprobs=got.logprobs[:new]), request.rid)
 
 
-def test_a_conversation_goes_on_from_a_state(scheduler, way):
+def test_a_conversation_goes_on_from_a_state(scheduler):
     """Two conversations under one system prompt, with answers that cross the grid."""
     prompt = Prompts(2)
     system = prompt(150)
@@ -110,32 +101,29 @@ def test_a_conversation_goes_on_from_a_state(scheduler, way):
         answers = scheduler.generate(*requests)
         turns += zip(requests, answers, strict=True)
         talks = [tokens + answer.tokens for tokens, answer in zip(talks, answers, strict=True)]
-    # The last token of an answer was never computed. With a buffer, what lies behind the grid is computed again.
-    grid = 1 if way == "no_buffer" else 64
-    known = [(len(request.tokens) + 69) // grid * grid for request, _ in turns[:-2]]
+    # The last token of an answer was never computed, and what lies behind the grid is computed again.
+    known = [(len(request.tokens) + 69) // GRID * GRID for request, _ in turns[:-2]]
     assert [answer.cached for _, answer in turns] == [0, 0, *known]
     for request, answer in turns[2:]:
         assert_as_anew(scheduler, request, answer)
 
 
-def test_prompts_that_branch(scheduler, way):
+def test_prompts_that_branch(scheduler):
     """The second prompt makes SGLang keep a state where it parts from the first one; the others start there."""
     prompt = Prompts(3)
     stem = prompt(200)
     requests = [Request(f"branch {n}", stem + prompt(100), 4) for n in range(4)]
     answers = [scheduler.generate(request)[0] for request in requests]
-    # Without a buffer it keeps no state within a prefill.
-    expected = [0, 0, 0, 0] if way == "no_buffer" else [0, 0, 192, 192]
-    assert [answer.cached for answer in answers] == expected
+    assert [answer.cached for answer in answers] == [0, 0, 192, 192]
     for request, answer in zip(requests[2:], answers[2:], strict=True):
         assert_as_anew(scheduler, request, answer, new=4)
 
 
-def test_memory_is_short(schedulers, model, way):
+def test_memory_is_short(schedulers, model):
     """Requests wait, are retracted and given up. Nothing leaks, which SGLang checks when it is idle."""
     short = {"max_mamba_cache_size": 32, "max_total_tokens": 512, "chunked_prefill_size": 128}
     short["schedule_conservativeness"] = 0.1  # more requests are let in than there is memory for
-    scheduler = schedulers(model, **COMMON | WAYS[way] | short)
+    scheduler = schedulers(model, **COMMON | short)
     prompt = Prompts(4)
     stem = prompt(70)
     requests = [Request(f"r{n}", stem[: 35 * (n % 3)] + prompt(20 + 5 * n), 70) for n in range(9)]

@@ -21,6 +21,7 @@ from tests import versions
 from tests.e2e.compare import Prompts
 from tests.e2e.shortage import leave_pages, refuse_at_random, worker_holds
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
+from tests.examples import share_of
 from tests.harness import Abort, Do, Request, Scheduler
 
 PAGES = 40
@@ -165,7 +166,7 @@ ORDERS = st.one_of(st.builds(limit, st.integers(6, PAGES)), st.just(SLEEP), st.j
 END = [Do(leave_pages, (None,)), Do(refuse_at_random, (0.0, 0)), Do(worker_holds, (0,)), WAKE, limit(PAGES)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=share_of(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 1 << 30),
     arrivals=st.lists(

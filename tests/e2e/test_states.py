@@ -8,13 +8,11 @@ from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.e2e.shortage import check_while_the_driver_fails
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
+from tests.examples import pairs_of
 from tests.harness import Abort, Request, side_by_side
 from tests.state_models import CHUNKS
 
-pytestmark = [
-    pytest.mark.parametrize("model", versions.WITH_STATES),
-    pytest.mark.parametrize("page", [16, 128]),
-]
+pytestmark = pytest.mark.parametrize(("model", "page"), pairs_of(versions.WITH_STATES, [16, 128]))
 
 
 def pair(schedulers, model, page, **server_args):

@@ -17,6 +17,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
+from tests.examples import share_of
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
 
 SMALL = Config(16, 16, 4, 1)
@@ -66,7 +67,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1
     config=st.sampled_from(CONFIGS),
     cache=st.sampled_from([None, None, *FP8]),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=share_of(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_ragged_batches(lengths, heads, dim, dtype, paged, soft_cap, sinks, seed, config, cache):
     if (config is not None and dim not in (64, 128)) or cache is not None:
         config = None

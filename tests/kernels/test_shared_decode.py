@@ -13,6 +13,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_decode import COST, SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
+from tests.examples import share_of
 from tests.kernels.reference import DEVICE, Batch, assert_close, stored
 
 #: Tokens of a page: whole tiles, of 16 keys on the host and of 64 on a GPU.
@@ -131,7 +132,7 @@ def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]
     programs=st.sampled_from([1, 3, 8]),
     cache=st.sampled_from([None, None, *FP8]),
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=share_of(50), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_trees(seed, requests, heads, dim, dtype, soft_cap, sinks, programs, cache):
     rng = random.Random(seed)
     paths = paths_of(rng, requests, 6)

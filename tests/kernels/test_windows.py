@@ -16,6 +16,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
+from tests.examples import share_of
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
 from tests.kernels.test_prefix_prefill import PAGE
 from tests.kernels.test_prefix_prefill import run as prefill
@@ -35,7 +36,7 @@ from tests.kernels.test_shared_decode import Served, paths_of
     seed=st.integers(0, 1000),
     cache=st.sampled_from([None, None, *FP8]),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=share_of(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_ragged_batches(lengths, window, heads, dim, dtype, soft_cap, sinks, whole, seed, cache):
     new = [a for a, _ in lengths]
     contexts = [a + b * (PAGE // 16) for a, b in lengths]
@@ -215,7 +216,7 @@ def decoded(batch, paths, window, *, config=None, cache=None, seed=0, spoilt=Non
     programs=st.sampled_from([1, 3, 8]),
     cache=st.sampled_from([None, None, *FP8]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=share_of(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_trees(seed, requests, window, heads, dim, dtype, soft_cap, sinks, programs, cache):
     rng = random.Random(seed)
     paths = paths_of(rng, requests, 6)
