@@ -9,6 +9,7 @@ it changes nothing, and its caller is told why, by HTTP with status 400, and by 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -154,8 +155,12 @@ def _refuse(elastic: Any, what: str, reason: str, answer: Any) -> Any:
 
 
 async def tell_refusal(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> None:
-    """SGLang's schedulers answer both calls with nothing. Whether one refused, its state says. Raises `Refused`."""
-    await original(manager, obj, request)
-    for state in await manager.get_internal_state():
+    """SGLang's schedulers answer both calls with nothing. Whether one refused, its state says. Raises `Refused`.
+
+    The state is that of the last call, so callers take turns: each would hear of another one's refusal, or of none."""
+    async with vars(manager).setdefault("vtensor_occupation", asyncio.Lock()):
+        await original(manager, obj, request)
+        states = await manager.get_internal_state()
+    for state in states:
         if state["vtensor"]["refusal"]:
             raise Refused(state["vtensor"]["refusal"])

@@ -41,6 +41,31 @@ def test_without_a_refusal_the_answer_is_sglangs():
     assert manager.asked == [("asked", None)]
 
 
+class Scheduler(Manager):
+    """As the last call left it, which takes a while, and so does asking for its state."""
+
+    async def get_internal_state(self):
+        await asyncio.sleep(0.001)
+        return await super().get_internal_state()
+
+
+async def answered(manager, obj, request):
+    await asyncio.sleep(0.001)
+    manager.refusals = [obj]
+
+
+def test_callers_at_once_are_each_told_of_their_own_call():
+    async def together(calls):
+        manager = Scheduler()
+        asked = [tell_refusal(answered, manager, refusal) for refusal in calls]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    calls = [None, "one", None, "two", "three", None]
+    told = asyncio.run(together(calls))
+    assert [result and str(result) for result in told] == calls
+    assert all(result is None or isinstance(result, Refused) for result in told)
+
+
 @pytest.mark.parametrize(
     ("backend", "loaded", "hooked"), [("vtensor", True, 2), ("vtensor", False, 0), ("default", True, 0)]
 )
