@@ -36,20 +36,9 @@ def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) ->
     scheduler = updater.scheduler
     elastic = scheduler.vtensor_elastic
     elastic.refusal = None
-    left = _unfinished(scheduler)
     idle = elastic.runtime.sglang.idle(scheduler)
-    reason = _unknown(recv_req.tags)
-    if reason is None and left:
-        reason = (
-            f"{left} requests have not ended, and memory is released by a server that runs nothing: call "
-            "POST /pause_generation (mode abort, or retract) first, or wait for them"
-        )
-    elif reason is None and not idle and scheduler._engine_paused:
-        reason = (
-            "the engine was paused with a batch in flight, or with requests that wait: call POST /continue_generation, "
-            "and POST /pause_generation with mode abort"
-        )
-    elif reason is None and elastic.release_when_idle is not None:
+    reason = _unknown(recv_req.tags) or unready(scheduler)
+    if reason is None and elastic.release_when_idle is not None:
         reason = "another release waits for the last batch: wait for its answer"
     if reason is not None:
         return _refuse(elastic, "release_memory_occupation", reason, ReleaseMemoryOccupationReqOutput())
@@ -57,6 +46,24 @@ def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) ->
     if idle:
         return release()
     elastic.release_when_idle = lambda: scheduler.ipc_channels.send_to_tokenizer.send_output(release(), recv_req)
+    return None
+
+
+def unready(scheduler: Any) -> str | None:
+    """Why nothing can be released now, whatever the tags."""
+    paused, left = scheduler._engine_paused, _unfinished(scheduler)
+    if left:
+        # Behind a pause in place, SGLang's pause with mode abort waits for ever, and holds off continue_generation.
+        first = "call POST /continue_generation, and then " if paused else "call "
+        return (
+            f"{left} requests have not ended, and memory is released by a server that runs nothing: {first}"
+            "POST /pause_generation (mode abort, or retract), or wait for them"
+        )
+    if paused and not scheduler.vtensor_elastic.runtime.sglang.idle(scheduler):
+        return (
+            "the engine was paused with a batch in flight, or with requests that wait: call POST /continue_generation, "
+            "and POST /pause_generation with mode abort"
+        )
     return None
 
 
