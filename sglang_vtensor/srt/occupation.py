@@ -20,7 +20,11 @@ from sglang.srt.constants import (
     GPU_MEMORY_TYPE_KV_CACHE,
     GPU_MEMORY_TYPE_WEIGHTS,
 )
-from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput, ResumeMemoryOccupationReqOutput
+from sglang.srt.managers.io_struct import (
+    ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqOutput,
+)
 
 from sglang_vtensor.srt.options import Refused
 
@@ -166,6 +170,12 @@ async def tell_refusal(original: Callable[..., Any], manager: Any, obj: Any, req
 
     The state is that of the last call, so callers take turns: each would hear of another one's refusal, or of none."""
     async with vars(manager).setdefault("vtensor_occupation", asyncio.Lock()):
+        if isinstance(obj, ReleaseMemoryOccupationReqInput):
+            # Each data-parallel rank answers for itself. Where one will refuse, the others are not to release.
+            ranks = [state["vtensor"] for state in await manager.get_internal_state()]
+            for rank in ranks if len(ranks) > 1 else []:
+                if rank["unready"]:
+                    raise Refused(f"release_memory_occupation is refused: {rank['unready']}")
         await original(manager, obj, request)
         states = await manager.get_internal_state()
     for state in states:
