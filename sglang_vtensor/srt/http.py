@@ -8,7 +8,8 @@ Each answers with what every rank then holds (`vtensor_state`); 400 says what wa
 
     GET /vtensor, /vtensor/map                  a page that shows the memory, and what it is drawn from (`page`)
 
-    GET /health, /health_generate               SGLang's own check; a sleeping server answers at once, and says so
+    GET /health, /health_generate               SGLang's own check; a server that sleeps, or that is paused with its
+                                                memory released, answers at once, and says so
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 #: A sleeping scheduler has nothing else to do; one that does not answer in this time gets SGLang's own check.
 HEALTH_SECONDS = 5.0
 SLEEPING_IS_HEALTHY = "healthy: what runs comes to its end, and what arrives waits until POST /vtensor/wake"
+RELEASED_IS_HEALTHY = "healthy: memory is released, and what arrives waits until POST /resume_memory_occupation"
 
 
 def add_routes(app: FastAPI, state: Any) -> None:
@@ -70,12 +72,16 @@ def add_routes(app: FastAPI, state: Any) -> None:
     def unless_asleep(check: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def health(request: Request) -> Response:
             nonlocal told_to_sleep, asking
-            if told_to_sleep and not state.tokenizer_manager.gracefully_exit:
+            manager = state.tokenizer_manager
+            # SGLang's own check is a request, and in a paused engine it waits until that goes on.
+            if (told_to_sleep or manager.is_pause) and not manager.gracefully_exit:
                 if asking is None or asking.done():
-                    asking = asyncio.create_task(_ranks(state.tokenizer_manager))
+                    asking = asyncio.create_task(_ranks(manager))
                 answered, _ = await asyncio.wait({asking}, timeout=HEALTH_SECONDS)
                 if answered:
                     ranks = asking.result()
+                    if all(rank["released"] for rank in ranks):
+                        return JSONResponse({"status": "released", "message": RELEASED_IS_HEALTHY})
                     if all(rank["sleeping"] for rank in ranks):
                         status = "falling asleep" if any(rank["requests"] for rank in ranks) else "asleep"
                         return JSONResponse({"status": status, "message": SLEEPING_IS_HEALTHY})

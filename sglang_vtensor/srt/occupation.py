@@ -9,6 +9,7 @@ it changes nothing, and its caller is told why, by HTTP with status 400, and by 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +20,11 @@ from sglang.srt.constants import (
     GPU_MEMORY_TYPE_KV_CACHE,
     GPU_MEMORY_TYPE_WEIGHTS,
 )
-from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput, ResumeMemoryOccupationReqOutput
+from sglang.srt.managers.io_struct import (
+    ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqOutput,
+)
 
 from sglang_vtensor.srt.options import Refused
 
@@ -35,20 +40,9 @@ def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) ->
     scheduler = updater.scheduler
     elastic = scheduler.vtensor_elastic
     elastic.refusal = None
-    left = _unfinished(scheduler)
     idle = elastic.runtime.sglang.idle(scheduler)
-    reason = _unknown(recv_req.tags)
-    if reason is None and left:
-        reason = (
-            f"{left} requests have not ended, and memory is released by a server that runs nothing: call "
-            "POST /pause_generation (mode abort, or retract) first, or wait for them"
-        )
-    elif reason is None and not idle and scheduler._engine_paused:
-        reason = (
-            "the engine was paused with a batch in flight, or with requests that wait: call POST /continue_generation, "
-            "and POST /pause_generation with mode abort"
-        )
-    elif reason is None and elastic.release_when_idle is not None:
+    reason = _unknown(recv_req.tags) or unready(scheduler)
+    if reason is None and elastic.release_when_idle is not None:
         reason = "another release waits for the last batch: wait for its answer"
     if reason is not None:
         return _refuse(elastic, "release_memory_occupation", reason, ReleaseMemoryOccupationReqOutput())
@@ -56,6 +50,24 @@ def release_memory(original: Callable[..., Any], updater: Any, recv_req: Any) ->
     if idle:
         return release()
     elastic.release_when_idle = lambda: scheduler.ipc_channels.send_to_tokenizer.send_output(release(), recv_req)
+    return None
+
+
+def unready(scheduler: Any) -> str | None:
+    """Why nothing can be released now, whatever the tags."""
+    paused, left = scheduler._engine_paused, _unfinished(scheduler)
+    if left:
+        # Behind a pause in place, SGLang's pause with mode abort waits for ever, and holds off continue_generation.
+        first = "call POST /continue_generation, and then " if paused else "call "
+        return (
+            f"{left} requests have not ended, and memory is released by a server that runs nothing: {first}"
+            "POST /pause_generation (mode abort, or retract), or wait for them"
+        )
+    if paused and not scheduler.vtensor_elastic.runtime.sglang.idle(scheduler):
+        return (
+            "the engine was paused with a batch in flight, or with requests that wait: call POST /continue_generation, "
+            "and POST /pause_generation with mode abort"
+        )
     return None
 
 
@@ -154,8 +166,18 @@ def _refuse(elastic: Any, what: str, reason: str, answer: Any) -> Any:
 
 
 async def tell_refusal(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> None:
-    """SGLang's schedulers answer both calls with nothing. Whether one refused, its state says. Raises `Refused`."""
-    await original(manager, obj, request)
-    for state in await manager.get_internal_state():
+    """SGLang's schedulers answer both calls with nothing. Whether one refused, its state says. Raises `Refused`.
+
+    The state is that of the last call, so callers take turns: each would hear of another one's refusal, or of none."""
+    async with vars(manager).setdefault("vtensor_occupation", asyncio.Lock()):
+        if isinstance(obj, ReleaseMemoryOccupationReqInput):
+            # Each data-parallel rank answers for itself. Where one will refuse, the others are not to release.
+            ranks = [state["vtensor"] for state in await manager.get_internal_state()]
+            for rank in ranks if len(ranks) > 1 else []:
+                if rank["unready"]:
+                    raise Refused(f"release_memory_occupation is refused: {rank['unready']}")
+        await original(manager, obj, request)
+        states = await manager.get_internal_state()
+    for state in states:
         if state["vtensor"]["refusal"]:
             raise Refused(state["vtensor"]["refusal"])

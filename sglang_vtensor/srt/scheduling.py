@@ -15,7 +15,7 @@ from sglang_vtensor.srt.allocation import PutOff
 from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
 from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.metrics import Metrics
-from sglang_vtensor.srt.occupation import finish_release
+from sglang_vtensor.srt.occupation import finish_release, unready
 from sglang_vtensor.srt.options import Options
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "dp_rank": runtime.sglang.ranks(scheduler)[1],
         "released": sorted(scheduler.vtensor_elastic.released),
         "refusal": scheduler.vtensor_elastic.refusal,
+        "unready": unready(scheduler),
         "device_bytes": total,
         "device_free_bytes": free,
         "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),

@@ -247,8 +247,17 @@ def test_who_was_retracted_waits_for_the_memory_too(ours):
     same(expected, [got[request.rid] for request in requests])
 
 
-def pause(scheduler):
-    scheduler.pause_generation(SimpleNamespace(mode="retract"))
+def test_who_paused_in_place_is_told_to_go_on_first(ours):
+    """SGLang's pause with mode abort would wait there for requests that do not go on."""
+    request = Request("r", Prompts(26)(50), NEW)
+    (expected,) = ours.generate(request)
+    why = "runs nothing: call POST /continue_generation, and then POST /pause_generation (mode abort, or retract)"
+    script = [[request], *[[]] * 4, [Do(pause, ("in_place",))], [refused("release", KV, why=why)], [Do(go_on)]]
+    same([expected], [ours.run(script)["r"]])
+
+
+def pause(scheduler, mode="retract"):
+    scheduler.pause_generation(SimpleNamespace(mode=mode))
 
 
 def go_on(scheduler):

@@ -26,7 +26,8 @@ class Manager:
     def __init__(self):
         self.asked = []
         self.does = True
-        self.sleeping = False
+        self.sleeping = self.is_pause = False
+        self.released = []
         self.requests = 1
         self.looks = 0
         self.answers, self.answered, self.given_up = True, threading.Event(), False
@@ -42,7 +43,8 @@ class Manager:
                 self.given_up = True
                 raise
         rank = {"page_bytes": PAGE, "capacity_bytes": 100 * PAGE, "limit_bytes": 50 * PAGE}
-        rank |= {"sleeping": int(self.sleeping), "requests": self.requests}
+        rank |= {"sleeping": int(self.sleeping or bool(self.released)), "requests": self.requests}
+        rank |= {"released": self.released}
         rank |= {"backed_bytes": 8 * PAGE, "live_bytes": 3 * PAGE, "cached_bytes": 4 * PAGE, "dp_rank": 0}
         return [{"vtensor": rank | {"live_bytes": 60 * PAGE, "dp_rank": 1}}, {"vtensor": rank}]  # as they answer
 
@@ -153,6 +155,21 @@ def test_a_sleeping_server_is_healthy_and_says_so(manager, path):
     assert answer.json()["message"].startswith("healthy: ")
     manager.gracefully_exit = True
     assert server.get(path).text == "SGLang's own check", "which says 503"
+
+
+def test_a_paused_server_whose_memory_is_released_is_healthy_and_says_so(manager, path):
+    """SGLang's check would wait until it is continued, and say 503 after 20 seconds."""
+    server = client(manager)
+    manager.is_pause, manager.released = True, ["kv_cache"]
+    answer = server.get(path)
+    assert (answer.status_code, answer.json()["status"]) == (200, "released")
+    assert answer.json()["message"].startswith("healthy: ")
+    manager.released = []
+    assert server.get(path).text == "SGLang's own check"
+    manager.is_pause = False
+    looks = manager.looks
+    assert server.get(path).text == "SGLang's own check"
+    assert manager.looks == looks, "the scheduler is not asked"
 
 
 def test_a_server_that_woke_by_whatever_way_is_asked_no_more(manager, path):

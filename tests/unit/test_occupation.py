@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
 from sglang_vtensor import patches
 from sglang_vtensor.patches import common
@@ -39,6 +41,46 @@ def test_without_a_refusal_the_answer_is_sglangs():
     manager = Manager(None, None)
     assert asyncio.run(tell_refusal(original, manager, "asked")) is None
     assert manager.asked == [("asked", None)]
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [((None, "2 requests have not ended"), 0), ((None, None), 1), (("1",), 1)])
+def test_no_rank_releases_where_another_one_has_requests(ranks, asked):
+    """Of a single rank, its own answer is enough."""
+
+    class Ranks(Manager):
+        async def get_internal_state(self):
+            return [{"vtensor": {"refusal": None, "unready": why}} for why in ranks]
+
+    manager, released = Ranks(), ReleaseMemoryOccupationReqInput()
+    refused = pytest.raises(Refused, match=r"^release_memory_occupation is refused: 2 requests have not ended$")
+    with contextlib.nullcontext() if asked else refused:
+        asyncio.run(tell_refusal(original, manager, released))
+    assert manager.asked == [(released, None)] * asked
+
+
+class Scheduler(Manager):
+    """As the last call left it, which takes a while, and so does asking for its state."""
+
+    async def get_internal_state(self):
+        await asyncio.sleep(0.001)
+        return await super().get_internal_state()
+
+
+async def answered(manager, obj, request):
+    await asyncio.sleep(0.001)
+    manager.refusals = [obj]
+
+
+def test_callers_at_once_are_each_told_of_their_own_call():
+    async def together(calls):
+        manager = Scheduler()
+        asked = [tell_refusal(answered, manager, refusal) for refusal in calls]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    calls = [None, "one", None, "two", "three", None]
+    told = asyncio.run(together(calls))
+    assert [result and str(result) for result in told] == calls
+    assert all(result is None or isinstance(result, Refused) for result in told)
 
 
 @pytest.mark.parametrize(
