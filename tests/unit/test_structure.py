@@ -150,3 +150,10 @@ def test_pre_commit_runs_the_linters_of_make_lint():
     (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks == re.findall(r"\t\$\(BIN\)/(.*)", recipe)
+
+
+def test_a_version_without_a_lock_gets_one():
+    """docs/upgrading.md begins with it. Nothing is run."""
+    done = subprocess.run(["make", "-n", "SGLANG=9.9.9", "lock"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "-o requirements-9.9.9.lock" in done.stdout
