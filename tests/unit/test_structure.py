@@ -112,6 +112,12 @@ def test_the_pages_say_what_was_measured():
     assert {name for kind, name in marked if kind == "short"} == set(report.SHORT)
 
 
+def test_a_picture_stands_beside_the_numbers_that_it_was_drawn_from():
+    """Each is drawn from one results file, so it has one place."""
+    pictures = re.findall(r"!\[.*?\]\((plots/.*?)\)", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert len(pictures) == len(set(pictures)), pictures
+
+
 def test_no_number_of_a_benchmark_is_written_by_hand():
     """Every table of rates stands between marks."""
     from benchmarks import report
