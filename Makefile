@@ -118,16 +118,23 @@ bench: $(SETUP)  ## what needs no GPU
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml $(LOCK)
+# An environment that has uv, which installs the rest.
+define with_uv
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
+endef
+
+$(SETUP): pyproject.toml $(LOCK)
+	$(with_uv)
 	$(BIN)/python -m uv pip install -q --python $(BIN)/python -r $(LOCK)
 	$(BIN)/python -m uv pip install -q --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-lock: $(SETUP)  ## resolve the versions anew: make lock, make SGLANG=0.5.17 lock
+# It needs no set-up: a version that is new has no lock that one could be made from.
+lock:  ## resolve the versions anew: make lock, make SGLANG=0.5.17 lock
+	$(with_uv)
 	echo 'sglang==$(SGLANG)' | $(BIN)/python -m uv pip compile -q --universal --python-version 3.11 \
 		--extra test --extra bench --no-emit-index-url --no-annotate --no-header pyproject.toml - -o $(LOCK)
 	sed -i '1i # Every package of a working set-up with SGLang $(SGLANG), resolved for Python 3.11 and 3.12. Made by `make lock`.' $(LOCK)

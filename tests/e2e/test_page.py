@@ -248,7 +248,8 @@ def big(server):
 
 def test_other_servers_are_on_the_same_page_and_10000_frames_are_fluid(page, server, big):
     url, asked = big
-    page.run(f"document.querySelector('#add input').value = {url!r}")
+    # The address of its page, as it stands in a browser's bar.
+    page.run(f"document.querySelector('#add input').value = {f'{url}/vtensor?server={server}'!r}")
     page.run("document.querySelector('#add').requestSubmit()")
     second = "document.querySelectorAll('section')[1]"
     page.wait(f"{second}.querySelector('.message').textContent.includes('wants its key')")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_vtensor import demo
+from sglang_vtensor import demo, real_model
 
 
 def test_a_free_port_is_none_that_a_connection_could_take_until_the_server_is_up():
@@ -26,3 +26,25 @@ def test_a_port_that_somebody_has_is_not_free(monkeypatch):
         others = [taken.getsockname()[1]]
         with pytest.raises(RuntimeError, match="has no free port of 10000 and more outside"):
             demo.free_port()
+
+
+@pytest.mark.parametrize("left", [None, "model.safetensors"])
+def test_a_folder_without_a_model_is_not_taken_for_one(monkeypatch, tmp_path, left):
+    """Such as a volume that is mounted there, or what somebody removed a part of."""
+
+    def convert(module, done, **environment):
+        if done == "converted":
+            made = Path(module[-1])
+            made.mkdir()
+            (made / "config.json").write_text("{}")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(real_model, "_run", convert)
+    folder = real_model.cached()
+    folder.mkdir(parents=True)
+    if left is None:
+        assert (real_model.fetch() / "config.json").exists()
+    else:
+        (folder / left).touch()
+        with pytest.raises(real_model.NotHad, match=r"could not be kept in .*not empty"):
+            real_model.fetch()

@@ -112,6 +112,12 @@ def test_the_pages_say_what_was_measured():
     assert {name for kind, name in marked if kind == "short"} == set(report.SHORT)
 
 
+def test_a_picture_stands_beside_the_numbers_that_it_was_drawn_from():
+    """Each is drawn from one results file, so it has one place."""
+    pictures = re.findall(r"!\[.*?\]\((plots/.*?)\)", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert len(pictures) == len(set(pictures)), pictures
+
+
 def test_no_number_of_a_benchmark_is_written_by_hand():
     """Every table of rates stands between marks."""
     from benchmarks import report
@@ -150,3 +156,10 @@ def test_pre_commit_runs_the_linters_of_make_lint():
     (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks == re.findall(r"\t\$\(BIN\)/(.*)", recipe)
+
+
+def test_a_version_without_a_lock_gets_one():
+    """docs/upgrading.md begins with it. Nothing is run."""
+    done = subprocess.run(["make", "-n", "SGLANG=9.9.9", "lock"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "-o requirements-9.9.9.lock" in done.stdout
