@@ -1,9 +1,11 @@
 """`python -m benchmarks.accuracy`: questions with known answers, to the same server with and without the plugin.
 
-A document is a list of facts. Several questions follow each document and share it as their prefix: lookups of a fact,
-and sums that have nothing to do with the document. An answer is right if the wanted number is in it. The benchmark
-counts the right answers of each side, and the answers that are word for word the same on both. A small model is often
-wrong; the plugin must not change how often.
+A document has a few facts among many sentences. Several questions follow each document and share it as their prefix:
+lookups of a fact, and sums that have nothing to do with the document. The answer to a lookup is begun as the fact
+begins: so even a small model finds what it reads anywhere in its context, and keys and values that are not the
+document's own would show. A lookup is right if its first number is the wanted one, and a sum if the wanted number is in
+it. The benchmark counts the right answers of each side, and the answers that are word for word the same on both. A
+small model is often wrong; the plugin must not change how often.
 
 SGLang is asked twice, the second time with pages of another size: where it answers differently itself, the model's
 numbers are that near to one another. What counts is the questions that only one side answers rightly. If the plugin
@@ -21,6 +23,7 @@ import json
 import math
 import random
 import re
+import string
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,60 +47,77 @@ QUESTIONS, NEW, AT_ONCE = 5, 24, 8
 #: Who is compared with SGLang: itself with pages of so many tokens, and the plugin.
 OTHERS, PAGE = ("again", "vtensor"), "64"
 UNLIKELY = 0.01
-#: Tokens of a prompt that are not its document: the chat template and the question.
-RESERVED = 64
+#: Tokens of a prompt that are not its document: the chat template, the question, and how the answer begins.
+RESERVED = 80
+#: Facts of a document, and letters of the code that each has.
+FACTS, LETTERS = 10, 3
 NAMES = ["Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irene", "Jonas"]
 NAMES += ["Karla", "Leo", "Mona", "Nils", "Olga", "Paul", "Rosa", "Simon", "Tina", "Uwe"]
 THINGS = ["boat", "bridge", "castle", "door", "engine", "forest", "garden", "hammer", "island", "kettle"]
 THINGS += ["ladder", "mirror", "notebook", "orchard", "piano", "quilt", "radio", "saddle", "tower", "umbrella"]
 THINGS += ["anchor", "basket", "candle", "drum", "fountain", "glove", "helmet", "jacket", "lantern", "wagon"]
+IS = ["old", "new", "red", "blue", "small", "large", "quiet", "heavy", "light", "cold", "warm", "broken", "clean"]
 NUMBERS = range(100, 1000)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question behind a document. Its prompt has at most `length` tokens; a right answer has the number `wanted`."""
+    """A question behind a document. Its prompt has at most `length` tokens, `begun` among them: how the answer begins.
+    A right answer has the number `wanted`."""
 
     kind: str
     length: int
     document: str
     asked: str
     wanted: str
+    begun: str = ""
 
 
 def questions(tokenizer: Any, lengths: list[int], documents: int, seed: int = 0) -> list[Question]:
     """Questions of both kinds, for so many documents of each length. Equal arguments give equal questions. Raises
-    `ValueError` if there are too few facts for a length."""
+    `ValueError` for a length that has no room for a fact."""
     rng = random.Random(seed)
     made = []
     for length in lengths:
         for _ in range(documents):
-            pairs = [(name, thing) for name in NAMES for thing in THINGS]
-            rng.shuffle(pairs)
-            numbers = rng.sample(NUMBERS, len(pairs))
-            lines: list[str] = []
-            tokens = RESERVED
-            for (name, thing), number in zip(pairs, numbers, strict=True):
-                line = f"The number of the {thing} of {name} is {number}."
-                tokens += len(tokenizer(line)["input_ids"]) + 1  # and the end of the line
-                if tokens > length:
-                    break
-                lines.append(line)
-            else:
-                raise ValueError(f"All {len(pairs)} facts have {tokens} tokens, fewer than {length}: ask for less.")
-            if not lines:
-                raise ValueError(f"No fact fits into {length} tokens: ask for more than {tokens}.")
+            lines, facts = _document(tokenizer, length - RESERVED, rng)
+            if not facts:
+                raise ValueError(f"No fact fits into {length} tokens: ask for more than {length}.")
             document = "\n".join(lines)
             for n in range(QUESTIONS):
                 if n % 2:
                     a, b = rng.randrange(2, 20), rng.randrange(2, 20)
                     made.append(Question("arithmetic", length, document, f"What is {a} plus {b}?", str(a + b)))
                 else:
-                    at = rng.randrange(len(lines))
-                    name, thing = pairs[at]
-                    asked = f"What is the number of the {thing} of {name}?"
-                    made.append(Question("lookup", length, document, asked, str(numbers[at])))
+                    code, begun, number = rng.choice(facts)
+                    asked = f"Repeat the line of parcel {code}."
+                    made.append(Question("lookup", length, document, asked, str(number), begun))
     return made
+
+
+def _document(tokenizer: Any, tokens: int, rng: random.Random) -> tuple[list[str], list[tuple[str, str, int]]]:
+    """Lines of so many tokens at most, and the facts that stand somewhere among them: the code of each, how its line
+    begins, and its number."""
+    lines: list[str] = []
+    facts: list[tuple[str, str, int]] = []
+
+    def fits(line: str) -> bool:
+        nonlocal tokens
+        tokens -= len(tokenizer(line)["input_ids"]) + 1  # and the end of the line
+        return tokens >= 0
+
+    for number in rng.sample(NUMBERS, FACTS):
+        code = "".join(rng.sample(string.ascii_uppercase, LETTERS))
+        begun = f"Parcel {code} {rng.choice(THINGS)} {rng.choice(NAMES)}:"
+        if not fits(f"{begun} {number}."):
+            return lines, facts
+        facts.append((code, begun, number))
+        lines.append(f"{begun} {number}.")
+    while True:
+        line = f"The {rng.choice(THINGS)} near the {rng.choice(THINGS)} is {rng.choice(IS)} and {rng.choice(IS)}."
+        if not fits(line):
+            return lines, facts
+        lines.insert(rng.randrange(len(lines) + 1), line)
 
 
 def answers(url: str, tokenizer: Any, asked: list[Question]) -> list[str]:
@@ -105,7 +125,8 @@ def answers(url: str, tokenizer: Any, asked: list[Question]) -> list[str]:
 
     def ask(question: Question) -> str:
         chat = [{"role": "system", "content": question.document}, {"role": "user", "content": question.asked}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompt = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+        prompt += tokenizer(question.begun)["input_ids"] if question.begun else []
         body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": NEW}}
         answer = requests.post(f"{url}/generate", json=body, timeout=600)
         answer.raise_for_status()
@@ -116,8 +137,9 @@ def answers(url: str, tokenizer: Any, asked: list[Question]) -> list[str]:
 
 
 def is_right(question: Question, said: str) -> bool:
-    """Whether the wanted number is one of the numbers of the answer."""
-    return question.wanted in re.findall(r"\d+", said)
+    """Whether the wanted number is one of the numbers of the answer; of a lookup, the first one."""
+    numbers = re.findall(r"\d+", said)
+    return question.wanted in (numbers[:1] if question.kind == "lookup" else numbers)
 
 
 def told(asked: list[Question], said: dict[str, list[str]]) -> list[dict[str, Any]]:

@@ -246,10 +246,13 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
         if scheduler is None:
             pipe.send((None, failure))
             continue
+        faulthandler.dump_traceback_later(0.8 * PATIENCE)  # what hangs says where, before it is given up
         try:
             pipe.send((function(scheduler, *args), None))
         except Exception:
             pipe.send((None, traceback.format_exc()))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _build(kwargs: dict[str, Any]) -> Any:
