@@ -37,7 +37,7 @@ demo: $(SETUP)  ## a server, two users, four turns: make demo [MODEL=path-or-hub
 
 # Many small tensors in several processes: threads within an operation would only wait for each other.
 test test-long: export OMP_NUM_THREADS := 1
-test: lint  ## what runs without a GPU, in half an hour
+test: lint  ## what runs without a GPU, in a quarter of an hour
 	$(MAKE) -j2 --output-sync=target test-e2e test-behind-core
 
 test-long: $(SETUP)  ## the rest of it, long histories, and the other version of SGLang
