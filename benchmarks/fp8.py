@@ -98,7 +98,7 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     sharing, group = case.sharing, case.q_heads // case.kv_heads
     tokens = int(row["tokens"])
     numbers = case.requests, tokens, sharing.shared_tokens, sharing.saved_tokens, group, case.token_bytes
-    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), FP8)
+    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), FP8, case.dim)
     row["server"] = row["ours"] if row["taken"] else row["fa3_in_ours"]
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 

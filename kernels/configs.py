@@ -123,6 +123,7 @@ def shared_decode_pays(
     token_bytes: int,
     capability: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
 ) -> bool:
     """Whether shared decode is faster for a batch of so many requests with `tokens` tokens in all, of which `shared`
     are read by several requests, and `saved` read again by others where each reads its own. A token takes `token_bytes`
@@ -134,7 +135,7 @@ def shared_decode_pays(
     fp8 = kv_dtype.itemsize == 1
     if not fp8 and capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
         return True
-    narrow = capability == 90 and kv_dtype == torch.float8_e4m3fn
+    narrow = shared_decode(head_dim, capability, kv_dtype).narrow
     if narrow and requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests:
         return True
     costs, read = NARROW_COSTS if narrow else FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
@@ -142,6 +143,7 @@ def shared_decode_pays(
     return costs.again * read > shared + costs.compute * group * read + loss
 
 
+@functools.cache
 def shared_decode(head_dim: int, capability: int, kv_dtype: torch.dtype = torch.bfloat16) -> Config:
     """For decode over shared runs: tiles of many requests' heads. On a Hopper GPU products are in FP8 where the keys
     and values are e4m3, as those of FlashAttention-3: a quarter to a fifth of the time is saved."""
