@@ -44,6 +44,9 @@ SHARED_OVERHEAD_BYTES = 16 << 20
 #: FlashAttention-3 over the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single
 #: long request is not always: few programs merge what many have read. Between one and 8 requests was not measured.
 HOPPER_REQUESTS, HOPPER_BYTES = 8, 32 << 20
+#: Head dimensions with which batches that share nothing were measured: in bfloat16, and with products in FP8. With
+#: others such a batch is left to SGLang.
+PLAIN_DIMS, NARROW_DIMS = (64, 128), (128,)
 
 
 @functools.cache
@@ -133,10 +136,12 @@ def shared_decode_pays(
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
     fp8 = kv_dtype.itemsize == 1
-    if not fp8 and capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
+    many = requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES
+    if not fp8 and capability == 90 and many and head_dim in PLAIN_DIMS:
         return True
     narrow = shared_decode(head_dim, capability, kv_dtype).narrow
-    if narrow and requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests:
+    short = requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests
+    if narrow and short and head_dim in NARROW_DIMS:
         return True
     costs, read = NARROW_COSTS if narrow else FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
     loss = costs.all * tokens + costs.own * (tokens - read) + SHARED_OVERHEAD_BYTES / token_bytes
