@@ -129,7 +129,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 
 
 def main(
-    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", *SERVED]),
+    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", "Qwen3-32B", *SERVED]),
     parts: Annotated[str, typer.Option(help="With commas.")] = "decode,prefill",
     write: Annotated[bool, typer.Option(help="Write fp8_kernels.json.")] = True,
 ) -> None:
