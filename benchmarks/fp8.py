@@ -98,7 +98,7 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     sharing, group = case.sharing, case.q_heads // case.kv_heads
     tokens = int(row["tokens"])
     numbers = case.requests, tokens, sharing.shared_tokens, sharing.saved_tokens, group, case.token_bytes
-    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), FP8)
+    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), FP8, case.dim)
     row["server"] = row["ours"] if row["taken"] else row["fa3_in_ours"]
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
@@ -129,7 +129,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 
 
 def main(
-    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", *SERVED]),
+    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", "Qwen3-32B", *SERVED]),
     parts: Annotated[str, typer.Option(help="With commas.")] = "decode,prefill",
     write: Annotated[bool, typer.Option(help="Write fp8_kernels.json.")] = True,
 ) -> None:

@@ -547,8 +547,8 @@ def measure_plain(contexts: list[int], geometry: str, copy: float) -> Row:
     read = sum(contexts) * case.token_bytes
     shape = f"{len(contexts)} x {contexts[0]}" if len(set(contexts)) == 1 else f"ragged, {len(contexts)} requests"
     row: Row = {"geometry": geometry, "shape": shape, "bytes": read, "floor_us": round(read / copy * 1e6, 1)}
-    group, capability = case.q_heads // case.kv_heads, configs.capability("cuda")
-    row["taken"] = configs.shared_decode_pays(len(contexts), sum(contexts), 0, 0, group, case.token_bytes, capability)
+    numbers = len(contexts), sum(contexts), 0, 0, case.q_heads // case.kv_heads, case.token_bytes
+    row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), head_dim=case.dim)
     return row | told(seen)
 
 

@@ -44,6 +44,9 @@ SHARED_OVERHEAD_BYTES = 16 << 20
 #: FlashAttention-3 over the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single
 #: long request is not always: few programs merge what many have read. Between one and 8 requests was not measured.
 HOPPER_REQUESTS, HOPPER_BYTES = 8, 32 << 20
+#: Head dimensions with which batches that share nothing were measured: in bfloat16, and with products in FP8. With
+#: others such a batch is left to SGLang.
+PLAIN_DIMS, NARROW_DIMS = (64, 128), (128,)
 
 
 @functools.cache
@@ -123,6 +126,7 @@ def shared_decode_pays(
     token_bytes: int,
     capability: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
 ) -> bool:
     """Whether shared decode is faster for a batch of so many requests with `tokens` tokens in all, of which `shared`
     are read by several requests, and `saved` read again by others where each reads its own. A token takes `token_bytes`
@@ -132,16 +136,19 @@ def shared_decode_pays(
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
     fp8 = kv_dtype.itemsize == 1
-    if not fp8 and capability == 90 and requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES:
+    many = requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES
+    if not fp8 and capability == 90 and many and head_dim in PLAIN_DIMS:
         return True
-    narrow = capability == 90 and kv_dtype == torch.float8_e4m3fn
-    if narrow and requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests:
+    narrow = shared_decode(head_dim, capability, kv_dtype).narrow
+    short = requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests
+    if narrow and short and head_dim in NARROW_DIMS:
         return True
     costs, read = NARROW_COSTS if narrow else FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
     loss = costs.all * tokens + costs.own * (tokens - read) + SHARED_OVERHEAD_BYTES / token_bytes
     return costs.again * read > shared + costs.compute * group * read + loss
 
 
+@functools.cache
 def shared_decode(head_dim: int, capability: int, kv_dtype: torch.dtype = torch.bfloat16) -> Config:
     """For decode over shared runs: tiles of many requests' heads. On a Hopper GPU products are in FP8 where the keys
     and values are e4m3, as those of FlashAttention-3: a quarter to a fifth of the time is saved."""

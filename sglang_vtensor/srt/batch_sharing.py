@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class BatchSharing:
     """Keeps a `Sharing` to the decode batch that is launched next.
 
-    `group` query heads share a KV head; a token takes `token_bytes` of `kv_dtype` in one layer; `capability` is the
-    GPU's.
+    `group` query heads of `head_dim` share a KV head; a token takes `token_bytes` of `kv_dtype` in one layer;
+    `capability` is the GPU's.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class BatchSharing:
         token_bytes: int,
         capability: int = 0,
         kv_dtype: torch.dtype = torch.bfloat16,
+        head_dim: int = 128,
     ) -> None:
         self.runtime = runtime
         self.group, self.token_bytes = group, token_bytes
-        self.capability, self.kv_dtype = capability, kv_dtype
+        self.capability, self.kv_dtype, self.head_dim = capability, kv_dtype, head_dim
         self.sharing = Sharing(slots=runtime.request_slots, requests=requests, page_tokens=runtime.page_tokens)
         #: Whether the next batch is to read what it shares once.
         self.pays = False
@@ -65,6 +66,7 @@ class BatchSharing:
                 self.token_bytes,
                 self.capability,
                 self.kv_dtype,
+                self.head_dim,
             )
         self.seconds += time.perf_counter() - start
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import json
 import math
 import re
 import reprlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -380,29 +379,21 @@ def kv_dtype(args: Any, model: Any) -> torch.dtype:
     if args.kv_cache_dtype != "auto":
         return KV_DTYPES[args.kv_cache_dtype]
     own: torch.dtype = model.dtype
-    return torch.float8_e4m3fn if asks_for_fp8_kv(model) else own
+    return torch.float8_e4m3fn if asks_for_fp8_kv(model, args.download_dir) else own
 
 
-def asks_for_fp8_kv(model: Any) -> bool:
-    """Whether a checkpoint's own configuration asks for an FP8 KV cache, in the forms that SGLang reads of ModelOpt
-    (layers/quantization/modelopt_quant.py): in `config.json`, or in an `hf_quant_config.json` beside it."""
-    told = getattr(model.hf_config, "quantization_config", None)
-    if told is not None and not isinstance(told, dict):
-        told = told.to_dict()
-    beside = Path(model.model_path) / "hf_quant_config.json"
-    if told is None and beside.is_file():
-        told = json.loads(beside.read_text())
-    if told is None or "modelopt" not in told.get("quant_method", "modelopt"):
+def asks_for_fp8_kv(model: Any, download_dir: str | None = None) -> bool:
+    """Whether a checkpoint asks for an FP8 KV cache, as SGLang reads it. Each format of checkpoints says so in words of
+    its own, and not every version of SGLang listens to all of them."""
+    if model.quantization is None:
         return False
-    flat = told.get("quant_algo") is not None
-    told = told if flat else told.get("quantization", {})
-    algorithm = str(told.get("quant_algo"))
-    layers = (told.get("quantized_layers") or {}).values()
-    if algorithm == "MIXED_PRECISION" and not any("NVFP4" in str(layer).upper() for layer in layers):
-        return False  # SGLang takes it for its own w4afp8, which asks for nothing
-    wanted, scheme = told.get("kv_cache_quant_algo"), told.get("kv_cache_scheme") if flat else None
-    if isinstance(scheme, dict) and not (algorithm == "MXFP8" and wanted):
-        return scheme.get("type") == "float" and scheme.get("num_bits") == 8
-    if isinstance(scheme, str) and "FP4" in algorithm:
-        return scheme.strip().upper() in ("FP8", "FLOAT8")
-    return str(wanted).upper() == "FP8"
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.weight_utils import get_quant_config
+
+    model = copy.copy(model)
+    model.hf_config = copy.deepcopy(model.hf_config)  # SGLang notes there what it is asked with
+    try:
+        read: Any = get_quant_config(model, LoadConfig(download_dir=download_dir), {})
+    except Exception:
+        return False  # SGLang says what is wrong with it as it reads the weights
+    return str(getattr(read, "kv_cache_quant_algo", None)).upper() == "FP8"

@@ -73,6 +73,7 @@ class SharedDecodeBackend(AttentionBackend):
             token_bytes=memory.layout.kv_bytes // memory.layout.layers,
             capability=capability(memory.vmm.device),
             kv_dtype=memory.layout.dtype,
+            head_dim=memory.layout.head_dim,
         )
         wanted = {
             window: launches(

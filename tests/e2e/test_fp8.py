@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from sglang_vtensor import tiny_model
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both
 from tests.e2e.shortage import leave_pages
 from tests.harness import Request, Scheduler
@@ -63,14 +67,16 @@ def test_a_driver_that_gives_little(pair):
     ours.call(leave_pages, None)
 
 
-K_SCALE, V_SCALE = 0.7, 1.3
+def scales_of(layer: int) -> tuple[float, float]:
+    """No two layers have the same: which one's are taken can be seen."""
+    return 0.5 + 0.3 * layer, 1.3 - 0.2 * layer
 
 
 def scale(scheduler: Any) -> None:
     """Give every layer scales, as a checkpoint does."""
-    for layer in scheduler.tp_worker.model_runner.model.model.layers:
+    for number, layer in enumerate(scheduler.tp_worker.model_runner.model.model.layers):
         attention = layer.self_attn.attn
-        attention.k_scale, attention.v_scale = torch.tensor(K_SCALE), torch.tensor(V_SCALE)
+        attention.k_scale, attention.v_scale = map(torch.tensor, scales_of(number))
 
 
 def scale_reference(scheduler: Any) -> None:
@@ -78,9 +84,9 @@ def scale_reference(scheduler: Any) -> None:
     says what they mean as it is read."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     write, keys, values = pool.set_kv_buffer, pool.get_key_buffer, pool.get_value_buffer
-    pool.set_kv_buffer = lambda layer, loc, k, v, *_: write(layer, loc, k, v, K_SCALE, V_SCALE)
-    pool.get_key_buffer = lambda layer_id: keys(layer_id).float() * K_SCALE
-    pool.get_value_buffer = lambda layer_id: values(layer_id).float() * V_SCALE
+    pool.set_kv_buffer = lambda layer, loc, k, v, *_: write(layer, loc, k, v, *scales_of(layer.layer_id))
+    pool.get_key_buffer = lambda layer_id: keys(layer_id).float() * scales_of(layer_id)[0]
+    pool.get_value_buffer = lambda layer_id: values(layer_id).float() * scales_of(layer_id)[1]
 
 
 @pytest.mark.parametrize("cache", ["fp8_e4m3", "bfloat16"])
@@ -108,6 +114,39 @@ def test_scales_of_a_checkpoint(models, cache):
     finally:
         reference.close()
         ours.close()
+
+
+def asking(folder: Path) -> Path:
+    """The tiny model as a checkpoint that asks for an FP8 KV cache in the words of most of them, and has the scales."""
+    tiny_model.build(folder)
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": scheme,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for name, scale in zip(("k_scale", "v_scale"), scales_of(layer), strict=True):
+            weights[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor(scale)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_checkpoint_that_asks_for_it(models, tmp_path):
+    """Nothing is given on the command line: the same as where the type is, and the scales."""
+    common = {"kv_backend": "vtensor", "page_size": 16, "dtype": "bfloat16"}
+    prompt = Prompts(44)
+    requests = [Request(f"r{n}", prompt(30 + 20 * n), 16) for n in range(4)]
+    with Scheduler(models["gqa"], **FP8, **common) as given, Scheduler(asking(tmp_path / "asks"), **common) as asked:
+        given.call(scale)
+        expected, got = answers_of_both(given, asked, requests)
+        assert [answer.tokens for answer in got] == [answer.tokens for answer in expected]
+        assert asked.stats()["page_bytes"] == given.stats()["page_bytes"]
 
 
 def test_the_type_of_more_range(schedulers):

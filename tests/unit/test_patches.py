@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import copy
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from sglang_vtensor.srt import scheduling
 from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, kv_dtype, parse_share_or_bytes, refuse_types
+from tests import versions
 
 
 def test_a_known_version_has_its_module():
@@ -220,9 +222,29 @@ def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
 )
 def test_the_cache_has_the_type_that_was_given_or_is_asked_for(given, asks, dtype, tmp_path):
     told = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8" if asks else None}
-    config = SimpleNamespace(quantization_config=told)
-    model = SimpleNamespace(dtype=torch.bfloat16, hf_config=config, model_path=str(tmp_path))
-    assert kv_dtype(SimpleNamespace(kv_cache_dtype=given), model) == dtype
+    assert kv_dtype(SimpleNamespace(kv_cache_dtype=given, download_dir=None), checkpoint(tmp_path, told)) == dtype
+
+
+def checkpoint(folder, told=None, beside=None, key="quantization_config"):
+    """SGLang's `ModelConfig` of a checkpoint of Llama, quantized as `told` in its configuration, or `beside` it."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config if told is None else config | {key: told}))
+    if beside is not None:
+        (folder / "hf_quant_config.json").write_text(json.dumps(beside))
+    return ModelConfig(str(folder))
+
+
+#: As most checkpoints with scales for a KV cache say so, and whether this version of SGLang listens.
+STATIC = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": STATIC, "input_activations": STATIC}},
+    "ignore": ["lm_head"],
+}
+LISTENS = versions.HERE != "v0_5_17"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +255,11 @@ def test_the_cache_has_the_type_that_was_given_or_is_asked_for(given, asks, dtyp
         ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, None, False),
         ({"quant_algo": "FP8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, None, True),
         ({"quant_algo": "FP8", "kv_cache_scheme": {"type": "int", "num_bits": 8}}, None, False),
-        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}}, None, False),
+        (COMPRESSED | {"kv_cache_scheme": STATIC}, None, LISTENS),
+        (COMPRESSED | {"kv_cache_scheme": STATIC | {"dynamic": True}}, None, False),
+        (COMPRESSED | {"kv_cache_scheme": None}, None, False),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "kv_cache_quant_algo": "FP8"}, None, LISTENS),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, None, False),
         (None, {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, True),
         (None, {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}, False),
         (None, {"quantization": {"quant_algo": "FP8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}}, False),
@@ -241,14 +267,25 @@ def test_the_cache_has_the_type_that_was_given_or_is_asked_for(given, asks, dtyp
         ({"quant_algo": "NVFP4", "kv_cache_scheme": "fp8"}, None, True),
         ({"quant_algo": "NVFP4", "kv_cache_scheme": "nvfp4", "kv_cache_quant_algo": "FP8"}, None, False),
         ({"quant_algo": "FP8", "kv_cache_scheme": "fp8"}, None, False),
-        ({"quant_algo": "MXFP8", "kv_cache_quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4}}, None, True),
+        ({"quant_algo": "MXFP8", "kv_cache_quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4}}, None, LISTENS),
     ],
 )
 def test_a_checkpoint_that_asks_for_an_fp8_kv_cache_is_told_apart(config, beside, asks, tmp_path):
-    if beside is not None:
-        (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
-    hf_config = SimpleNamespace() if config is None else SimpleNamespace(quantization_config=config)
-    assert asks_for_fp8_kv(SimpleNamespace(hf_config=hf_config, model_path=str(tmp_path))) is asks
+    model = checkpoint(tmp_path, config, beside)
+    before = copy.deepcopy(model.hf_config.to_dict())
+    assert asks_for_fp8_kv(model) is asks
+    assert model.hf_config.to_dict() == before
+
+
+def test_a_checkpoint_may_ask_under_the_older_name(tmp_path):
+    told = COMPRESSED | {"kv_cache_scheme": STATIC}
+    assert asks_for_fp8_kv(checkpoint(tmp_path, told, key="compression_config")) is LISTENS
+
+
+def test_a_checkpoint_that_sglang_cannot_read_is_left_to_it(tmp_path):
+    model = checkpoint(tmp_path, COMPRESSED)
+    model.quantization = "no such"
+    assert not asks_for_fp8_kv(model)
 
 
 @pytest.mark.parametrize(

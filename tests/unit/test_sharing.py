@@ -128,5 +128,18 @@ def test_what_pays_on_hopper_though_nothing_is_shared():
     assert shared_decode_pays(256, 256 * 512, 0, 0, **fp8), "118 microseconds for 129"
     assert not shared_decode_pays(64, 64 * 8192, 0, 0, **fp8), "measured: 351 microseconds for 316"
     assert shared_decode_pays(64, 64 * 8704, 8192, 63 * 8192, **fp8), "62 for 335"
+    # By the costs of products in 16 bits, which such heads have.
+    half = {"tokens": 64 * 7000, "shared": 2048, "saved": 63 * 2048}
+    assert shared_decode_pays(64, **half, **fp8)
+    assert not shared_decode_pays(64, **half, **fp8 | {"head_dim": 256})
     assert shared_decode_pays(256, 256 * 16640, 8 * 16384, 248 * 16384, **fp8), "263 for 2,640"
     assert not shared_decode_pays(64, 64 * 8192, 512, 63 * 512, **fp8), "a little of what is read is shared"
+
+
+@pytest.mark.parametrize("dim", [80, 96, 192, 256])
+def test_what_shares_nothing_is_left_to_sglang_where_heads_were_not_measured(dim):
+    plain = {"shared": 0, "saved": 0, "group": 4, "capability": 90, "head_dim": dim}
+    assert not shared_decode_pays(64, 64 * 8192, token_bytes=8192, **plain)
+    assert not shared_decode_pays(256, 256 * 512, token_bytes=4096, kv_dtype=torch.float8_e4m3fn, **plain)
+    shares = plain | {"shared": 8192, "saved": 63 * 8192}
+    assert shared_decode_pays(64, 64 * 8704, token_bytes=8192, **shares)
