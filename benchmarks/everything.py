@@ -84,6 +84,7 @@ GROUPS: dict[str, list[Command]] = {
         ),
     ],
     "logprobs": [Command("logprobs --write --rows {folder}/logprobs.json", 5)],
+    "logprobs_fp8_e4m3": [Command("logprobs --fp8 --write --rows {folder}/logprobs_fp8.json", 6)],
     "accuracy": [Command("accuracy --rows {folder}/accuracy.json", 5)],
     "accuracy_fp8_e4m3": [Command("accuracy --kv-cache-dtype fp8_e4m3 --rows {folder}/accuracy_fp8.json", 5)],
     "memory": [

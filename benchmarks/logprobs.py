@@ -1,6 +1,7 @@
 """How far log-probabilities are from those of SGLang's FlashAttention-3, and how far these are from themselves.
 
     python -m benchmarks.logprobs            servers on a GPU, one after the other; --write for results/logprobs.json
+    python -m benchmarks.logprobs --fp8      what an FP8 cache changes, beside the same of a cache in the model's type
     python -m benchmarks.logprobs --quick    the host backend: does it run?
 
 A small model with Llama-3-8B's heads and random weights that are no noise: its best tokens lead clearly. Groups of
@@ -36,8 +37,12 @@ from sglang_vtensor.server_client import server_stats
 
 console = Console(width=150)
 GEOMETRY = {"layers": 8, "hidden": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128, "max_tokens": 16_384}
+#: Contestants; behind a colon, the type of its KV cache. The first one is the reference.
 SERVERS = ("fa3", "vtensor", "vtensor-plain")
 QUICK = ("torch_native", "vtensor")
+FP8 = "fp8_e4m3"
+SERVERS_FP8 = ("fa3", f"fa3:{FP8}", f"vtensor:{FP8}", f"vtensor-plain:{FP8}")
+QUICK_FP8 = ("torch_native", f"torch_native:{FP8}", f"vtensor:{FP8}")
 #: Words of the small model.
 FIRST_WORD, LAST_WORD = 6, 400
 
@@ -139,11 +144,12 @@ def compared(
             rows_file.write_text(json.dumps(rows, indent=1))
 
     for name in names:
-        arguments = [*(HOST if host else GPU)[name]]
+        contestant, _, cache = name.partition(":")
+        arguments = [*(HOST if host else GPU)[contestant], *(["--kv-cache-dtype", cache] if cache else [])]
         if not host:
             arguments += ["--load-format", "auto", "--mem-fraction-static", "0.3"]
-        with server(name, model, folder / f"{name}.log", arguments=arguments, host=host) as (url, _):
-            compiled(name, url)
+        with server(contestant, model, folder / f"{contestant}{cache}.log", arguments=arguments, host=host) as (url, _):
+            compiled(contestant, url)
             mine = ask(url, prompts, size.new, at_once=together)
             if name == names[0]:
                 decoded = mine
@@ -154,40 +160,41 @@ def compared(
                 alone = ask(url, texts, 1, at_once=1, told_from=begin)
                 note(row(f"{name} prefill, one at a time", alone, prefilled))
                 continue
-            shared = server_stats(url)[0]["decode_steps_shared"]
-            if name == "vtensor" and not shared and not host:
-                raise RuntimeError("vtensor shared nothing, so it says nothing about shared decode")
-            note(row(f"{name} decode", mine, decoded) | {"steps_shared": shared})
-            if name == "vtensor":
+            decode = row(f"{name} decode", mine, decoded)
+            if contestant.startswith("vtensor"):
+                decode["steps_shared"] = server_stats(url)[0]["decode_steps_shared"]
+                if contestant == "vtensor" and not decode["steps_shared"] and not host:
+                    raise RuntimeError("vtensor shared nothing, so it says nothing about shared decode")
+            note(decode)
+            if contestant != "vtensor-plain":  # its prefill is that of vtensor
                 told = ask(url, texts, 1, at_once=together, told_from=begin)
                 note(row(f"{name} prefill", told, prefilled))
     return rows
 
 
-def summarize(rows: Sequence[dict[str, Any]], reference: str) -> dict[str, float]:
-    """The greatest differences: ours with shared decode, without, in prefill, and those of the reference."""
-    names = {
-        "vtensor decode": "",
-        "vtensor-plain decode": "_plain",
-        "vtensor prefill": "_prefill",
-        f"{reference} decode, one at a time": f"_{reference}",
-        f"{reference} prefill, one at a time": f"_{reference}_prefill",
-    }
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The greatest differences and the mean ones: ours with shared decode, without, in prefill, and those of SGLang."""
     summary = {}
     for one in rows:
+        name, what = one["what"].split(" ", 1)
+        contestant, _, cache = name.partition(":")
+        whose = {"vtensor": [], "vtensor-plain": ["plain"]}.get(contestant, [contestant])
+        parts = [*(["fp8"] if cache else []), *whose, *(["prefill"] if what.startswith("prefill") else [])]
         for key in ("max", "mean"):
-            summary[f"logprob_difference_{key}{names[one['what']]}"] = one[key]
+            summary["_".join(["logprob_difference", key, *parts])] = one[key]
     return summary
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="A small model on the host backend.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Caches in FP8, beside one in the model's own type.")] = False,
     write: Annotated[bool, typer.Option(help="Write the results file.")] = False,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure and print."""
     end_with_servers()
-    names, size = (QUICK, SMALL) if quick else (SERVERS, FULL)
+    names = (QUICK_FP8 if fp8 else QUICK) if quick else (SERVERS_FP8 if fp8 else SERVERS)
+    size = SMALL if quick else FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = tiny_model.build(folder / "model", **({} if quick else GEOMETRY))
@@ -197,10 +204,11 @@ def main(
         numbers = [f"{one[key]:.2e}" for key in ("mean", "p99", "max")]
         table.add_row(one["what"], str(one["texts"]), str(one["tokens"]), *numbers, str(one.get("steps_shared", "")))
     console.print(table)
-    summary = summarize(rows, names[0])
+    summary = summarize(rows)
     console.print(summary)
     if write:
-        console.print(f"written to {results.write('logprobs_quick' if quick else 'logprobs', summary, rows)}")
+        file = "logprobs" + (f"_{FP8}" if fp8 else "") + ("_quick" if quick else "")
+        console.print(f"written to {results.write(file, summary, rows)}")
 
 
 if __name__ == "__main__":

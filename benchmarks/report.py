@@ -286,6 +286,7 @@ TABLES = {
     "qwen3moe": prefix,
     "rollout": rollout,
     "logprobs": logprobs,
+    "logprobs_fp8_e4m3": logprobs,
     "accuracy": accuracy,
     "accuracy_fp8_e4m3": accuracy,
     "prefill": prefill,

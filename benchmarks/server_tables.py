@@ -49,6 +49,11 @@ LOGPROBS = {
     "vtensor-plain decode": "vtensor, decode with `--vtensor-shared-decode off`",
     "fa3 prefill, one at a time": "SGLang, prefill: each text alone",
     "vtensor prefill": "vtensor, prefill",
+    "fa3:fp8_e4m3 decode": "SGLang over FP8, decode",
+    "vtensor:fp8_e4m3 decode": "vtensor over FP8, decode that reads shared prefixes once",
+    "vtensor-plain:fp8_e4m3 decode": "vtensor over FP8, decode with `--vtensor-shared-decode off`",
+    "fa3:fp8_e4m3 prefill": "SGLang over FP8, prefill",
+    "vtensor:fp8_e4m3 prefill": "vtensor over FP8, prefill",
 }
 
 
@@ -57,7 +62,8 @@ def logprobs(record: Record) -> str:
     rows = {row["what"]: row for row in record["rows"]}
     lines = ["| log-probabilities of | tokens compared | mean difference | p99 | greatest |", "|---" * 5 + "|"]
     for what, name in LOGPROBS.items():
-        row = rows[what]
+        if (row := rows.get(what)) is None:
+            continue
         numbers = " | ".join(f"{row[key]:.4f}" for key in ("mean", "p99", "max"))
         lines.append(f"| {name} | {row['tokens']:,} | {numbers} |")
     return "\n".join([*lines, "", source(record)])

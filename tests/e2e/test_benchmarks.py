@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from benchmarks import results, rollout, rounds, servers
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,15 @@ def test_log_probabilities_are_compared_on_the_host():
     (summary,) = (line for line in printed.splitlines() if "'logprob_difference_max'" in line)
     assert "vtensor prefill" in printed
     assert 0 <= float(summary.split("'logprob_difference_max': ")[1].split(",")[0]) < 1e-3
+
+
+def test_log_probabilities_over_fp8_are_compared_on_the_host():
+    printed = run("benchmarks.logprobs", "--quick", "--fp8")
+    told = dict(re.findall(r"'(logprob_difference_mean_fp8\w*)': ([0-9.e-]+)", printed))
+    assert len(told) == 4
+    for what in ("", "_prefill"):
+        theirs, ours = (float(told[f"logprob_difference_mean_fp8{who}{what}"]) for who in ("_torch_native", ""))
+        assert ours == pytest.approx(theirs, abs=1e-4), "what FP8 changes, it changes on both sides alike"
 
 
 def test_a_cache_is_filled_until_a_request_is_retracted():

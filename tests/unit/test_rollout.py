@@ -137,7 +137,26 @@ def test_shared_decode_that_did_not_happen_is_not_measured(tmp_path, monkeypatch
     assert waited[0] == "vtensor", "without its kernels it shares nothing"
     if shared:
         record = HEAD | {"rows": rows}
-        assert server_tables.logprobs(record).count("| 0.0000 | 0.0000 | 0.0000 |") == len(server_tables.LOGPROBS)
+        assert server_tables.logprobs(record).count("| 0.0000 | 0.0000 | 0.0000 |") == len(rows) == 5
+
+
+def test_over_fp8_both_sides_stand_beside_one_cache_in_the_models_type(tmp_path, monkeypatch):
+    started = []
+
+    @contextlib.contextmanager
+    def server(name, *_, arguments, **__):
+        started.append((name, arguments[-1] if "--kv-cache-dtype" in arguments else "auto"))
+        yield name, 1.0
+
+    monkeypatch.setattr(logprobs, "server", server)
+    monkeypatch.setattr(contestants.precompile, "wait", lambda _: 0)
+    monkeypatch.setattr(logprobs, "ask", lambda url, texts, *_, **__: [[(1, -0.5)]] * len(texts))
+    monkeypatch.setattr(logprobs, "server_stats", lambda url: [{"decode_steps_shared": 0}])
+    rows = logprobs.compared(tmp_path, tmp_path, logprobs.QUICK_FP8, logprobs.SMALL, host=True)
+    assert started == [("torch_native", "auto"), ("torch_native", logprobs.FP8), ("vtensor", logprobs.FP8)]
+    greatest = {key for key in logprobs.summarize(rows) if "_max" in key}
+    of = ["torch_native", "torch_native_prefill", "fp8_torch_native", "fp8_torch_native_prefill", "fp8", "fp8_prefill"]
+    assert greatest == {f"logprob_difference_max_{name}" for name in of}
 
 
 def test_log_probabilities_of_inputs_have_the_texts_own_tokens(monkeypatch):
