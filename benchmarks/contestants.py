@@ -320,9 +320,7 @@ def servers(names: list[str], plan: Plan) -> Iterator[tuple[dict[str, Client], d
         clients: dict[str, Client] = {}
         ports: set[int] = set()
         for number, name in enumerate(names):
-            while (port := free_port()) in ports:
-                pass
-            ports.add(port)
+            ports.add(port := free_port(ports))
             log = plan.model.parent / f"{name}.log"
             environment, folder = dict(os.environ), None
             if plan.devices:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has, for a server that binds it only once it is up. It is none of those that the
-    kernel gives to connections (`ip_local_port_range`): one of these could take it in the meantime, even the
-    connection that asks whether the server is up."""
+def free_port(but: Set[int] = frozenset()) -> int:
+    """A port of 127.0.0.1 that nobody has, for a server that binds it only once it is up; none of `but`, which others
+    are to bind. It is none of those that the kernel gives to connections (`ip_local_port_range`): one of these could
+    take it in the meantime, even the connection that asks whether the server is up."""
     first, last = (int(port) for port in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = [port for port in range(10_000, 65_536) if not first <= port <= last]
+    ports = [port for port in range(10_000, 65_536) if not first <= port <= last and port not in but]
     for port in random.SystemRandom().sample(ports, len(ports)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -17,6 +17,12 @@ def test_a_free_port_is_none_that_a_connection_could_take_until_the_server_is_up
     assert len(set(ports)) > 1
 
 
+def test_a_port_that_another_server_is_to_bind_is_not_given_again(monkeypatch):
+    monkeypatch.setattr(demo, "range", lambda *_: [30_001, 30_002], raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda _: "60001 60002")
+    assert demo.free_port({30_001}) == 30_002
+
+
 def test_a_port_that_somebody_has_is_not_free(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", demo.free_port()))
