@@ -19,7 +19,6 @@ changes nothing, each side has half of them. Where what was seen is less likely 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -188,8 +187,7 @@ def main(
                 compiled(name, url)
                 said[name] = answers(url, tokenizer, asked)
             console.print(f"{name}: {len(asked)} questions answered")
-            if rows_file is not None:
-                rows_file.write_text(json.dumps(told(asked, said), indent=1))
+            results.keep(rows_file, told(asked, said))
     rows: list[dict[str, Any]] = []
     for kind, length in dict.fromkeys((question.kind, question.length) for question in asked):
         those = [n for n, question in enumerate(asked) if (question.kind, question.length) == (kind, length)]

@@ -99,8 +99,7 @@ class Bench:
         }
         self.rows.append(row)
         console.print(row)
-        if self.rows_file is not None:
-            self.rows_file.write_text(json.dumps(self.rows, indent=1))
+        results.keep(self.rows_file, self.rows)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -118,11 +117,10 @@ class Bench:
             config.write_text(json.dumps(geometry.config))
         model = self.folder / "small" if self.quick else config.parent
         with contextlib.ExitStack() as stack:
-            clients, waits, ports = {}, [], set()
+            clients, waits = {}, []
+            ports: set[int] = set()
             for name, more in arguments.items():
-                while (port := free_port()) in ports:
-                    pass
-                ports.add(port)
+                ports.add(port := free_port(ports))
                 environment, url = dict(os.environ), f"http://127.0.0.1:{port}"
                 if self.quick:
                     environment["SGLANG_MAMBA_CONV_DTYPE"] = "float32"  # as the small model computes

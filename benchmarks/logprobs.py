@@ -16,7 +16,6 @@ requests begin with one prompt, and each ends with words of its own.
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -140,8 +139,7 @@ def compared(
 
     def note(one: dict[str, Any]) -> None:
         rows.append(one)
-        if rows_file is not None:
-            rows_file.write_text(json.dumps(rows, indent=1))
+        results.keep(rows_file, rows)
 
     for name in names:
         contestant, _, cache = name.partition(":")

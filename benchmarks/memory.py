@@ -17,7 +17,6 @@ Parts, each of which runs by itself and is merged into memory.json:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -338,8 +337,7 @@ def main(
         bench = Bench(Path(folder), quick, trace, speed)
         for part in chosen:
             getattr(bench, part)()
-            if rows_file is not None:
-                rows_file.write_text(json.dumps(bench.rows, indent=1))
+            results.keep(rows_file, bench.rows)
     rows = bench.rows
     if not quick:
         path, rows, dropped = results.add_parts("memory", rows, lambda row: row["part"], summarize)

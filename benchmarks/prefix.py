@@ -139,8 +139,7 @@ class Suite:
         }
         row |= {"round": number, "place": place, "servers_up": len(clients), "kv_tokens": clients[name].kv_tokens()}
         self.rows.append(self.head | row | measured)
-        if self.file is not None:
-            self.file.write_text(json.dumps(self.rows, indent=1))
+        results.keep(self.file, self.rows)
         console.print(
             f"{kind} {number} {name}: {measured['tokens_per_second']:,.0f} tokens/s in {measured['seconds']:.1f} s"
         )

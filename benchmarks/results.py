@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,6 +101,13 @@ def add_rounds(name: str, runs: list[list[dict[str, Any]]]) -> tuple[Path, str]:
 def written(path: Path, dropped: str) -> str:
     """What a benchmark says at its end: where its results are, and why what that file had was dropped, if it was."""
     return f"written to {path}" + (f"; dropped what it had: {dropped}" if dropped else "")
+
+
+def keep(file: Path | None, rows: Sequence[Record]) -> None:
+    """Write what a run has measured so far to the file that `--rows` names, if it names one: what comes next may
+    fail."""
+    if file is not None:
+        file.write_text(json.dumps(rows, indent=1))
 
 
 def save(name: str, head: dict[str, Any], summary: dict[str, float], more: dict[str, Any]) -> Path:

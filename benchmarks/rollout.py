@@ -18,7 +18,6 @@ what the cache held: in the first turn that is nearly all of its capacity. Its r
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 import time
@@ -220,8 +219,7 @@ def main(
                     length = 512 if quick else 8192
                     count = 3 if quick else TURNS
                     released += [head | row for row in turns(name, clients[name], plan, length, count)]
-                if rows_file is not None:  # with what was measured before, should the next server fail
-                    rows_file.write_text(json.dumps(rows + released, indent=1))
+                results.keep(rows_file, rows + released)
             console.print(of_releases(released))
     if write:
         path, dropped = results.add_rounds("rollout_quick" if quick else "rollout", [rows + released])

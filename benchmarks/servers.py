@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import re
@@ -158,8 +157,7 @@ class Bench:
         one = {"part": part, "what": what, "device_bytes": self.device_bytes} | self.run | values
         self.rows.append(one)
         console.print({key: value for key, value in one.items() if key not in self.run})
-        if self.rows_file is not None:
-            self.rows_file.write_text(json.dumps(self.rows, indent=1))
+        results.keep(self.rows_file, self.rows)
 
     def room(self, servers: int) -> int:
         """KV tokens that the device has for so many servers, all together."""
