@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # what it imports anew, for 20 s.
 unexport PYTHONDONTWRITEBYTECODE
 SETUP := $(VENV)/.setup-done
-# Of a hundred random examples, how many the longest tests try (tests/examples.py); 100 before a release.
+# Of a hundred random examples, how many the longest tests try (tests/effort.py); 100 before a release.
 EXAMPLES ?= 30
 export VTENSOR_TEST_EXAMPLES = $(EXAMPLES)
 

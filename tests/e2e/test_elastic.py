@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import leave_pages, refuse_at_random
-from tests.examples import share_of
+from tests.effort import share_of
 from tests.harness import ON_GPU, Abort, Do, Request, side_by_side
 
 #: A GPU's pages are whole tiles: everything is so many times as long there.

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same, having
-from tests.examples import share_of
+from tests.effort import share_of
 from tests.harness import FEW_FRAMES, Abort, Request, side_by_side
 
 #: One step of a history: which conversation goes on (or branches from), how much is said, and how it ends.

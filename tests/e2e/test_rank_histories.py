@@ -21,7 +21,7 @@ from tests import versions
 from tests.e2e.compare import Prompts
 from tests.e2e.shortage import leave_pages, refuse_at_random, worker_holds
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
-from tests.examples import share_of
+from tests.effort import share_of
 from tests.harness import Abort, Do, Request, Scheduler
 
 PAGES = 40

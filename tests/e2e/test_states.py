@@ -8,7 +8,7 @@ from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.e2e.shortage import check_while_the_driver_fails
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
-from tests.examples import pairs_of
+from tests.effort import pairs_of
 from tests.harness import Abort, Request, side_by_side
 from tests.state_models import CHUNKS
 

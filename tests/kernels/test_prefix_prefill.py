@@ -17,7 +17,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import ALIGNED, Config
 from sglang_vtensor.kernels.plan import plan_prefill as _plan
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefill_calls, prefix_prefill
-from tests.examples import share_of
+from tests.effort import share_of
 from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored, without_memory
 
 SMALL = Config(16, 16, 4, 1)

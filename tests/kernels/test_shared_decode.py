@@ -13,7 +13,7 @@ from sglang_vtensor.kernels.launch import FP8
 from sglang_vtensor.kernels.plan import Config
 from sglang_vtensor.kernels.shared_decode import COST, SharedDecoder
 from sglang_vtensor.sharing import DEPTH, Sharing
-from tests.examples import share_of
+from tests.effort import share_of
 from tests.kernels.reference import DEVICE, Batch, assert_close, stored
 
 #: Tokens of a page: whole tiles, of 16 keys on the host and of 64 on a GPU.
