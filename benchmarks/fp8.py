@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks import results
 from benchmarks.kernels import (
+    HEADS,
     PREFILL,
     SERVED,
     SHARED,
@@ -42,6 +43,7 @@ from sglang_vtensor.kernels import configs
 console = Console(width=200)
 FP8 = torch.float8_e4m3fn
 PAGES = (1, 64, 128)
+ALL = ["Llama-3-8B", "Qwen3-32B", *SERVED, *HEADS]
 PAGE = 128
 DECODE: list[list[int]] = [[8192] * 64, [32768] * 8, [1024] * 64, [4096] * 128, [131072], [512] * 256]
 
@@ -129,7 +131,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 
 
 def main(
-    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(["Llama-3-8B", "Qwen3-32B", *SERVED]),
+    geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(ALL),
     parts: Annotated[str, typer.Option(help="With commas.")] = "decode,prefill",
     write: Annotated[bool, typer.Option(help="Write fp8_kernels.json.")] = True,
 ) -> None:

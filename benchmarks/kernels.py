@@ -61,6 +61,13 @@ SERVED = {
     "Llama-3-70B, 1 of 4": (16, 2, 128, 80),
     "Llama-3-70B, 1 of 8": (8, 1, 128, 80),
 }
+#: Heads of other sizes than 128: what is chosen for them is measured too.
+HEADS = {
+    "gpt-oss-20b": (64, 8, 64, 24),
+    "Phi-3-mini": (32, 32, 96, 32),
+    "Nemotron-4-340B, 1 of 8": (12, 1, 192, 96),
+    "Gemma-2-9B": (16, 8, 256, 42),
+}
 #: Requests, prefix, new tokens; ragged mixes are lists of (prefix, new).
 PREFILL: list[list[tuple[int, int]]] = [
     [(0, 2048)],
@@ -109,7 +116,7 @@ class Case:
     kv_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        self.q_heads, self.kv_heads, self.dim, layers = (GEOMETRIES | SERVED)[self.geometry]
+        self.q_heads, self.kv_heads, self.dim, layers = (GEOMETRIES | SERVED | HEADS)[self.geometry]
         self.new = [new for _, new in self.shape]
         self.contexts = [prefix + new for prefix, new in self.shape]
         self.scale = self.dim**-0.5
@@ -330,8 +337,8 @@ def against(rows: list[dict[str, Any]], theirs: str) -> float:
     return statistics.geometric_mean(over(ran, theirs)) if (ran := [row for row in rows if theirs in row]) else 0.0
 
 
-Geometries = Annotated[str, typer.Option(help="With commas.")]
-ALL = ",".join(GEOMETRIES)
+Geometries = Annotated[str, typer.Option(help="With semicolons.")]
+ALL, ALL_HEADS = ";".join(GEOMETRIES), ";".join([*GEOMETRIES, *HEADS])
 
 
 @app.command()
@@ -340,7 +347,7 @@ def warm(geometries: Geometries = ALL) -> None:
     from sglang_vtensor.kernels.compiling import Compiling, launches
     from sglang_vtensor.kernels.prefix_prefill import prefill_calls
 
-    for geometry in geometries.split(","):
+    for geometry in geometries.split(";"):
         case = Case(geometry, [(7000, 256), (1000, 200)])
         keys, values = case.ours(0)
         shapes = {"q_heads": case.q_heads, "max_tokens": 7256, "page_tokens": PAGE}
@@ -363,7 +370,7 @@ def warm(geometries: Geometries = ALL) -> None:
 def prefill(geometries: Geometries = ALL) -> None:
     """New tokens over a prefix. Writes prefill.json, after each geometry."""
     rate, rows, swept = rates(), [], []
-    for geometry in geometries.split(","):
+    for geometry in geometries.split(";"):
         rows += measure(geometry, PREFILL, rate)
         if geometry == SWEPT:
             for sweep, shapes in SWEEPS.items():
@@ -421,7 +428,7 @@ class Paged:
     ) -> None:
         """`slots`: `(requests, longest context)`, int32, where each token would be if pages were in order; there are
         `tokens` of them, whole pages."""
-        self.q_heads, self.kv_heads, self.dim, _ = (GEOMETRIES | SERVED)[geometry]
+        self.q_heads, self.kv_heads, self.dim, _ = (GEOMETRIES | SERVED | HEADS)[geometry]
         self.requests, self.context, self.tokens = len(contexts), max(contexts), tokens
         self.kv_dtype = kv_dtype
         self.token_bytes = 2 * self.kv_heads * self.dim * kv_dtype.itemsize
@@ -637,11 +644,11 @@ def summarize_shared(rows: list[Row]) -> dict[str, float]:
 
 
 @app.command()
-def plain_decode(geometries: Geometries = ALL) -> None:
+def plain_decode(geometries: Geometries = ALL_HEADS) -> None:
     """One new token each, nothing shared: where the kernel of shared decode is taken nevertheless. Writes
     plain_decode.json."""
     rate, rows = rates(), []
-    for geometry in geometries.split(","):
+    for geometry in geometries.split(";"):
         for contexts in PLAIN:
             if sum(contexts) > TOKENS_IN_ALL:
                 continue
