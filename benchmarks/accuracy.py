@@ -46,6 +46,8 @@ QUESTIONS, NEW, AT_ONCE = 5, 24, 8
 #: Who is compared with SGLang: itself with pages of so many tokens, and the plugin.
 OTHERS, PAGE = ("again", "vtensor"), "64"
 UNLIKELY = 0.01
+#: Of each server on a GPU: more than the questions that are asked at once take.
+TOKENS = "131072"
 #: Tokens of a prompt that are not its document: the chat template, the question, and how the answer begins.
 RESERVED = 80
 #: Facts of a document, and letters of the code that each has.
@@ -177,7 +179,7 @@ def main(
     asked = questions(tokenizer, [int(length) for length in lengths.split(",")], documents)
     host = not torch.cuda.is_available()
     common = ["--load-format", "auto", "--kv-cache-dtype", kv_cache_dtype]
-    common += [] if host else ["--mem-fraction-static", "0.3"]  # a small model, and not alone on the GPU
+    common += [] if host else ["--max-total-tokens", TOKENS]  # a small model, and not alone on the GPU
     own = [] if host else ["--attention-backend", against]
     sides = {"sglang": own, "again": [*own, "--page-size", PAGE], "vtensor": ["--kv-backend", "vtensor"]}
     said: dict[str, list[str]] = {}
