@@ -66,6 +66,8 @@ class Size:
         return [stem + words(self.own) for stem in stems for _ in range(self.samples)]
 
 
+#: Tokens that a request may have more room for: a page that is not full.
+MARGIN = 128
 FULL, SMALL = Size(4, 16, 4096, 32, 64), Size(2, 3, 100, 8, 8)
 
 #: Tokens and their log-probabilities.
@@ -145,7 +147,9 @@ def compared(
         contestant, _, cache = name.partition(":")
         arguments = [*(HOST if host else GPU)[contestant], *(["--kv-cache-dtype", cache] if cache else [])]
         if not host:
-            arguments += ["--load-format", "auto", "--mem-fraction-static", "0.3"]
+            # Room for all of them at once, and no share of a GPU that others use too.
+            room = len(prompts) * (begin + size.new + MARGIN)
+            arguments += ["--load-format", "auto", "--max-total-tokens", str(room)]
         with server(contestant, model, folder / f"{contestant}{cache}.log", arguments=arguments, host=host) as (url, _):
             compiled(contestant, url)
             mine = ask(url, prompts, size.new, at_once=together)
