@@ -133,7 +133,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 def main(
     geometries: Annotated[str, typer.Option(help="With semicolons.")] = ";".join(ALL),
     parts: Annotated[str, typer.Option(help="With commas.")] = "decode,prefill",
-    write: Annotated[bool, typer.Option(help="Write fp8_kernels.json.")] = True,
+    write: Annotated[bool, typer.Option(help="Write fp8_decode.json and fp8_prefill.json.")] = True,
 ) -> None:
     """Measure, print and write."""
     console.print(f"{rates()[1] / 1e9:.0f} GB/s")
@@ -158,10 +158,12 @@ def main(
                 rows.append(measure_prefill(geometry, shape))
                 console.print(rows[-1])
                 torch.cuda.empty_cache()
-    summary = summarize(rows)
-    if write:
-        results.write("fp8_kernels", summary, rows)
-    console.print(summary)
+    for part in ("decode", "prefill"):
+        if of_part := [row for row in rows if row["part"] == part]:
+            summary = summarize(of_part)
+            if write:
+                results.write(f"fp8_{part}", summary, of_part)
+            console.print(summary)
 
 
 if __name__ == "__main__":

@@ -35,18 +35,18 @@ class DecodeCosts:
 
 
 WIDE_COSTS, FP8_COSTS = DecodeCosts(0.6, 0.01, 0.03, 0.0), DecodeCosts(1.25, 0.04, 0.03, 0.45)
-#: With products in FP8. From so many requests on, of up to so many tokens in the mean, it is faster even where nothing
-#: is shared: 1.04 to 1.36 times, over seven geometries.
-NARROW_COSTS, NARROW_REQUESTS, NARROW_TOKENS = DecodeCosts(1.0, 0.025, 0.03, 0.1), 256, 512
+NARROW_COSTS = DecodeCosts(1.0, 0.0225, 0.03, 0.02)
 #: Bytes that are read while its further kernels start.
 SHARED_OVERHEAD_BYTES = 16 << 20
-#: On an H200, in bfloat16, for so many requests or more, and from so many bytes a layer on, it is as fast as
-#: FlashAttention-3 over the same layout even where nothing is shared: 0.95 to 1.26 times, over six geometries. A single
-#: long request is not always: few programs merge what many have read. Between one and 8 requests was not measured.
-HOPPER_REQUESTS, HOPPER_BYTES = 8, 32 << 20
-#: Head dimensions with which batches that share nothing were measured: in bfloat16, and with products in FP8. With
-#: others such a batch is left to SGLang.
-PLAIN_DIMS, NARROW_DIMS = (64, 128), (128,)
+#: Of each head dimension: from so many requests and so many bytes a layer on, on an H200, it is as fast as
+#: FlashAttention-3 over the same layout even where nothing is shared. With keys and values of 16 bits: 0.95 to 1.26
+#: times, over six geometries. A single long request is not always: few programs merge what many have read. With
+#: products in FP8: 1.00 to 1.17 times with heads of 64 and 128, and 1.34 with 96, which FlashAttention-3 pads. A head
+#: dimension that is not here was not measured, and such a batch is left to SGLang.
+PLAIN = {64: (8, 32 << 20), 128: (8, 32 << 20)}
+NARROW_PLAIN = {64: (64, 32 << 20), 96: (8, 32 << 20), 128: (64, 512 << 20)}
+#: With products in FP8, also for so many requests or more, of up to so many tokens in the mean.
+SHORT_REQUESTS, SHORT_TOKENS = 256, 512
 
 
 @functools.cache
@@ -136,13 +136,14 @@ def shared_decode_pays(
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
     fp8 = kv_dtype.itemsize == 1
-    many = requests >= HOPPER_REQUESTS and tokens * token_bytes >= HOPPER_BYTES
-    if not fp8 and capability == 90 and many and head_dim in PLAIN_DIMS:
-        return True
     narrow = shared_decode(head_dim, capability, kv_dtype).narrow
-    short = requests >= NARROW_REQUESTS and tokens <= NARROW_TOKENS * requests
-    if narrow and short and head_dim in NARROW_DIMS:
-        return True
+    measured = {} if capability != 90 else NARROW_PLAIN if narrow else {} if fp8 else PLAIN
+    if head_dim in measured:
+        least, nbytes = measured[head_dim]
+        if requests >= least and tokens * token_bytes >= nbytes:
+            return True
+        if narrow and requests >= SHORT_REQUESTS and tokens <= SHORT_TOKENS * requests:
+            return True
     costs, read = NARROW_COSTS if narrow else FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
     loss = costs.all * tokens + costs.own * (tokens - read) + SHARED_OVERHEAD_BYTES / token_bytes
     return costs.again * read > shared + costs.compute * group * read + loss
@@ -151,10 +152,13 @@ def shared_decode_pays(
 @functools.cache
 def shared_decode(head_dim: int, capability: int, kv_dtype: torch.dtype = torch.bfloat16) -> Config:
     """For decode over shared runs: tiles of many requests' heads. On a Hopper GPU products are in FP8 where the keys
-    and values are e4m3, as those of FlashAttention-3: a quarter to a fifth of the time is saved."""
+    and values are e4m3, as those of FlashAttention-3: a quarter to a fifth of the time is saved. Three programs a
+    multiprocessor hide what each waits for when it widens values: an eighth of the time, of 64 x 8,192 tokens."""
     if capability == 0:
         return Config(16, 16, 4, 1)
     if head_dim > 128:
         return Config(64, 32, 4, 2, capability >= 90)
     narrow = capability == 90 and kv_dtype == torch.float8_e4m3fn
-    return Config(64, 64, 4, 3, capability >= 90, 2, narrow=narrow)
+    if narrow:
+        return Config(64, 64, 4, 3, True, 3, narrow=True, max_registers=168)
+    return Config(64, 64, 4, 3, capability >= 90, 2)

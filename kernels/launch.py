@@ -162,6 +162,7 @@ def launch(
             WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.max_registers,
             **shape,
         )
     if plan.merges.shape[0]:

@@ -32,7 +32,8 @@ class Config:
     """One way to compile the kernels. `block_m` packed query rows by `block_n` keys a tile; `occupancy` programs run on
     one multiprocessor at a time; `tma` loads tiles of keys by descriptor, where the GPU can; `hopper` is the kernel of
     `hopper.py`, whose tiles have 64 or 128 rows; `narrow` multiplies queries with keys of float8_e4m3fn in that type,
-    as FlashAttention-3 does."""
+    as FlashAttention-3 does; `max_registers` are those that a thread may have, so that `occupancy` programs have room,
+    where the compiler would take more."""
 
     block_m: int
     block_n: int
@@ -42,6 +43,7 @@ class Config:
     occupancy: int = 1
     hopper: bool = False
     narrow: bool = False
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -378,6 +378,7 @@ class SharedDecoder:
             WIDE=q.device.type == "cpu" and k.dtype is torch.bfloat16,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.max_registers,
             **shape,
         )
         on(_together, (slots.shape[0], self.kv_heads))(
