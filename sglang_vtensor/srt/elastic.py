@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,15 @@ LOOK_EVERY_SECONDS, CALM_SECONDS = 0.05, 1.0
 RETRY_SECONDS = 0.1
 #: So many waiting requests are what a server wants memory for.
 WANTED_REQUESTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Requests that memory is for: see `Elastic.tick`."""
+
+    waiting: Sequence[Req]
+    running: Sequence[Req]
+    new_token_ratio: float
 
 
 class Elastic:
@@ -179,20 +189,24 @@ class Elastic:
 
     # Between two batches.
 
-    def tick(self, waiting: Sequence[Req]) -> None:
+    def tick(self, waiting: Sequence[Req], running: Sequence[Req] = (), new_token_ratio: float = 0.0) -> None:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
-        want something, or nothing more. Most calls, of thousands a second, find nothing to do."""
+        want something, or nothing more. Most calls, of thousands a second, find nothing to do.
+
+        Of the answers that `running` requests may give, SGLang keeps the share `new_token_ratio` free before it admits
+        others.
+        """
         memory, now = self.runtime.memory, time.monotonic()
         if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.capacity or self.holding:
             with memory.clock:
-                self._tick(waiting, now)
+                self._tick(Demand(waiting, running, new_token_ratio), now)
         else:
             self._emptied = False
 
-    def _tick(self, waiting: Sequence[Req], now: float) -> None:
+    def _tick(self, demand: Demand, now: float) -> None:
         if now >= self._look_at:
             self._look_at = now + LOOK_EVERY_SECONDS
-            self._look_around(waiting, now)
+            self._look_around(demand, now)
         self._evict_excess()
         if self.runtime.memory.owes():
             self.runtime.memory.give_way()
@@ -206,12 +220,12 @@ class Elastic:
             if self.runtime.memory.vmm.device.type == "cuda":
                 torch.cuda.empty_cache()  # activations of the largest batch there was
 
-    def _look_around(self, waiting: Sequence[Req], now: float) -> None:
+    def _look_around(self, demand: Demand, now: float) -> None:
         """Tell the neighbours, hear them, and hold what they leave."""
         assert self.neighbours is not None
         memory = self.runtime.memory
         others = self.neighbours.others()
-        mine = self.record(waiting)
+        mine = self.record(demand)
         self.neighbours.tell(mine)
         if bool(others) != self.beside_others:
             self.beside_others = bool(others)
@@ -231,18 +245,18 @@ class Elastic:
             self.pressure = pressure
             self.apply()
 
-    def record(self, waiting: Sequence[Req]) -> Record:
+    def record(self, demand: Demand) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
         evictable = self.runtime.cached_bytes(self.tree.evictable_size())
         wanted = 0
         if memory.short or self.pressure is not None:
-            # What the requests at the head of the queue will take, beyond what there is for them.
+            # What the requests that run and those at the head of the queue will take, beyond what there is for them.
             kept = len(memory.tails) * memory.page_bytes
             there = max(0, memory.allowed_bytes - memory.needed_bytes)
             if memory.short:
                 there = min(there, memory.budget.free + kept)
-            wanted = max(0, sum(self._wants(req) for req in waiting[:WANTED_REQUESTS]) - there - evictable)
+            wanted = max(0, self._demanded(demand) - there - evictable)
             wanted = min(wanted, max(0, self.limit * memory.page_bytes - memory.needed_bytes))
         return Record(
             backed=memory.backed_bytes,
@@ -329,6 +343,22 @@ class Elastic:
         for check in checks:
             waiting.remove(check)
         return [check.http_worker_ipc for check in checks]
+
+    def _demanded(self, demand: Demand) -> int:
+        """Bytes that must be free for SGLang to admit what waits at the head of the queue: it keeps room also for the
+        answers, for what runs as it estimates them, and for what is to begin whole."""
+        from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+        def answer(req: Req) -> int:
+            return max(0, min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
+
+        answers = 0.0
+        for req in demand.running:
+            answers += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
+        heads = demand.waiting[:WANTED_REQUESTS]
+        answers += sum(map(answer, heads))
+        pages = -(-int(answers) // self.runtime.page_tokens)
+        return sum(map(self._wants, heads)) + pages * self.runtime.memory.layout.page_bytes
 
     def _wants(self, req: Req) -> int:
         """Bytes that a request needs to begin or to go on."""

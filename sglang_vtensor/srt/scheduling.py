@@ -65,7 +65,7 @@ def passes_over(adder: Any, req: Req) -> bool:
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
     running_batch, elastic = kwargs["running_batch"], scheduler.vtensor_elastic
-    elastic.tick(scheduler.waiting_queue)
+    elastic.tick(scheduler.waiting_queue, running_batch.reqs, scheduler.new_token_ratio_tracker.current)
     send = scheduler.ipc_channels.send_to_tokenizer.send_output
     elastic.refuse_too_long(scheduler.waiting_queue, send)
     if elastic.holding:

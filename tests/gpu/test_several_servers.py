@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from sglang_vtensor.srt.elastic import Demand
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.test_neighbours import Looping, _die_below, _nap
 from tests.gpu.stranger import Stranger
@@ -126,7 +127,8 @@ _seen: list[int] = []
 def _sample(scheduler):
     """Note what the server holds while it, and another one, want more."""
     elastic = scheduler.vtensor_elastic
-    wanted = elastic.record(scheduler.waiting_queue).wanted
+    demand = Demand(scheduler.waiting_queue, scheduler.running_batch.reqs, scheduler.new_token_ratio_tracker.current)
+    wanted = elastic.record(demand).wanted
     if wanted and any(other.wanted for other in elastic.neighbours.others()):
         _seen.append(scheduler.token_to_kv_pool_allocator.runtime.memory.backed)
     if not scheduler.token_to_kv_pool_allocator.runtime.requests:
