@@ -59,7 +59,8 @@ GROUPS: dict[str, list[Command]] = {
         Command(f"{_SUITE} chat,agent --kv-cache-dtype fp8_e4m3 --tokens 364544 {_ROWS}/fp8.json", 10),
         Command("merge --name fp8 {folder}/fp8.json", 1),
     ],
-    "fp8_kernels": [Command("fp8", 10)],
+    "fp8_decode": [Command("fp8 --parts decode", 3)],
+    "fp8_prefill": [Command("fp8 --parts prefill", 6)],
     "live_tokens": [Command("live_tokens", 5)],
     "models": [
         Command(f"prefix --compare fa3 --rounds 3 --no-write --model qwen3-0.6b --workloads chat {_ROWS}/qwen.json", 5),

@@ -17,7 +17,6 @@ NOT_YET = {
     "prefill": "the spread of its rounds was not kept",
     "shared_decode": "the spread of its rounds was not kept",
     "plain_decode": "the spread of its rounds was not kept",
-    "fp8_kernels": "the spread of its rounds was not kept",
     "prefix_0517": "it has two rounds, of two commits",
     "serving": "its rounds are not told apart",
     "serving_triton": "it has one round",

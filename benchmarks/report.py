@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import evidence, plots, results, rounds
-from benchmarks.kernel_tables import fp8_kernels, plain_decode, prefill, shared_decode
+from benchmarks.kernel_tables import fp8_decode, fp8_prefill, plain_decode, prefill, shared_decode
 from benchmarks.results import Record, source, where
 from benchmarks.server_tables import accuracy, gpu_tests, live_tokens, logprobs, rollout
 
@@ -280,7 +280,8 @@ TABLES = {
     "prefix_segments": prefix,
     "prefix_0517": prefix,
     "fp8": prefix,
-    "fp8_kernels": fp8_kernels,
+    "fp8_decode": fp8_decode,
+    "fp8_prefill": fp8_prefill,
     "live_tokens": live_tokens,
     "models": prefix,
     "qwen3moe": prefix,
