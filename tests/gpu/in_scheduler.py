@@ -38,14 +38,15 @@ def synchronizations(scheduler: Any, script: Any) -> int:
 
 
 def hog(scheduler: Any, leave_bytes: int | None) -> None:
-    """Take the device's memory but `leave_bytes`, as another process would; None: let go of it."""
+    """Take the device's memory but `leave_bytes`, as another process would; None: let go of it. What torch has cached
+    for activations it keeps: the driver is to refuse pages, and nothing else."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"  # as in tests/e2e/shortage.py
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
     memory.retry_seconds = 0.01
-    _HELD.clear()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     if leave_bytes is None:
+        _HELD.clear()
+        torch.cuda.empty_cache()
         return
     memory.complete(memory.launch())
     memory.trim()
