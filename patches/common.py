@@ -110,8 +110,10 @@ class Patch(abc.ABC):
     def in_servers(self) -> list[Seam]:
         """Where the HTTP server or the engine of such a scheduler is."""
         from sglang_vtensor.srt.occupation import tell_refusal
+        from sglang_vtensor.srt.page import take_maps
 
         return [
+            Seam(f"{_TOKENIZER}.get_internal_state", take_maps),
             Seam(f"{_TOKENIZER}.release_memory_occupation", tell_refusal),
             Seam(f"{_TOKENIZER}.resume_memory_occupation", tell_refusal),
         ]
@@ -262,7 +264,8 @@ class Patch(abc.ABC):
         server = sys.modules.get("sglang.srt.entrypoints.http_server")
         if server is None:
             return
-        workers = self.settings(server_args).tokenizer_worker_num
+        settings = self.settings(server_args)
+        workers = settings.tokenizer_worker_num
         if workers > 1:
             logger.warning(
                 "--tokenizer-worker-num %d: GET /vtensor and POST /vtensor/limit, /vtensor/sleep and /vtensor/wake are "
@@ -273,7 +276,7 @@ class Patch(abc.ABC):
         from sglang_vtensor.srt.http import add_routes
 
         # The module knows its state only when it is told, behind this.
-        add_routes(server.app, _ServerState(server))
+        add_routes(server.app, _ServerState(server), keyed=bool(settings.api_key or settings.admin_api_key))
         self.serves_page = True
 
     def decide_request_auth(self, original: Callable[..., Any], *, method: str, path: str, **more: Any) -> Any:

@@ -4,7 +4,8 @@
     POST /vtensor/sleep                         gives back everything but the weights, when what runs has ended
     POST /vtensor/wake
 
-Each answers with what every rank then holds (`vtensor_state`); 400 says what was wrong.
+Each answers with what every rank then holds (`vtensor_state`); 400 says what was wrong. Where no key is wanted, 403
+answers the browser of somebody who looks at a page of another host (`only_from_here`).
 
     GET /vtensor, /vtensor/map                  a page that shows the memory, and what it is drawn from (`page`)
 
@@ -18,7 +19,9 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from fastapi import Depends, HTTPException
 from fastapi.routing import APIRoute
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -34,14 +37,34 @@ if TYPE_CHECKING:
 
 #: A sleeping scheduler has nothing else to do; one that does not answer in this time gets SGLang's own check.
 HEALTH_SECONDS = 5.0
+#: Names of this machine: its own pages may use any of them.
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SLEEPING_IS_HEALTHY = "healthy: what runs comes to its end, and what arrives waits until POST /vtensor/wake"
 RELEASED_IS_HEALTHY = "healthy: memory is released, and what arrives waits until POST /resume_memory_occupation"
 
 
-def add_routes(app: FastAPI, state: Any) -> None:
-    """Add them to SGLang's application, once; `state` has its tokenizer manager when the first request comes."""
+def only_from_here(request: Request) -> None:
+    """Any web page can have the browser that shows it send requests to servers which that browser reaches. A browser
+    says of which page they are. Raises `HTTPException` for one of another host."""
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    if origin is None:
+        return
+    names = {urlsplit(origin).hostname, urlsplit(f"//{host}").hostname}
+    if len(names) > 1 and not names <= LOOPBACK:
+        raise HTTPException(
+            403,
+            f"a page of {origin} asks {host}, which wants no key: open the page of this server under the same host "
+            "name, or start the server with --admin-api-key",
+        )
+
+
+def add_routes(app: FastAPI, state: Any, *, keyed: bool) -> None:
+    """Add them to SGLang's application, once; `state` has its tokenizer manager when the first request comes. `keyed`
+    says that the server wants a key, which no other page knows."""
     if any(getattr(route, "path", None) == "/vtensor/limit" for route in app.routes):
         return
+    guards = [] if keyed else [Depends(only_from_here)]
+    maps = add_page(app, state, guards)
     #: Whether a health check asks the scheduler if it sleeps. While nobody told it to, that would be a waste.
     told_to_sleep = False
     #: The question of a health check, which outlives the check: to SGLang, who asks next gets the answer of a question
@@ -56,18 +79,25 @@ def add_routes(app: FastAPI, state: Any) -> None:
             nbytes = limit_bytes((await _body(request)).get("limit"), ranks)
         except Refused as error:
             return JSONResponse({"error": str(error)}, 400)
-        return await _ask(manager, {LIMIT: nbytes})
+        return await ask(manager, {LIMIT: nbytes})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def sleep() -> JSONResponse:
         nonlocal told_to_sleep
-        answer = await _ask(state.tokenizer_manager, {SLEEP: 1})
+        answer = await ask(state.tokenizer_manager, {SLEEP: 1})
         told_to_sleep = True
         return answer
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def wake() -> JSONResponse:
-        return await _ask(state.tokenizer_manager, {WAKE: 1})
+        return await ask(state.tokenizer_manager, {WAKE: 1})
+
+    async def ask(manager: Any, asked: dict[str, int]) -> JSONResponse:
+        done = await manager.set_internal_state(SetInternalStateReq(server_args=asked))
+        maps.stale()
+        if not all(done):
+            return JSONResponse({"error": "refused by the scheduler: its log says why"}, 400)
+        return JSONResponse({"ranks": [vtensor_state(rank) for rank in await _ranks(manager)]})
 
     def unless_asleep(check: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def health(request: Request) -> Response:
@@ -90,9 +120,8 @@ def add_routes(app: FastAPI, state: Any) -> None:
 
         return health
 
-    add_page(app, state)
     for function in (limit, sleep, wake):
-        app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"])
+        app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"], dependencies=guards)
     for route in list(app.routes):
         if isinstance(route, APIRoute) and route.path in ("/health", "/health_generate"):
             app.add_api_route(route.path, unless_asleep(route.endpoint), methods=["GET"])
@@ -110,13 +139,6 @@ async def _body(request: Request) -> dict[str, Any]:
 async def _ranks(manager: Any) -> list[dict[str, Any]]:
     ranks = [state["vtensor"] for state in await manager.get_internal_state()]
     return sorted(ranks, key=lambda rank: rank["dp_rank"])  # they come as they answer
-
-
-async def _ask(manager: Any, asked: dict[str, int]) -> JSONResponse:
-    done = await manager.set_internal_state(SetInternalStateReq(server_args=asked))
-    if not all(done):
-        return JSONResponse({"error": "refused by the scheduler: its log says why"}, 400)
-    return JSONResponse({"ranks": [vtensor_state(rank) for rank in await _ranks(manager)]})
 
 
 def limit_bytes(given: Any, ranks: list[dict[str, Any]]) -> int:

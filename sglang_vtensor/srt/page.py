@@ -4,7 +4,8 @@
     GET /vtensor/map    for each data-parallel rank its statistics, the map of its frames, and its last ten minutes;
                         guarded as the routes that change something, for it tells the ids of requests
 
-However many look, the schedulers are asked once in `ASK_SECONDS`, and less often where a map takes long.
+However many look, the schedulers are asked once in `ASK_SECONDS`, and less often where a map takes long. They tell
+their maps with their state, which `GET /server_info` shows to anybody with a key; `take_maps` is between.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import base64
 import hashlib
 import re
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -33,16 +35,27 @@ ASK_SECONDS, SHARE = 1.0, 0.002
 #: A scheduler answers between two batches; one that takes longer is told of, and its answer is awaited by the next
 #: request.
 PATIENCE_SECONDS = 5.0
-#: Somebody else's `GET /server_info` may take the map that was asked for; then it is asked for again, so often.
-TRIES = 5
-#: What stands in a map's place where that happened each time.
-_TAKEN = orjson.dumps(
-    {"map": None, "history": None, "why": "GET /server_info of somebody else took the map: it is asked for again."}
-).decode()
 
 
-def add_page(app: FastAPI, state: Any) -> None:
-    """Add both routes; `state` has SGLang's tokenizer manager when the first request comes."""
+async def take_maps(original: Callable[..., Awaitable[list[dict[str, Any]]]], manager: Any) -> list[dict[str, Any]]:
+    """Of the states that the schedulers tell, whoever asked: their maps are kept for the page, by rank, and not told to
+    others."""
+    states = await original(manager)
+    for told in (state.get("vtensor", {}) for state in states):
+        if "page" in told:
+            _maps(manager)[told["dp_rank"]] = told.pop("page"), told.pop("page_seconds")
+    return states
+
+
+def _maps(manager: Any) -> dict[int, tuple[str, float]]:
+    """The newest map of each rank, as text, and the seconds that making it took."""
+    kept: dict[int, tuple[str, float]] = vars(manager).setdefault("vtensor_maps", {})
+    return kept
+
+
+def add_page(app: FastAPI, state: Any, guards: Sequence[Any] = ()) -> Maps:
+    """Add both routes; `state` has SGLang's tokenizer manager when the first request comes. `guards` are dependencies
+    of the second one. Returns the maps, which who changes something makes `stale`."""
     maps = Maps(state)
 
     async def page() -> Response:
@@ -57,7 +70,8 @@ def add_page(app: FastAPI, state: Any) -> None:
         return Response(answer, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     app.add_api_route("/vtensor", page, methods=["GET"])
-    app.add_api_route("/vtensor/map", memory_map, methods=["GET"])
+    app.add_api_route("/vtensor/map", memory_map, methods=["GET"], dependencies=list(guards))
+    return maps
 
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -86,6 +100,10 @@ class Maps:
         #: It outlives who asked: to SGLang, who asks next gets the answer of a question that was given up.
         self._asking: asyncio.Task[bytes] | None = None
 
+    def stale(self) -> None:
+        """Something was changed: who looks is to see it."""
+        self._due = 0.0
+
     async def newest(self) -> bytes | None:
         """The map as JSON; None where the schedulers take too long."""
         if self._asking is None or (self._asking.done() and time.monotonic() >= self._due):
@@ -96,20 +114,12 @@ class Maps:
 
     async def _ask(self) -> bytes:
         manager = self._state.tokenizer_manager
-        ranks: list[dict[str, Any]] = []
-        for _ in range(TRIES):
-            await manager.set_internal_state(SetInternalStateReq(server_args={MAP: 1}))
-            ranks = [state["vtensor"] for state in await manager.get_internal_state()]
-            if all("page" in rank for rank in ranks):
-                break
+        maps = _maps(manager)
+        maps.clear()
+        await manager.set_internal_state(SetInternalStateReq(server_args={MAP: 1}))
+        # Who asks between the two gets the state first, and its map is kept too.
+        ranks = [state["vtensor"] for state in await manager.get_internal_state()]
         ranks.sort(key=lambda rank: rank["dp_rank"])  # they come as they answer
-        seconds = max((rank.get("page_seconds", 0.0) for rank in ranks), default=0.0)
-        self._due = time.monotonic() + max(ASK_SECONDS, seconds / SHARE)
-        return b'{"ranks":[' + b",".join(map(_told, ranks)) + b"]}"
-
-
-def _told(rank: dict[str, Any]) -> bytes:
-    """What a scheduler told, as JSON: its statistics beside the text that it made of the rest."""
-    page = rank.get("page", _TAKEN)
-    stats = {key: value for key, value in rank.items() if key not in ("page", "page_seconds")}
-    return b'{"stats":' + orjson.dumps(stats) + b"," + page.encode()[1:]
+        self._due = time.monotonic() + max(ASK_SECONDS, max(seconds for _, seconds in maps.values()) / SHARE)
+        told = (b'{"stats":' + orjson.dumps(rank) + b"," + maps[rank["dp_rank"]][0].encode()[1:] for rank in ranks)
+        return b'{"ranks":[' + b",".join(told) + b"]}"

@@ -69,7 +69,7 @@ def client(manager, **keys):
         return PlainTextResponse("SGLang's own check")
 
     for _ in range(2):
-        add_routes(app, SimpleNamespace(tokenizer_manager=manager))
+        add_routes(app, SimpleNamespace(tokenizer_manager=manager), keyed=bool(keys))
     assert sum(route.path == "/vtensor/limit" for route in app.routes) == 1
     if keys:
         add_api_key_middleware(app, **keys)
@@ -92,6 +92,31 @@ def test_the_admin_key_guards_them(manager, keys, given, status):
     for route, body in (("limit", {"limit": "20MiB"}), ("sleep", {}), ("wake", {})):
         assert client(manager, **keys).post(f"/vtensor/{route}", json=body, headers=headers).status_code == status
     assert manager.asked == ([{LIMIT: 20 * PAGE}, {SLEEP: 1}, {WAKE: 1}] if status == 200 else [])
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("gpu7:30000", "http://gpu7:30000", 200),
+        ("gpu7:30000", "http://gpu7:30001", 200),  # the page of another server of this machine
+        ("127.0.0.1:30000", "http://localhost:30001", 200),
+        ("[::1]:30000", "http://127.0.0.1:30001", 200),
+        ("gpu7:30000", "https://news.example", 403),
+        ("127.0.0.1:30000", "https://127.0.0.1.example", 403),
+        ("gpu7:30000", "null", 403),
+        ("gpu7:30000", "http://localhost:30000", 403),
+    ],
+)
+def test_without_a_key_no_page_of_another_host_commands(manager, host, origin, status):
+    headers = {"Host": host, "Origin": origin}
+    for route, body in (("limit", {"limit": "20MiB"}), ("sleep", {}), ("wake", {})):
+        answer = client(manager).post(f"/vtensor/{route}", json=body, headers=headers)
+        assert answer.status_code == status, answer.text
+        assert status == 200 or f"a page of {origin} asks {host}" in answer.text
+    assert manager.asked == ([{LIMIT: 20 * PAGE}, {SLEEP: 1}, {WAKE: 1}] if status == 200 else [])
+    keyed = client(manager, api_key="user", admin_api_key="admin")
+    headers["Authorization"] = "Bearer admin"
+    assert keyed.post("/vtensor/wake", headers=headers).status_code == 200, "who has the key may, from anywhere"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Manager:
     def __init__(self):
         self.asked = []
         self.looks = 0
-        self.taken = 0  # maps that another's question gets
+        self.others = False  # whether somebody else asks before every question
         self.seconds = 0.0
         self.hangs = False
         self.wanted = False
@@ -37,14 +37,17 @@ class Manager:
         return [True, True]
 
     async def get_internal_state(self):
+        if self.others:
+            self.got = await page.take_maps(Manager._states, self)
+        return await page.take_maps(Manager._states, self)
+
+    async def _states(self):
         self.looks += 1
         while self.hangs:
             await asyncio.sleep(0.01)
         drawn = {"map": {"first": [0]}, "history": {"age": []}, "why": None}
         told = {"page": json.dumps(drawn), "page_seconds": self.seconds} if self.wanted else {}
         self.wanted = False
-        if self.taken:
-            self.taken, told = self.taken - 1, {}
         return [{"vtensor": {"dp_rank": rank, "pages_live": 5, **told}} for rank in (1, 0)]
 
 
@@ -126,16 +129,22 @@ def test_many_who_look_ask_once(manager, monkeypatch):
         assert manager.looks == 3
 
 
-def test_a_map_that_somebody_else_got_is_asked_for_again(manager):
-    manager.taken = 2
+def test_who_changes_something_sees_it(manager):
+    app = FastAPI()
+    maps = add_page(app, SimpleNamespace(tokenizer_manager=manager))
+    with TestClient(app) as server:
+        server.get("/vtensor/map")
+        maps.stale()
+        server.get("/vtensor/map")
+    assert manager.looks == 2
+
+
+def test_a_map_is_the_pages_whoever_asks_first(manager):
+    """It tells the ids of requests, and `GET /server_info` wants another key."""
+    manager.others = True
     with client(manager) as server:
-        assert server.get("/vtensor/map").json()["ranks"][0]["map"] is not None
-    assert manager.looks == 3
-    manager.taken = 100
-    with client(manager) as server:
-        rank = server.get("/vtensor/map").json()["ranks"][0]
-    assert (rank["map"], rank["history"], rank["stats"]) == (None, None, {"dp_rank": 0, "pages_live": 5})
-    assert "took the map" in rank["why"]
+        assert [rank["map"] for rank in server.get("/vtensor/map").json()["ranks"]] == [{"first": [0]}] * 2
+    assert manager.got == [{"vtensor": {"dp_rank": rank, "pages_live": 5}} for rank in (1, 0)]
 
 
 def test_a_scheduler_that_does_not_answer_is_told_of_and_asked_once(manager, monkeypatch):
