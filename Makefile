@@ -103,7 +103,7 @@ test-gpu-memory:
 	python3 -m pytest $(GPU_ALONE) -q $(ARGS)
 
 # A Chromium for the test of the page, under any name that `tests/browser.py` looks for. Where none can be had, that
-# test says so, and is skipped.
+# test fails, and says so.
 browser:  ## what the test of the page needs
 	@for name in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do \
 		command -v $$name >/dev/null && exit 0; done; \

@@ -4,6 +4,7 @@ without the plugin does."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from sglang_vtensor.server_client import server_stats
 from tests.conversations import asking, assert_same_answers, conversation
 from tests.e2e.compare import TIE, Prompts
 from tests.harness import Request
+
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 @pytest.mark.parametrize("cache", ["auto", "fp8_e4m3"])
@@ -34,6 +37,8 @@ def test_two_ranks_have_a_memory_each(models, schedulers, tmp_path, cache):
             assert_same_answers(expected, got, tie=tie, what="two ranks,")
             ranks = server_stats(url)
             assert [rank["dp_rank"] for rank in ranks] == [0, 1]
+            untold = {name for name in ranks[0] if f"`{name}`" not in OPERATIONS.read_text()}
+            assert not untold, "statistics that docs/operations.md does not have"
             assert all(rank["pages_allocated"] > 0 and rank["tree_tokens"] > 0 for rank in ranks), "both served"
             ask_for(url, "limit", {"limit": f"{8 * ranks[0]['page_bytes']}B"})
             assert all(rank["backed_bytes"] <= 8 * rank["page_bytes"] for rank in server_stats(url))
