@@ -34,7 +34,8 @@ SERVERS = {
     "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
     "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
     "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
-    "requests_failed": "{:.0f} requests failed, a neighbour's death included",
+    "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile",
+    "requests_failed": "{:.0f} requests failed",
     "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
     "cold_full_speed_extra_s": "{:+.1f} s until no kernel is left to compile, beside SGLang's first answer",
 }
@@ -267,6 +268,8 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
 def servers(record: Record) -> str:
     """Several servers on one GPU: what was measured of it."""
     told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
+    if any(row["part"] == "killed" for row in record["rows"]):
+        told.append("- a neighbour was killed as it gave memory, and its death is counted in")
     return "\n".join([*told, "", source(record)])
 
 
