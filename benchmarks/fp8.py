@@ -92,7 +92,9 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     calls |= {f"fa3_page{page}": fa3(case, page) for page in PAGES}
     row: Row = {"part": "decode", "case": what, "requests": case.requests, "tokens": sum(case.context_lens.tolist())}
     row |= told(rounds({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation))
-    row["ours_bf16"] = times({"ours": graph(wide.ours(wide.decoder()), wide.rotation)}, wide.rotation)["ours"]
+    in_bf16: dict[str, Call] = {"ours": wide.ours(wide.decoder()), "fa3_page128": fa3(wide, 128)}
+    measured = times({name: graph(call, wide.rotation) for name, call in in_bf16.items()}, wide.rotation)
+    row |= {f"{name}_bf16": value for name, value in measured.items()}
     slots = case.table[0, : int(case.context_lens[0])].long()
     keys, values = (as_bytes(case.pool[:, 0, part])[slots].view(FP8) for part in (0, 1))
     wanted = exact(case.q[:1], keys, values, len(slots) - 1)
@@ -127,6 +129,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
             summary["fp8_shared_decode_8k_x64"] = best(row) / row["ours"]
         if row["part"] == "decode" and row["case"] == "Llama-3-8B, 64 x 8192":
             summary["fp8_decode_vs_bf16"] = row["ours_bf16"] / row["ours"]
+            summary["fp8_decode_fa3_vs_bf16"] = row["fa3_page128_bf16"] / row["fa3_page128"]
     return summary
 
 
