@@ -42,7 +42,7 @@ def hog(scheduler: Any, leave_bytes: int | None) -> None:
     for activations it keeps: the driver is to refuse pages, and nothing else."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"  # as in tests/e2e/shortage.py
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
-    memory.retry_seconds = 0.01
+    memory.worker.retry_seconds = 0.01
     torch.cuda.synchronize()
     if leave_bytes is None:
         _HELD.clear()
