@@ -34,7 +34,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.geometries import LLAMA
-from sglang_vtensor.demo import end_with_parent, free_port, stop
+from sglang_vtensor.demo import answers, end_with_parent, free_port, stop
 
 VOCABULARY, CONFIG = LLAMA.vocabulary, LLAMA.config
 CONTESTANTS = {
@@ -232,9 +232,8 @@ def started(
         while True:
             if process.poll() is not None or time.perf_counter() - start > patience:
                 raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(url + health, timeout=5).status_code == 200:
-                    return time.perf_counter() - start
+            if answers(process, url + health):
+                return time.perf_counter() - start
             time.sleep(0.2)
 
     with log.open("wb") as output:

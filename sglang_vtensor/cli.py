@@ -57,7 +57,7 @@ def demo(
         ),
     ] = None,
     turns: Annotated[int, typer.Option(min=2, help="Turns of each of the two conversations.")] = 4,
-    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1. Default: a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port on 127.0.0.1. Default: a free one.")] = None,
 ) -> None:
     """Start a server, let two users chat under one system prompt, and show what was shared."""
     from sglang_vtensor.demo import NotStarted, run

@@ -89,11 +89,14 @@ SENTENCE_ENDS = [". ", ".\n"]
 
 
 class NotStarted(RuntimeError):
-    """The server did not start. The message has the end of its log."""
+    """The server did not start. The message says why, or has the end of its log."""
 
 
 def run(console: Console, *, model: str | None, turns: int, port: int | None) -> int:
-    """Returns the exit code: 0 only if every turn after a user's first reused its prefix."""
+    """Returns the exit code: 0 only if every turn after a user's first reused its prefix. Raises `NotStarted` if the
+    server cannot start, or cannot have the `port` that is given."""
+    if port is not None:
+        refuse_taken(port)
     with tempfile.TemporaryDirectory(prefix="vtensor-demo-") as folder:
         # Other types are 10 to 100 times slower on a CPU; on a GPU the model's own is best.
         arguments = [] if torch.cuda.is_available() else ["--dtype", "float32"]
@@ -196,10 +199,16 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, stat
             )
         last = next((line for line in reversed(lines) if line.startswith("[")), "importing SGLang")
         status.update(f"starting the server, {seconds:.0f} s: {last[:110]}")
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(f"{url}/health_generate", timeout=5).status_code == 200:
-                return
+        if answers(process, f"{url}/health_generate"):
+            return
         time.sleep(0.5)
+
+
+def answers(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Whether the server that `process` is answers `url`. If it has ended, the answer is that of another server."""
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, timeout=5).status_code == 200 and process.poll() is None
+    return False
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -210,6 +219,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def refuse_taken(port: int) -> None:
+    """Raises `NotStarted` for a port of 127.0.0.1 that a server cannot have, such as one where another one listens."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()  # it binds as servers do: also where connections just ended
+    except OSError as error:
+        raise NotStarted(
+            f"port {port} of 127.0.0.1 cannot be had: {error}. End the program that has it, or give another "
+            "--port, or none, for a free one"
+        ) from error
 
 
 def free_port(but: Set[int] = frozenset()) -> int:

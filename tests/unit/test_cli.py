@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,7 +291,7 @@ def test_the_demo_runs_in_float32_on_a_cpu(model, gpu, dtype, monkeypatch):
     monkeypatch.setattr(demo.real_model, "fetch", lambda: Path("/kept"))
     monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: gpu)
     with pytest.raises(Started) as started:
-        demo.run(Console(quiet=True), model=model, turns=2, port=1)
+        demo.run(Console(quiet=True), model=model, turns=2, port=None)
     (arguments,) = started.value.args
     assert ("--dtype" in arguments) == (dtype is not None)
     assert dtype is None or arguments[arguments.index("--dtype") + 1] == dtype
@@ -306,7 +308,7 @@ def test_a_demo_that_gets_no_model_says_why_and_makes_a_tiny_one(monkeypatch):
     monkeypatch.setattr(demo, "serve", serve)
     console = Console(record=True, width=200)
     with pytest.raises(demo.NotStarted, match=r"/tiny$"):
-        demo.run(console, model=None, turns=2, port=1)
+        demo.run(console, model=None, turns=2, port=None)
     assert "SmolLM2 was not fetched: [Errno -3] no network. So a tiny model speaks." in console.export_text()
 
 
@@ -328,6 +330,25 @@ def test_a_demo_whose_server_does_not_start_shows_the_log_and_no_traceback(monke
     done = CliRunner().invoke(app, ["demo"])
     assert done.exit_code == 1
     assert done.stderr == "error: the server did not start (exit code 1 after 3 s):\nOSError: no such model\n"
+
+
+@pytest.mark.parametrize(("port", "bound"), [("-1", "1"), ("0", "1"), ("65536", "65535"), ("99999", "65535")])
+def test_a_port_out_of_range_is_refused(monkeypatch, port, bound):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: pytest.fail("the demo began"))
+    done = CliRunner().invoke(app, ["demo", "--port", port])
+    assert done.exit_code == 2
+    assert re.search(rf"Invalid value for '--port': .*\b{bound}\b", done.stderr)
+
+
+def test_a_port_that_somebody_has_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(demo, "serve", lambda *_, **__: pytest.fail("a server started"))
+    monkeypatch.setattr(demo.real_model, "fetch", lambda: pytest.fail("a model was fetched"))
+    with socket.create_server(("127.0.0.1", demo.free_port())) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["demo", "--port", str(port)])
+    assert done.exit_code == 1
+    said = r"Address already in use.*\. End the program that has it, or give another --port, or none, for a free one"
+    assert re.fullmatch(rf"error: port {port} of 127\.0\.0\.1 cannot be had: .*{said}\n", done.stderr)
 
 
 def test_version():

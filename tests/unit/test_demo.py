@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sglang_vtensor import demo, real_model
+from tests.stranger import stranger
 
 
 def test_a_free_port_is_none_that_a_connection_could_take_until_the_server_is_up():
@@ -32,6 +35,28 @@ def test_a_port_that_somebody_has_is_not_free(monkeypatch):
         others = [taken.getsockname()[1]]
         with pytest.raises(RuntimeError, match="has no free port of 10000 and more outside"):
             demo.free_port()
+
+
+def test_a_port_that_a_connection_just_left_is_not_taken():
+    """As with the port of a demo that ended a moment ago: the kernel keeps its connections for a minute."""
+    with socket.create_server(("127.0.0.1", demo.free_port())) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as asking:
+            listening.accept()[0].close()  # who closes first has the port for that minute
+            assert asking.recv(1) == b""
+    demo.refuse_taken(port)
+
+
+def test_another_server_that_answers_is_not_taken_for_one_that_ended(tmp_path):
+    (tmp_path / "log").write_text("OSError: address already in use")
+    status = SimpleNamespace(update=lambda _: None)
+    with (
+        stranger(seconds=1.0) as (port, asked),
+        subprocess.Popen(["sleep", "0.3"]) as process,
+        pytest.raises(demo.NotStarted, match="OSError: address already in use"),
+    ):
+        demo.wait_until_ready(process, f"http://127.0.0.1:{port}", tmp_path / "log", status)
+    assert asked == ["/health_generate"]
 
 
 @pytest.mark.parametrize("left", [None, "model.safetensors"])

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
+from benchmarks.serving import started
+from tests.stranger import stranger
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +40,14 @@ def test_a_server_ends_with_a_benchmark_that_is_killed(tmp_path):
     finally:
         if server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
             server.kill()
+
+
+def test_another_server_that_answers_is_not_taken_for_one_that_ended(tmp_path):
+    command = ["sh", "-c", "echo address already in use; sleep 0.3"]
+    with (
+        stranger(seconds=1.0) as (port, asked),
+        started("ours", command, f"http://127.0.0.1:{port}", tmp_path / "log", dict(os.environ)) as wait,
+        pytest.raises(RuntimeError, match="ours did not start:\naddress already in use"),
+    ):
+        wait()
+    assert asked == ["/health_generate"]
