@@ -9,7 +9,20 @@
 # first one, puts it to sleep, and ends both. Run it in the environment that has sglang-vtensor.
 set -euo pipefail
 
-port=${PORT:-30000} # and the one behind it
+port=${PORT:-30000} # and the next one
+if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65534)); then
+    echo "PORT is $port: give a number from 1 to 65534, for the next one is the port of the second server" >&2
+    exit 1
+fi
+# Where somebody listens already, the script would take that server for its own.
+python -c 'import socket, sys
+for port in map(int, sys.argv[1:]):
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        sys.exit(f"port {port} cannot be had: {error}. End the program that has it, or give another PORT")
+' "$port" "$((port + 1))"
+
 folder=$(mktemp -d)
 pids=()
 end() {
@@ -30,18 +43,27 @@ if [ $# -eq 0 ]; then
     python -c 'import pathlib, sys; from sglang_vtensor import tiny_model; tiny_model.build(pathlib.Path(sys.argv[1]))' "$model"
 fi
 
+# If a server has ended, show the end of its log and end too: what answers at its port is not ours.
+still_runs() {
+    if ! kill -0 "$1" 2>/dev/null; then
+        echo "the server did not start:" >&2
+        tail -n 25 "$2" >&2
+        exit 1
+    fi
+}
+
 # Start a server and wait until it answers. The second one starts after the first: each looks at the memory that is free.
 start() {
     local url=http://127.0.0.1:$1 log=$folder/$1.log
     python -m sglang.launch_server --model-path "$model" --port "$1" "${arguments[@]}" >"$log" 2>&1 &
     pids+=($!)
-    until curl -sf -o /dev/null "$url/health_generate"; do
-        if ! kill -0 "${pids[-1]}" 2>/dev/null; then
-            tail -n 25 "$log" >&2
-            exit 1
-        fi
+    while
+        still_runs "${pids[-1]}" "$log"
+        ! curl -sf --max-time 5 -o /dev/null "$url/health_generate"
+    do
         sleep 1
     done
+    still_runs "${pids[-1]}" "$log"
     echo "$url serves"
 }
 
@@ -60,7 +82,12 @@ ask "$two"
 sleep 1 # each looks for its neighbours once a second
 for url in "$one" "$two"; do
     neighbours=$(sglang-vtensor stats --json --url "$url" | python -c 'import json, sys; print(json.load(sys.stdin)[0]["neighbours"])')
-    echo "$url has $neighbours neighbour"
+    if [ "$neighbours" != 1 ]; then
+        echo "$url has $neighbours neighbours, where 1 is wanted: both servers must be on one device, and no other server with" \
+            "sglang-vtensor there. Choose a device with CUDA_VISIBLE_DEVICES" >&2
+        exit 1
+    fi
+    echo "$url has 1 neighbour"
 done
 sglang-vtensor top "$one" "$two" --once
 sglang-vtensor limit --url "$one" 50%

@@ -12,24 +12,30 @@ import pytest
 
 from sglang_vtensor.demo import free_port
 from tests.harness import ON_GPU
+from tests.stranger import stranger
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 500
 
 
-def run(*command, said=""):
+def ended(*command, said=b""):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if not ON_GPU:
         environment["SGLANG_PLATFORM"] = "vtensor_host"
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, input=said, capture_output=True, text=True, timeout=SECONDS, check=False
+        command, cwd=ROOT, env=environment, input=said, capture_output=True, timeout=SECONDS, check=False
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def run(*command, said=b""):
+    code, shown, told = ended(*command, said=said)
+    assert code == 0, shown[-2000:] + told[-3000:]
+    return shown
 
 
 def test_chat():
-    questions = "what is a page\nwho owns it\nsay it again\n\nthis is not asked\n"
+    questions = b"what is a page\nwho owns it\nsay it again\n\nthis is not asked\n"
     shown = run(sys.executable, "examples/chat.py", "--max-tokens", "12", said=questions)
     turns = re.findall(r"\[(\d+) of (\d+) prompt tokens were in memory\]", shown)
     cached, prompts = zip(*((int(cached), int(prompt)) for cached, prompt in turns), strict=True)
@@ -57,3 +63,21 @@ def test_two_servers(monkeypatch):
     assert shown.count("has 1 neighbour") == 2, "each server knows of the other one"
     assert shown.count("answered") == 4
     assert ": asleep, " in shown
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_two_servers_take_no_other_server_for_their_own(monkeypatch, behind):
+    """Neither one at the first port, nor at the second."""
+    with stranger() as (port, asked):
+        monkeypatch.setenv("PORT", str(port - behind))
+        code, shown, told = ended("bash", "examples/two_servers.sh")
+    assert (code, shown, asked) == (1, "", [])
+    assert re.fullmatch(rf"port {port} cannot be had: .*Address already in use.* or give another PORT\n", told)
+
+
+@pytest.mark.parametrize("port", ["65535", "0", "http"])
+def test_two_servers_need_two_ports(monkeypatch, port):
+    monkeypatch.setenv("PORT", port)
+    code, shown, told = ended("bash", "examples/two_servers.sh")
+    assert (code, shown) == (1, "")
+    assert told.startswith(f"PORT is {port}: give a number from 1 to 65534")
