@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32, help="Tokens of each sample.")
     arguments = parser.parse_args()
+    if arguments.samples < 1:
+        parser.error(f"--samples is {arguments.samples}: give 1 or more")
+    if arguments.max_tokens < 1:
+        parser.error(f"--max-tokens is {arguments.max_tokens}: give 1 or more")
     with tempfile.TemporaryDirectory(prefix="vtensor-samples-") as folder:
         more = {} if arguments.model else {"max_total_tokens": 16384, "dtype": "bfloat16"}
         model = arguments.model or str(tiny_model.build(Path(folder) / "tiny"))
@@ -42,7 +46,7 @@ def sample(engine: sgl.Engine, samples: int, max_tokens: int) -> None:
     """Print the samples, and what they cost."""
     before, start = memory(engine), time.perf_counter()
     params = {"n": samples, "temperature": 1.0, "max_new_tokens": max_tokens, "ignore_eos": True}
-    answers = engine.generate(PROMPT, params)
+    answers = engine.generate([PROMPT], params)  # of a list, the answers are one too, also for one sample
     seconds, after = time.perf_counter() - start, memory(engine)
     for answer in answers:
         print("-", " ".join(answer["text"].split())[:100])

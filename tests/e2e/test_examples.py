@@ -45,6 +45,39 @@ def test_chat():
         assert cached[turn] >= prompts[turn - 1], "a turn finds the whole prompt of the turn before"
 
 
+def test_a_chat_goes_on_behind_what_it_cannot_read():
+    """The tiny model reads 4,096 tokens."""
+    long = "what is a page " * 250
+    questions = [long] * 4 + ["what is a page " * 1100, "wer ist das\udcfc", "who owns it"]
+    shown = run(
+        sys.executable,
+        "examples/chat.py",
+        "--max-tokens",
+        "12",
+        said="\n".join(questions).encode(errors="surrogateescape"),
+    )
+    said = [line for line in shown.splitlines() if line.startswith("[")]
+    answered = [line for line in said if "prompt tokens were in memory" in line]
+    assert len(answered) == 5, "four long ones and the last one"
+    at = said.index("[the conversation was too long for the model: the oldest turns are forgotten, 2 of them]")
+    assert said[at + 1 :] == [
+        answered[3],
+        said[-3],
+        "[this line is not UTF-8, from its byte 0xfc on: give it again in UTF-8]",
+        answered[4],
+    ]
+    assert re.match(r"\[this question cannot be answered: .*context length", said[-3])
+    prompts = [int(re.search(r"of (\d+) prompt", line)[1]) for line in answered]
+    assert prompts[3] < prompts[4] < 4096, "a question that is too long takes no turn with it"
+
+
+@pytest.mark.parametrize(("example", "option"), [("chat", "--max-tokens"), ("samples", "--samples")])
+def test_nothing_is_not_asked_for(example, option):
+    code, shown, told = ended(sys.executable, f"examples/{example}.py", option, "0")
+    assert (code, shown) == (2, "")
+    assert told.endswith(f"error: {option} is 0: give 1 or more\n")
+
+
 def test_samples():
     shown = run(sys.executable, "examples/samples.py", "--samples", "6", "--max-tokens", "12")
     assert shown.count("\n- ") + shown.startswith("- ") == 6
@@ -54,6 +87,11 @@ def test_samples():
     ((pages, apart),) = re.findall(r"took (\d+) new pages.*\n.*take (\d+) pages", shown)
     assert int(pages) < int(apart) / 3
     assert int(asked) >= 6 * int(prompt)
+
+
+def test_one_sample():
+    shown = run(sys.executable, "examples/samples.py", "--samples", "1", "--max-tokens", "4")
+    assert re.search(r"^- .*\n1 samples of \d+ prompt tokens", shown)
 
 
 @pytest.mark.skipif(ON_GPU, reason="tests/gpu has the device, and its own tests of two servers")
