@@ -1,11 +1,14 @@
 """The accuracy benchmark: its questions have the answers that it wants, and it counts what the servers say."""
 
 import contextlib
+import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import typer
+from rich.console import Console
 
 from benchmarks import accuracy, results
 
@@ -66,6 +69,24 @@ def test_a_right_answer_has_the_whole_number(kind, said, right):
 def test_of_a_lookup_the_first_number_counts(kind, right):
     """A model that goes on may come to any line of the document."""
     assert accuracy.is_right(accuracy.Question(kind, 200, "", "", "345"), "100.\nParcel: 345.") == right
+
+
+def test_answers_are_counted_as_they_come(monkeypatch):
+    """And they stand as they were asked for, whichever comes first."""
+    tokenizer = SimpleNamespace(
+        apply_chat_template=lambda chat, **_: {"input_ids": [int(chat[1]["content"])]},
+        decode=lambda ids, **_: f"{ids[0]} ",
+    )
+
+    def post(url, json, **_):
+        return SimpleNamespace(raise_for_status=lambda: None, json=lambda: {"output_ids": json["input_ids"]})
+
+    shown = io.StringIO()
+    monkeypatch.setattr(accuracy, "console", Console(file=shown, force_terminal=True, width=80))
+    monkeypatch.setattr(accuracy.requests, "post", post)
+    asked = [accuracy.Question("arithmetic", 200, "", str(n), str(n)) for n in range(20)]
+    assert accuracy.answers("http://127.0.0.1:1", tokenizer, asked) == [str(n) for n in range(20)]
+    assert re.search(r"questions answered .*100%", shown.getvalue())
 
 
 @pytest.fixture
