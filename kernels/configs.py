@@ -26,27 +26,38 @@ class DecodeCosts:
     """Of shared decode beside FlashAttention-3, as shares of what reading a key and a value from memory takes; measured
     on an H200. `again`: what FlashAttention-3 takes for a token of what is shared, for each request that reads it, as
     it comes from the cache in part. Ours: `compute`, a query head's work with one key of those; and what it loses with
-    each token that a batch reads (`all`), and with each that is a request's own (`own`)."""
+    each token that a batch reads (`all`), with each that it reads once, shared ones too (`once`), and with each that is
+    a request's own (`own`)."""
 
     again: float
     compute: float
     all: float
     own: float
+    once: float = 0.0
 
 
 WIDE_COSTS, FP8_COSTS = DecodeCosts(0.6, 0.01, 0.03, 0.0), DecodeCosts(1.25, 0.04, 0.03, 0.45)
+#: With products in FP8.
 NARROW_COSTS = DecodeCosts(1.0, 0.0225, 0.03, 0.02)
+#: With heads of more than 128: over FP8 it takes 3 to 3.7 times as long as FlashAttention-3 where nothing is shared.
+#: Over 16 bits it takes 1.5 to 2 times as long as its bytes do.
+LARGE_COSTS, LARGE_FP8_COSTS = DecodeCosts(0.6, 0.03, 0.03, 0.0, 1.0), DecodeCosts(1.25, 0.15, 0.03, 0.0, 2.75)
 #: Bytes that are read while its further kernels start.
 SHARED_OVERHEAD_BYTES = 16 << 20
-#: Of each head dimension: from so many requests and so many bytes a layer on, on an H200, it is as fast as
-#: FlashAttention-3 over the same layout even where nothing is shared. With keys and values of 16 bits: 0.95 to 1.26
-#: times, over six geometries. A single long request is not always: few programs merge what many have read. With
-#: products in FP8: 1.00 to 1.17 times with heads of 64 and 128, and 1.34 with 96, which FlashAttention-3 pads. A head
-#: dimension that is not here was not measured, and such a batch is left to SGLang.
-PLAIN = {64: (8, 32 << 20), 128: (8, 32 << 20)}
-NARROW_PLAIN = {64: (64, 32 << 20), 96: (8, 32 << 20), 128: (64, 512 << 20)}
+#: One program merges what many have read for a request and KV head: each part of a context beyond so many takes as long
+#: as reading so many bytes. With one KV head, one request of 131,072 tokens has 396 parts, and takes 77 us for 29.
+PARTS_MERGED, PART_BYTES = 16, 512 << 10
+#: Of each head dimension: from so many requests and so many bytes a layer on (one pair or another) it is as fast as
+#: FlashAttention-3 over the same layout even where nothing is shared. With keys and values of 16 bits: 0.98 to 1.26
+#: times, over six geometries. With products in FP8: 1.00 to 1.17 times with heads of 64 and 128, and 1.32 to 1.39 with
+#: 96, which FlashAttention-3 pads. A head dimension that is not here was not measured, or is slower, and such a batch
+#: is left to SGLang.
+PLAIN = {64: [(8, 32 << 20)], 128: [(8, 128 << 20), (32, 32 << 20)]}
+NARROW_PLAIN = {64: [(64, 32 << 20)], 96: [(1, 32 << 20)], 128: [(64, 512 << 20)]}
 #: With products in FP8, also for so many requests or more, of up to so many tokens in the mean.
 SHORT_REQUESTS, SHORT_TOKENS = 256, 512
+#: Of the GPU on which all of this was measured.
+MULTIPROCESSORS = 132
 
 
 @functools.cache
@@ -135,17 +146,24 @@ def shared_decode_pays(
     Counted in tokens read from memory. Each on its own, requests that share a run read it at about the same time, so
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
     """
-    fp8 = kv_dtype.itemsize == 1
-    narrow = shared_decode(head_dim, capability, kv_dtype).narrow
-    measured = {} if capability != 90 else NARROW_PLAIN if narrow else {} if fp8 else PLAIN
-    if head_dim in measured:
-        least, nbytes = measured[head_dim]
-        if requests >= least and tokens * token_bytes >= nbytes:
+    fp8, config = kv_dtype.itemsize == 1, shared_decode(head_dim, capability, kv_dtype)
+    kv_heads = max(1, token_bytes // (2 * head_dim * kv_dtype.itemsize))
+    once = tokens - saved
+    # The parts of one request's context, if the line of all that is read once is cut for each team of programs.
+    parts = MULTIPROCESSORS * config.occupancy / kv_heads * tokens / max(1, requests * once) if capability else 0.0
+    measured = {} if capability != 90 else NARROW_PLAIN if config.narrow else {} if fp8 else PLAIN
+    if head_dim in measured and parts <= PARTS_MERGED:
+        if any(requests >= least and tokens * token_bytes >= nbytes for least, nbytes in measured[head_dim]):
             return True
-        if narrow and requests >= SHORT_REQUESTS and tokens <= SHORT_TOKENS * requests:
+        if config.narrow and requests >= SHORT_REQUESTS and tokens <= SHORT_TOKENS * requests:
             return True
-    costs, read = NARROW_COSTS if narrow else FP8_COSTS if fp8 else WIDE_COSTS, shared + saved
-    loss = costs.all * tokens + costs.own * (tokens - read) + SHARED_OVERHEAD_BYTES / token_bytes
+    if head_dim > 128:
+        costs = LARGE_FP8_COSTS if fp8 else LARGE_COSTS
+    else:
+        costs = NARROW_COSTS if config.narrow else FP8_COSTS if fp8 else WIDE_COSTS
+    read = shared + saved
+    further = SHARED_OVERHEAD_BYTES + PART_BYTES * max(0.0, parts - PARTS_MERGED)
+    loss = costs.all * tokens + costs.own * (tokens - read) + costs.once * once + further / token_bytes
     return costs.again * read > shared + costs.compute * group * read + loss
 
 

@@ -345,19 +345,23 @@ class Elastic:
         return [check.http_worker_ipc for check in checks]
 
     def _demanded(self, demand: Demand) -> int:
-        """Bytes that must be free for SGLang to admit what waits at the head of the queue: it keeps room also for the
-        answers, for what runs as it estimates them, and for what is to begin whole."""
+        """Bytes that must be free for SGLang to admit what waits at the head of the queue, if anything does: it keeps
+        room also for the answers, for what runs as it estimates them, and for what is to begin whole, with a page."""
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+        heads = demand.waiting[:WANTED_REQUESTS]
+        if not heads:
+            return 0
 
         def answer(req: Req) -> int:
             return max(0, min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
 
-        answers = 0.0
+        tokens = float(sum(map(answer, heads)))
         for req in demand.running:
-            answers += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
-        heads = demand.waiting[:WANTED_REQUESTS]
-        answers += sum(map(answer, heads))
-        pages = -(-int(answers) // self.runtime.page_tokens)
+            tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
+            # What chunks of its prompt are yet to come.
+            tokens += len(req.origin_input_ids) + len(req.output_ids) - self.runtime.sglang.allocated(req)
+        pages = len(heads) - (-int(tokens) // self.runtime.page_tokens)
         return sum(map(self._wants, heads)) + pages * self.runtime.memory.layout.page_bytes
 
     def _wants(self, req: Req) -> int:

@@ -65,7 +65,9 @@ def passes_over(adder: Any, req: Req) -> bool:
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
     running_batch, elastic = kwargs["running_batch"], scheduler.vtensor_elastic
-    elastic.tick(scheduler.waiting_queue, running_batch.reqs, scheduler.new_token_ratio_tracker.current)
+    chunked, last = scheduler.chunked_req, scheduler.last_batch
+    running = running_batch.reqs if chunked is None else [*running_batch.reqs, chunked]
+    elastic.tick(scheduler.waiting_queue, running, scheduler.new_token_ratio_tracker.current)
     send = scheduler.ipc_channels.send_to_tokenizer.send_output
     elastic.refuse_too_long(scheduler.waiting_queue, send)
     if elastic.holding:
@@ -76,7 +78,6 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
             for req in scheduler.grammar_manager.get_ready_grammar_requests():
                 scheduler._add_request_to_queue(req)
         elastic.answer_failed(scheduler.waiting_queue, send)
-    chunked, last = scheduler.chunked_req, scheduler.last_batch
     busy = chunked is not None or not running_batch.is_empty()
     offered, beyond = elastic.offers(scheduler.waiting_queue, busy=busy)
     if elastic.holding and not offered and chunked is None:
