@@ -21,7 +21,7 @@ from tests.kernels.reference import DEVICE, Batch, assert_close, divided, stored
 from tests.kernels.test_prefix_prefill import PAGE
 from tests.kernels.test_prefix_prefill import run as prefill
 from tests.kernels.test_shared_decode import PAGE as DECODED_PAGE
-from tests.kernels.test_shared_decode import Served, paths_of
+from tests.kernels.test_shared_decode import Served, as_multiplied, paths_of
 
 
 @given(
@@ -184,11 +184,12 @@ def decoded(batch, paths, window, *, config=None, cache=None, seed=0, spoilt=Non
     """A step on a poisoned output, over pages of which those are gone that are behind the window of all who have them.
     Returns what came, what was wanted, and the decoder. `spoilt`: a request, a token of it, and what its value is."""
     served = Served.of(batch, paths, seed)
-    expected = batch.expected(window=window, **options)
+    decoder = served.decoder(config, cache)
+    expected = as_multiplied(batch, decoder, cache).expected(window=window, **options)
     if spoilt is not None:
         request, token, value = spoilt
         served.v[int(served.table[served.slots[request], token]), 1, 5] = value
-    decoder = served.decoder(config).for_window(window)
+    decoder = decoder.for_window(window)
     slots = served.slots.tolist()
     there, gone = set(), set()
     for slot, context in zip(slots, batch.contexts, strict=True):
