@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_vtensor.kernels.compiling import Compiling, launches
-from sglang_vtensor.kernels.configs import ours_before_fa3
+from sglang_vtensor.kernels.configs import UNEVEN_FP8_DIMS, ours_before_fa3
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.prefix_prefill import Kind, Plan, plan_prefill, prefill_calls, prefix_prefill
 from sglang_vtensor.srt.options import Options, Refused
@@ -56,7 +56,7 @@ class PrefillBackend(AttentionBackend):
         if kernel == "fa3" and dtype == torch.float8_e5m2:
             raise Refused("--vtensor-prefill-kernel fa3 reads FP8 as fp8_e4m3 only, not fp8_e5m2: use triton, or auto")
         fa3 = torch.cuda.get_device_capability(runner.device) == (9, 0) and dtype != torch.float8_e5m2
-        ours = runner.model_config.head_dim in DIMS and dtype != torch.float8_e4m3fn  # which is not measured
+        ours = runner.model_config.head_dim in (UNEVEN_FP8_DIMS if dtype == torch.float8_e4m3fn else DIMS)
         if kernel == "fa3" or (kernel == "auto" and fa3 and not ours):
             return FlashAttention3(runner)
         return Fastest(runner) if kernel == "auto" and fa3 else TritonPrefill(runner)
