@@ -81,7 +81,7 @@ class Chores:
             if refusal is not None:
                 backing.refusal = refusal
             if backing.refusal is not was:
-                self.memory.answered(backing, was)
+                self.memory.supply.answered(backing, was)
 
         with self.worker.calling(ahead.frame, let_go, quiet=True):
             backing.back(ahead)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from sglang_vtensor.backing import Backing, Claim
+from sglang_vtensor.backing import Backing
 from sglang_vtensor.budget import Budget
 from sglang_vtensor.chores import Chores
 from sglang_vtensor.clock import Clock, Timed
@@ -29,11 +28,11 @@ from sglang_vtensor.placement import Placement, runs_of
 from sglang_vtensor.room import Room
 from sglang_vtensor.snapshot import snapshot
 from sglang_vtensor.states import States
+from sglang_vtensor.supply import Supply
 from sglang_vtensor.tails import Tail, Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
-from sglang_vtensor.worker import WARN_SECONDS, Worker, patience
+from sglang_vtensor.worker import Worker, patience
 
-logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -118,15 +117,14 @@ class KVMemory(Room):
         #: Contexts that were counted as they ended: how many, their runs, the most of one; and their own parts that
         #: are more than one run.
         self.contexts = self.context_runs = self.most_runs = self.broken_runs = 0
-        self.shortages = 0
         #: What memory costs the scheduling thread, and whatever else that does for memory's sake: `with memory.clock`.
         self.clock = Clock()
         self.worker = Worker(self.housekeep, vmm.attach_thread)
+        self.supply = Supply(self, self.worker)
         self.chores = Chores(self, self.worker)
         self._lock = self.worker.lock
         self._timed = Timed(self.clock, self._lock)
         self._regions: list[torch.Tensor] = []
-        self._retry_at = self._warn_at = 0.0
         if worker:
             self.worker.start()
             # It is a daemon: it would go on calling the driver while the process takes that down.
@@ -206,7 +204,7 @@ class KVMemory(Room):
             placed.append(some)
             frames += some
             lacking += len(some) - self.backing.backed_among(some)
-        if len(placed) == len(asks) and self.take_pages(self.backings, frames):
+        if len(placed) == len(asks) and self.supply.take(self.backings, frames):
             self._count(asks, placed, created=lacking)
             return placed
         self.placement.free(frames)
@@ -242,47 +240,6 @@ class KVMemory(Room):
         self.placement.free(set(frames).difference(there))
         self.placement.take(others)
         return there + others
-
-    def take_pages(self, stores: Sequence[Backing], frames: Sequence[int]) -> bool:
-        """Memory for frames (or slots), in all of these stores or in none. Under the lock."""
-        claims = [backing.claim(frames) for backing in stores]
-        # While the driver is left alone, there is what free pages have.
-        wanted = sum(len(claim.missing) * b.page_bytes for claim, b in zip(claims, stores, strict=True))
-        there = self.budget.free if len(self.stores) > 1 else 0
-        done = not (self.short and time.monotonic() < self._retry_at and wanted > there)
-        for claim, backing in zip(claims, stores, strict=True):
-            done = done and self._fill(backing, claim)
-        if not done:
-            for claim, backing in zip(claims, stores, strict=True):
-                backing.unclaim(claim)
-        return done
-
-    def _fill(self, backing: Backing, claim: Claim) -> bool:
-        was = backing.refusal
-        done = backing.fill(claim)
-        if backing.refusal is not was:
-            self.answered(backing, was)
-        return done
-
-    def answered(self, backing: Backing, was: VMMError | None) -> None:
-        """The driver refused, or gave again after it had: say so once, and when to ask again."""
-        now = time.monotonic()
-        if backing.refusal is not None:
-            self._retry_at = now + self.worker.retry_seconds
-            self.shortages += was is None
-            if was is None and now >= self._warn_at:
-                self._warn_at = now + WARN_SECONDS
-                logger.warning(
-                    "the device gives no more memory: %s. The KV cache stays at %d of %d pages, requests wait or are "
-                    "retracted, and it asks again every %g s: free what else holds memory there, or lower "
-                    "--mem-fraction-static",
-                    backing.refusal,
-                    self.backed,
-                    self.limit + 1,
-                    self.worker.retry_seconds,
-                )
-        elif was is not None:
-            logger.debug("the device gives memory again: %d pages are backed", self.backed)
 
     def free(self, frames: Sequence[int], epoch: int | None = None) -> None:
         """Take frames back. Batches up to `epoch` may still read them; None: those launched so far, and the one being
@@ -323,7 +280,7 @@ class KVMemory(Room):
                 if not backing.in_hand or not self.worker.wait(until):
                     return False
             claim = backing.claim(frames)
-            done = self._fill(backing, claim)
+            done = self.supply.fill(backing, claim)
             if not done:
                 backing.unclaim(claim)
             return done
@@ -442,7 +399,7 @@ class KVMemory(Room):
             return backing.free < wanted
         # One page more than there is tells whether the driver gives again.
         wanted = min(max(wanted, backing.free + 1), available)
-        return backing.free < wanted and time.monotonic() >= self._retry_at
+        return backing.free < wanted and self.supply.asks_again
 
     def kept_now(self, backing: Backing, *, device_low: bool) -> tuple[int, float]:
         """How many free pages do not go back to the driver now, and since when one must have been free to go."""

@@ -50,7 +50,7 @@ def snapshot(memory: KVMemory) -> dict[str, int | float]:
         "partial_copies": memory.counts["copies"],
         "partial_tokens": memory.counts["copied_tokens"],
         "tails_continued": memory.counts["tails_continued"],
-        "shortages": memory.shortages,
+        "shortages": memory.supply.shortages,
         "worker_failures": memory.worker.failures,
         "scheduling_seconds": memory.clock.seconds,
         "worker_seconds": memory.worker.seconds,

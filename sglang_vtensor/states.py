@@ -106,7 +106,7 @@ class States:
         slots = self.backing.newest_vacant(count)
         self.placement.take(slots)
         others = self.placement.place(None, count - len(slots))
-        if others is not None and self.memory.take_pages([self.backing], slots + others):
+        if others is not None and self.memory.supply.take([self.backing], slots + others):
             return slots + others
         self.placement.free(slots + (others or []))
         return None
