@@ -84,7 +84,7 @@ class Ours:
         record = self.runtime.requests[slot] = RequestFrames(self.tree.path_frames(req.last_node), whole, whole)
         partial = req.vtensor_partial
         if partial is not None and partial.tail is not None:
-            frame = self.memory.claim(partial.tail)
+            frame = self.memory.tails.claim(partial.tail)
             assert frame is not None
             record.frames.append(frame)
         copied = partial.node if partial is not None else None
@@ -94,7 +94,7 @@ class Ours:
         self.evict(lacking - self.memory.room())
         placed = self.memory.allocate([record.ask(lacking)])
         if placed is None:
-            self.evict(lacking - self.memory.forget_tails(lacking))
+            self.evict(lacking - self.memory.tails.forget_some(lacking))
             placed = self.memory.allocate([record.ask(lacking)])
         assert placed is not None, "the pool is large enough for one request"
         if copied is not None:

@@ -29,7 +29,7 @@ from sglang_vtensor.room import Room
 from sglang_vtensor.snapshot import snapshot
 from sglang_vtensor.states import States
 from sglang_vtensor.supply import Supply
-from sglang_vtensor.tails import Tail, Tails
+from sglang_vtensor.tails import Tails
 from sglang_vtensor.vmm import VirtualMemory, VMMError
 from sglang_vtensor.worker import Worker, patience
 
@@ -99,7 +99,7 @@ class KVMemory(Room):
         #: What requests have once, whatever their length; None: nothing.
         self.states = States(self, state_bytes, state_slots) if state_bytes else None
         self.stores = self.backings if self.states is None else [*self.backings, self.states.backing]
-        self.tails = Tails()
+        self.tails = Tails(self)
         self.allowance = capacity_pages
         self.reserve_pages = min(reserve_pages, capacity_pages)
         self.idle_seconds = idle_seconds
@@ -148,7 +148,7 @@ class KVMemory(Room):
         Kept ones beyond it are kept no longer: here and not by the worker, so that ranks with the same history forget
         the same ones."""
         with self._timed:
-            self._forget_until(max(0, self.room()))
+            self.tails.forget_until(max(0, self.room()))
         if self.owes():
             self.worker.wake()
         return max(0, -self.room())
@@ -168,7 +168,7 @@ class KVMemory(Room):
         with self._timed:
             if total > self.room(growing=growing):
                 return None
-            self._forget_until(self.room(growing=True) - total)
+            self.tails.forget_until(self.room(growing=True) - total)
 
             def attempt() -> list[list[int]] | None:
                 placed = self._attempt(asks)
@@ -248,9 +248,10 @@ class KVMemory(Room):
             return
         with self._timed:
             self.placement.free(frames)
-            self._give(frames, epoch)
+            self.give(frames, epoch)
 
-    def _give(self, frames: Iterable[int], epoch: int | None = None) -> None:
+    def give(self, frames: Iterable[int], epoch: int | None = None) -> None:
+        """Nobody needs these frames on any side any more, as of `give_pages`. Under the lock."""
         now = time.monotonic()
         for backing in self.backings:
             self.give_pages(backing, frames, epoch, now)
@@ -288,71 +289,13 @@ class KVMemory(Room):
     def free_all(self) -> None:
         """Take every frame back: nothing is cached or running any more."""
         with self._timed:
-            self._forget_until(0)
+            self.tails.forget_until(0)
             owned = self.placement.owned_frames()
             self.placement.free(owned)
-            self._give(owned)
+            self.give(owned)
             if self.states is not None:
                 self.states.give(self.states.placement.owned_frames())
         self.worker.wake()
-
-    # Tails.
-
-    def keep(self, frame: int, tokens: int) -> Tail:
-        """Take back a frame that is not full, with `tokens` tokens, for the turn that continues its text; until it is
-        needed otherwise."""
-        tail = Tail(None, tokens)
-        with self._timed:
-            self.placement.keep(frame)
-            self.tails.keep(tail, frame)
-        return tail
-
-    def claim(self, tail: Tail) -> int | None:
-        """The frame that was kept, with what is in it, now the caller's; None if it is not there any more, or the limit
-        is reached."""
-        with self._timed:
-            if tail.frame is None or not self.available_pages():
-                return None
-            frame = self.tails.drop(tail)
-            self.placement.claim(frame)
-        self.counts["tails_continued"] += 1
-        return frame
-
-    def unclaim(self, tail: Tail, frame: int) -> None:
-        """Take back what was claimed and not touched."""
-        with self._timed:
-            self.placement.keep(frame)
-            self.tails.keep(tail, frame)
-        self.counts["tails_continued"] -= 1
-
-    def forget(self, tail: Tail) -> None:
-        """Nobody wants it any more: its frame is vacant like any other."""
-        if tail.frame is None:
-            return
-        with self._timed:
-            frame = self.tails.drop(tail)
-            self.placement.forget(frame)
-            self._give([frame])
-
-    def _forget_until(self, keep: int) -> int:
-        before = len(self.tails)
-        while len(self.tails) > keep and (oldest := self.tails.oldest()) is not None:
-            self.forget(oldest)
-        return before - len(self.tails)
-
-    def forget_for(self, nbytes: int) -> None:
-        """Forget kept pages, the longest kept first, until owners have room for so many bytes more."""
-        while self.budget.used + nbytes > self.budget.nbytes and (oldest := self.tails.oldest()) is not None:
-            self.forget(oldest)
-
-    def forget_tails(self, count: int) -> int:
-        """Forget `count` of them, the longest kept first. Returns how many there were."""
-        return self._forget_until(max(0, len(self.tails) - count))
-
-    def forget_old_tails(self, before: float) -> None:
-        """Forget those that were kept before that time, as `time.monotonic` counts."""
-        while (oldest := self.tails.oldest()) is not None and oldest.kept_at < before:
-            self.forget(oldest)
 
     # Epochs.
 
@@ -423,7 +366,7 @@ class KVMemory(Room):
         worker tries again."""
         until = patience()
         with self._timed:
-            self._forget_until(0)
+            self.tails.forget_until(0)
             self.nothing_launched()
             for backing in self.stores:
                 with contextlib.suppress(VMMError):

@@ -99,7 +99,7 @@ class States:
         with self.memory.held_still():
             if count > self.room():
                 return None
-            self.memory.forget_for(count * self.page_bytes)
+            self.memory.tails.forget_for(count * self.page_bytes)
             return self.memory.until_nothing_is_in_hand(lambda: self._attempt(count))
 
     def _attempt(self, count: int) -> list[int] | None:

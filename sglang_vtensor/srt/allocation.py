@@ -70,7 +70,7 @@ class _Partials:
 
     def _claim(self, req: Req, partial: Partial) -> bool:
         assert partial.tail is not None
-        frame = self._runtime.memory.claim(partial.tail)
+        frame = self._runtime.memory.tails.claim(partial.tail)
         if frame is None:
             return False
         self._claimed[frame] = req
@@ -89,7 +89,7 @@ class _Partials:
         if not secured:
             for req, partial in self._found:
                 if self._claimed.get(partial.frame) is req:
-                    self._runtime.memory.unclaim(partial.tail, partial.frame)
+                    self._runtime.memory.tails.unclaim(partial.tail, partial.frame)
             for req in self._reqs:
                 req.vtensor_whole_pages = True  # what it would copy from may be just what has to be evicted
             return
@@ -300,7 +300,7 @@ def _secure(runtime: Runtime, tree: Any, records: list[RequestFrames], lengths: 
     if _attempt(runtime, lacking, growing):
         return True
     # Whatever was refused, and on whichever rank: all of them give up the same, kept pages first.
-    tree.reclaim(total - runtime.memory.forget_tails(total))
+    tree.reclaim(total - runtime.memory.tails.forget_some(total))
     return _attempt(runtime, lacking, growing)
 
 

@@ -99,7 +99,7 @@ class EvictingTree(RadixCache):
         """Give up every leaf that nobody has read since `before` (`time.monotonic`), what becomes a leaf by that, and
         the unfilled pages that were kept before. Returns how many tokens of the tree."""
         start_time = time.perf_counter()
-        self.runtime.memory.forget_old_tails(before)
+        self.runtime.memory.tails.forget_old(before)
         expired = 0
         while old := [leaf for leaf in self.evictable_leaves if leaf.last_access_time < before]:
             for leaf in old:
@@ -154,7 +154,7 @@ class EvictingTree(RadixCache):
     def _give_up(self, leaf: TreeNode) -> list[int]:
         """Take an unlocked leaf from the tree. Returns its frames, for the caller to free."""
         for _, tail in leaf.tails:
-            self.runtime.memory.forget(tail)
+            self.runtime.memory.tails.forget(tail)
         if self.runtime.ends is not None:
             self.runtime.ends.drop(leaf)
         leaf.gone = True

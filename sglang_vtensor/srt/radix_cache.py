@@ -388,8 +388,8 @@ class PagedRadixCache(EvictingTree):
         """A request ended at `node` with the tokens of `key` in a page that they do not fill."""
         node.tails = [(known, tail) for known, tail in node.tails if tail.frame is not None]
         while len(node.tails) >= MAX_TAILS:
-            self.runtime.memory.forget(node.tails.pop(0)[1])
-        node.tails.append((key, self.runtime.memory.keep(page, len(key))))
+            self.runtime.memory.tails.forget(node.tails.pop(0)[1])
+        node.tails.append((key, self.runtime.memory.tails.keep(page, len(key))))
 
     def ending_at(self, leaf: TreeNode, tokens: int) -> TreeNode:
         """The node that ends so many tokens, whole pages of them, from the root on the way to the end of `leaf`. A node

@@ -231,7 +231,7 @@ class MemoryMachine(RuleBasedStateMachine):
         frame = request.frames.pop()
         self.give_up(request.frames)
         self.give_up_states(request, len(request.states))
-        self.kept.append((self.memory.keep(frame, 3), frame, self.owned.pop(frame)))
+        self.kept.append((self.memory.tails.keep(frame, 3), frame, self.owned.pop(frame)))
 
     @rule(data=st.data(), back=st.booleans())
     @precondition(lambda self: self.kept)
@@ -241,15 +241,15 @@ class MemoryMachine(RuleBasedStateMachine):
         tail, was, stamp = entry
         self.kept.remove(entry)
         there = tail.frame is not None
-        frame = self.memory.claim(tail)
+        frame = self.memory.tails.claim(tail)
         assert (frame is not None) == there
         if frame is None:
-            self.memory.forget(tail)
+            self.memory.tails.forget(tail)
             return
         assert frame == was
         assert all(keys[frame * 8, 0, 0].item() == stamp for keys in self.keys)
         if back:
-            self.memory.unclaim(tail, frame)
+            self.memory.tails.unclaim(tail, frame)
             self.kept.append(entry)
         elif len(self.requests) < RUNNING:
             self.owned[frame] = stamp
@@ -350,7 +350,7 @@ class MemoryMachine(RuleBasedStateMachine):
         for logger in LOGGERS:
             logger.setLevel(logging.NOTSET)
         for tail, _, _ in self.kept:
-            self.memory.forget(tail)
+            self.memory.tails.forget(tail)
         for request in self.requests:
             self.give_up(request.frames)
             self.give_up_states(request, len(request.states))

@@ -240,7 +240,7 @@ class TreeMachine(RuleBasedStateMachine):
             if not side or partial.frame not in self.awaited():
                 assert source.tolist() == expected, "a page does not begin as its tokens say"
         if partial.tail is not None:
-            frame = self.memory.claim(partial.tail)
+            frame = self.memory.tails.claim(partial.tail)
             if frame is None:
                 assert not self.memory.available_pages()
                 return False
@@ -255,7 +255,7 @@ class TreeMachine(RuleBasedStateMachine):
             assert self.runtime.writes_in(partial.begun)
         if not taken:
             if partial.tail is not None:
-                self.memory.unclaim(partial.tail, record.frames.pop())
+                self.memory.tails.unclaim(partial.tail, record.frames.pop())
             return False
         frame = record.frames[record.protected]
         if frame != partial.frame:
@@ -527,7 +527,7 @@ class TreeMachine(RuleBasedStateMachine):
         for req in self.requests:
             self.end(req, insert=True)
         self.tree.evict(SimpleNamespace(num_tokens=CAPACITY_TOKENS))
-        self.memory.forget_tails(len(self.memory.tails))
+        self.memory.tails.forget_some(len(self.memory.tails))
         assert self.memory.owned == 0
         self.memory.complete(self.memory.launch())
         self.housekeep(1000)

@@ -48,7 +48,7 @@ def test_each_frame_with_memory_has_its_owner(memory):
     (gone,) = memory.allocate([Ask(None, 2)])
     (kept,) = memory.allocate([Ask(None, 1)])
     memory.free(gone)
-    memory.keep(kept[0], 5)
+    memory.tails.keep(kept[0], 5)
     drawn = drawn_map(memory, [one, two])
     expected = dict.fromkeys(one, FIRST_OWNER) | dict.fromkeys(two, FIRST_OWNER + 1) | {0: PADDING}
     expected |= dict.fromkeys(gone, FREE) | {kept[0]: KEPT}

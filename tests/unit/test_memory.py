@@ -225,11 +225,11 @@ def test_a_page_that_goes_another_way_stays_mapped_as_long(how):
     elif how == "let_go":
         memory.let_go(1, [frame])
     else:
-        tail = memory.keep(frame, 3)
+        tail = memory.tails.keep(frame, 3)
         if how == "unclaim":
             memory.complete(memory.launch())
-            memory.unclaim(tail, memory.claim(tail))
-        memory.forget(tail)
+            memory.tails.unclaim(tail, memory.tails.claim(tail))
+        memory.tails.forget(tail)
     assert memory.trim() == 0, "the batch being made may read it"
     memory.complete(memory.launch())
     assert memory.trim() == 1 if how == "let_go" else 2
@@ -238,7 +238,7 @@ def test_a_page_that_goes_another_way_stays_mapped_as_long(how):
 def test_free_all_forgets_everything():
     memory = make()
     take(memory, 9)
-    memory.keep(take(memory, 1)[0], 3)
+    memory.tails.keep(take(memory, 1)[0], 3)
     memory.free_all()
     done(memory)
     stats = memory.stats()
@@ -356,7 +356,7 @@ def test_the_frames_of_a_batch_are_where_free_pages_are():
     memory.free(take(memory, 4))
     memory.complete(memory.launch())
     first = take(memory, 7)
-    tail = memory.keep(first.pop(), 3)
+    tail = memory.tails.keep(first.pop(), 3)
     memory.chores._hints.clear()
     one, other = memory.allocate([Ask(None, 4), Ask(None, 4)])
     assert (len(one), len(other)) == (4, 4)
@@ -395,26 +395,26 @@ def test_a_kept_page_is_as_it_was():
     (frame,) = take(memory, 1)
     keys = memory.layer_views(0)[0]
     keys[frame * 8] = 5.0
-    tail = memory.keep(frame, 3)
+    tail = memory.tails.keep(frame, 3)
     assert (memory.owned, memory.stats()["pages_kept"], memory.stats()["kept_tokens"]) == (0, 1, 3)
     take(memory, 15)
-    assert memory.claim(tail) == frame
+    assert memory.tails.claim(tail) == frame
     assert keys[frame * 8, 0, 0].item() == 5.0
-    assert memory.claim(tail) is None, "it is somebody's"
+    assert memory.tails.claim(tail) is None, "it is somebody's"
     memory.check_integrity()
 
 
 def test_a_claim_stays_below_the_limit():
     memory = make(capacity_pages=3)
-    tail = memory.keep(take(memory, 1)[0], 3)
+    tail = memory.tails.keep(take(memory, 1)[0], 3)
     take(memory, 2)
     memory.limit = 2
-    assert memory.claim(tail) is None
+    assert memory.tails.claim(tail) is None
 
 
 def test_the_longest_kept_pages_make_room():
     memory = make(capacity_pages=6)
-    tails = [memory.keep(frame, 3) for frame in take(memory, 4)]
+    tails = [memory.tails.keep(frame, 3) for frame in take(memory, 4)]
     take(memory, 4)
     assert [tail.frame is None for tail in tails] == [True, True, False, False]
     memory.check_integrity()
@@ -422,7 +422,7 @@ def test_the_longest_kept_pages_make_room():
 
 def test_a_lower_limit_forgets_the_longest_kept_pages():
     memory = make()
-    tails = [memory.keep(frame, 3) for frame in take(memory, 4)]
+    tails = [memory.tails.keep(frame, 3) for frame in take(memory, 4)]
     take(memory, 2)
     assert memory.allow(4) == 0
     assert [tail.frame is None for tail in tails] == [True, True, False, False]
@@ -430,13 +430,13 @@ def test_a_lower_limit_forgets_the_longest_kept_pages():
 
 def test_old_and_many_kept_pages_are_forgotten_when_asked():
     memory = make()
-    tails = [memory.keep(frame, 3) for frame in take(memory, 4)]
+    tails = [memory.tails.keep(frame, 3) for frame in take(memory, 4)]
     tails[0].kept_at = 0.0
-    memory.forget_old_tails(1.0)
+    memory.tails.forget_old(1.0)
     assert [tail.frame is None for tail in tails] == [True, False, False, False]
-    assert memory.forget_tails(2) == 2
-    assert memory.forget_tails(2) == 1
-    memory.forget(tails[3])
+    assert memory.tails.forget_some(2) == 2
+    assert memory.tails.forget_some(2) == 1
+    memory.tails.forget(tails[3])
     memory.check_integrity()
 
 
@@ -451,12 +451,12 @@ def test_what_requests_have_left_in_their_pages_is_part_of_the_reserve():
     memory.unfilled_tokens = LAYOUT.page_tokens + 1
     done(memory)
     assert memory.ready == 2, "four pages of which a little more than one is empty"
-    kept = [memory.keep(frame, 3) for frame in take(memory, 2)]
+    kept = [memory.tails.keep(frame, 3) for frame in take(memory, 2)]
     done(memory)
     assert (memory.ready, len(memory.tails)) == (1, 2), "two kept pages have one page left"
     memory.unfilled_tokens = 0
     for tail in kept:
-        memory.forget(tail)
+        memory.tails.forget(tail)
     done(memory)
     assert memory.ready == 3
 
@@ -1028,7 +1028,7 @@ def test_a_failure_at_every_call_of_the_driver_while_the_limit_moves():
 def test_all_memory_goes_back_at_once(sides):
     memory = make(sides=sides, reserve_pages=4)
     frames = take(memory, 5)
-    memory.keep(frames[4], 3)
+    memory.tails.keep(frames[4], 3)
     memory.free(frames[:4])
     while memory.housekeep():
         pass

@@ -84,7 +84,7 @@ def test_callers_at_once_are_each_told_of_their_own_call():
 
 
 @pytest.mark.parametrize(
-    ("backend", "loaded", "hooked"), [("vtensor", True, 2), ("vtensor", False, 0), ("default", True, 0)]
+    ("backend", "loaded", "hooked"), [("vtensor", True, 3), ("vtensor", False, 0), ("default", True, 0)]
 )
 def test_only_a_server_of_ours_asks(monkeypatch, backend, loaded, hooked):
     """A process without SGLang's tokenizer manager, as a scheduler's is, does not import it for this."""
@@ -99,6 +99,5 @@ def test_only_a_server_of_ours_asks(monkeypatch, backend, loaded, hooked):
     args = SimpleNamespace()
     Options(kv_backend=backend).attach(args)
     patches.load().serve(None, args)
-    assert [seam.target.split(".")[-1] for seam in seams] == ["release_memory_occupation", "resume_memory_occupation"][
-        :hooked
-    ]
+    wanted = ["get_internal_state", "release_memory_occupation", "resume_memory_occupation"]
+    assert [seam.target.split(".")[-1] for seam in seams] == wanted[:hooked]

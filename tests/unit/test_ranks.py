@@ -22,7 +22,7 @@ def rank(number: int, store: str) -> None:
     runtime.use_group(dist.group.WORLD)
     assert runtime.several_ranks
     records = [RequestFrames([], 0, 0), RequestFrames([], 0, 0)]
-    tail = memory.keep(take(memory, 1)[0], 3)
+    tail = memory.tails.keep(take(memory, 1)[0], 3)
 
     def lacking(*counts):
         return list(zip(records, counts, strict=True))

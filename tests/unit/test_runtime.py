@@ -150,7 +150,7 @@ def test_what_is_done_is_told_in_order_and_nobody_waits(runtime):
 
 def test_clear_forgets_everything(runtime):
     runtime.requests[1] = record(take(runtime.memory, 3), 0)
-    runtime.memory.keep(take(runtime.memory, 1)[0], 3)
+    runtime.memory.tails.keep(take(runtime.memory, 1)[0], 3)
     runtime.copies.append((1, 2, 3, (0,)))
     runtime.clear()
     assert (runtime.requests, runtime.copies, runtime.memory.owned) == ({}, [], 0)

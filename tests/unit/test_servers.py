@@ -177,6 +177,11 @@ def test_the_page_says_what_was_measured_and_no_more():
     said = report.servers(record).splitlines()
     assert said[:3] == [
         "- 0.950 times the throughput of a server alone, at the worst peak of two that take turns",
-        "- 0 requests failed, a neighbour's death included",
+        "- 0 requests failed",
         "",
     ]
+    record["rows"] = [{"part": "killed"}]
+    assert (
+        report.servers(record).splitlines()[2]
+        == "- a neighbour was killed as it gave memory, and its death is counted in"
+    )

@@ -77,7 +77,7 @@ def test_a_batch_in_flight_keeps_the_page_of_a_slot():
 
 def test_kept_pages_go_for_states():
     memory = with_states(capacity_pages=2)
-    tail = memory.keep(take(memory, 1)[0], 3)
+    tail = memory.tails.keep(take(memory, 1)[0], 3)
     assert memory.states.take(1) is not None
     assert tail.frame is not None
     assert memory.states.take(1) is None, "a batch may read it yet"
