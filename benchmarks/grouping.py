@@ -38,7 +38,7 @@ def step_us(requests: int = 256, joining: int = 2) -> float:
     slots = list(range(1, requests + 1))
     for number, slot in enumerate(slots):
         admit(slot, number)
-    sharing.begin(slots, 10**6)
+    sharing.begin(slots, 10**6, 10**4)
     seen, numbers = [], count()
     for _ in range(TIMES):
         seconds = 0.0
@@ -52,7 +52,7 @@ def step_us(requests: int = 256, joining: int = 2) -> float:
                 admit(slot, next(numbers))
             slots += ended
             start = time.perf_counter()
-            sharing.begin(slots, 10**6)
+            sharing.begin(slots, 10**6, 10**4)
             seconds += time.perf_counter() - start
         seen.append(seconds / STEPS)
     return 1e6 * statistics.median(seen)

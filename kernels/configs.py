@@ -20,7 +20,8 @@ SHORT_CONTEXT = 1500
 #: A batch is uneven if its longest tile takes so many times what each multiprocessor would do if all did the same.
 UNEVEN = 1.3
 #: Over FP8 our kernel takes twice as long where all do the same. It is 1.09 times as fast at an unevenness of 3.2, 2.3
-#: times at 7.5, 4.6 times at 15, and 0.81 times at 2.4; with heads of 64 and 96, 0.87 and 0.63 times at 1.9.
+#: times at 7.5, 4.6 times at 15, and 0.81 times at 2.4; with heads of 64 and 96, 0.87 and 0.63 times at 1.9, and more
+#: was not measured: it grows alike there.
 UNEVEN_FP8, UNEVEN_FP8_DIMS = 3.0, (64, 96, 128)
 
 
@@ -51,8 +52,8 @@ SHARED_OVERHEAD_BYTES = 16 << 20
 #: as reading so many bytes. With one KV head, one request of 131,072 tokens has 396 parts, and takes 77 us for 29.
 PARTS_MERGED, PART_BYTES = 16, 512 << 10
 #: Of each head dimension: from so many requests and so many bytes a layer on (one pair or another) it is as fast as
-#: FlashAttention-3 over the same layout even where nothing is shared. With keys and values of 16 bits: 0.98 to 1.26
-#: times, over six geometries. With products in FP8: 1.00 to 1.17 times with heads of 64 and 128, and 1.32 to 1.39 with
+#: FlashAttention-3 over the same layout even where nothing is shared. With keys and values of 16 bits: 0.99 to 1.26
+#: times, over six geometries. With products in FP8: 1.00 to 1.20 times with heads of 64 and 128, and 1.3 to 1.4 with
 #: 96, which FlashAttention-3 pads. A head dimension that is not here was not measured, or is slower, and such a batch
 #: is left to SGLang.
 PLAIN = {64: [(8, 32 << 20)], 128: [(8, 128 << 20), (32, 32 << 20)]}
@@ -143,10 +144,11 @@ def shared_decode_pays(
     capability: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
+    longest: int | None = None,
 ) -> bool:
     """Whether shared decode is faster for a batch of so many requests with `tokens` tokens in all, of which `shared`
     are read by several requests, and `saved` read again by others where each reads its own. A token takes `token_bytes`
-    in a layer.
+    in a layer. The `longest` context has so many tokens; None: as many as the others.
 
     Counted in tokens read from memory. Each on its own, requests that share a run read it at about the same time, so
     that much of it comes from the cache. Read once, its keys still meet the queries of all, and more kernels run.
@@ -154,8 +156,9 @@ def shared_decode_pays(
     fp8, config = kv_dtype.itemsize == 1, shared_decode(head_dim, capability, kv_dtype)
     kv_heads = max(1, token_bytes // (2 * head_dim * kv_dtype.itemsize))
     once = tokens - saved
-    # The parts of one request's context, if the line of all that is read once is cut for each team of programs.
-    parts = MULTIPROCESSORS * config.occupancy / kv_heads * tokens / max(1, requests * once) if capability else 0.0
+    # The parts of the longest context, if the line of all that is read once is cut for each team of programs.
+    longest = tokens // max(1, requests) if longest is None else longest
+    parts = MULTIPROCESSORS * config.occupancy / kv_heads * longest / max(1, once) if capability else 0.0
     measured = {} if capability != 90 else NARROW_PLAIN if config.narrow else {} if fp8 else PLAIN
     if head_dim in measured and parts <= PARTS_MERGED:
         if any(requests >= least and tokens * token_bytes >= nbytes for least, nbytes in measured[head_dim]):

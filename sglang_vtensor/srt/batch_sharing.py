@@ -47,8 +47,9 @@ class BatchSharing:
         self._batch: list[int] = []
         self._changed: set[int] = set()
 
-    def begin(self, slots: list[int], tokens: int) -> None:
-        """The next batch is a decode step of the requests in these slots, with so many tokens in all."""
+    def begin(self, slots: list[int], tokens: int, longest: int) -> None:
+        """The next batch is a decode step of the requests in these slots, with so many tokens in all, and in the
+        longest context."""
         start = time.perf_counter()
         self.batches += 1
         with self.runtime.memory.clock:
@@ -67,6 +68,7 @@ class BatchSharing:
                 self.capability,
                 self.kv_dtype,
                 self.head_dim,
+                longest,
             )
         self.seconds += time.perf_counter() - start
 

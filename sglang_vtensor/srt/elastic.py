@@ -358,6 +358,8 @@ class Elastic:
 
         tokens = float(sum(map(answer, heads)))
         for req in demand.running:
+            if req.finished():  # SGLang 0.5.17 leaves it there until it decodes again
+                continue
             tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
             # What chunks of its prompt are yet to come.
             tokens += len(req.origin_input_ids) + len(req.output_ids) - self.runtime.sglang.allocated(req)

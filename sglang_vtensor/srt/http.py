@@ -49,8 +49,11 @@ def only_from_here(request: Request) -> None:
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     if origin is None:
         return
-    names = {urlsplit(origin).hostname, urlsplit(f"//{host}").hostname}
-    if len(names) > 1 and not names <= LOOPBACK:
+    try:
+        names = {urlsplit(origin).hostname, urlsplit(f"//{host}").hostname}
+    except ValueError:
+        names = {None}
+    if None in names or (len(names) > 1 and not names <= LOOPBACK):
         raise HTTPException(
             403,
             f"a page of {origin} asks {host}, which wants no key: open the page of this server under the same host "
@@ -123,9 +126,15 @@ def add_routes(app: FastAPI, state: Any, *, keyed: bool) -> None:
     for function in (limit, sleep, wake):
         app.add_api_route(f"/vtensor/{function.__name__}", function, methods=["POST"], dependencies=guards)
     for route in list(app.routes):
-        if isinstance(route, APIRoute) and route.path in ("/health", "/health_generate"):
+        if not isinstance(route, APIRoute):
+            continue
+        if route.path in ("/health", "/health_generate"):
             app.add_api_route(route.path, unless_asleep(route.endpoint), methods=["GET"])
-            app.routes.insert(0, app.routes.pop())  # the first route of a path is the one that is taken
+        elif route.path == "/set_internal_state":  # what the three routes do can be asked there too
+            app.add_api_route(route.path, route.endpoint, methods=list(route.methods or ()), dependencies=guards)
+        else:
+            continue
+        app.routes.insert(0, app.routes.pop())  # the first route of a path is the one that is taken
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -35,6 +35,8 @@ ASK_SECONDS, SHARE = 1.0, 0.002
 #: A scheduler answers between two batches; one that takes longer is told of, and its answer is awaited by the next
 #: request.
 PATIENCE_SECONDS = 5.0
+#: What stands in the place of a map that a rank did not tell, as text, and the time for it.
+_UNTOLD = '{"map":null,"history":null,"why":"The scheduler told no map: it is asked again."}', 0.0
 
 
 async def take_maps(original: Callable[..., Awaitable[list[dict[str, Any]]]], manager: Any) -> list[dict[str, Any]]:
@@ -120,6 +122,10 @@ class Maps:
         # Who asks between the two gets the state first, and its map is kept too.
         ranks = [state["vtensor"] for state in await manager.get_internal_state()]
         ranks.sort(key=lambda rank: rank["dp_rank"])  # they come as they answer
-        self._due = time.monotonic() + max(ASK_SECONDS, max(seconds for _, seconds in maps.values()) / SHARE)
-        told = (b'{"stats":' + orjson.dumps(rank) + b"," + maps[rank["dp_rank"]][0].encode()[1:] for rank in ranks)
+        seconds = max((seconds for _, seconds in maps.values()), default=0.0)
+        self._due = time.monotonic() + max(ASK_SECONDS, seconds / SHARE)
+        told = (
+            b'{"stats":' + orjson.dumps(rank) + b"," + maps.get(rank["dp_rank"], _UNTOLD)[0].encode()[1:]
+            for rank in ranks
+        )
         return b'{"ranks":[' + b",".join(told) + b"]}"

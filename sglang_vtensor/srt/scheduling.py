@@ -160,7 +160,8 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     with runtime.memory.clock:
         runtime.batch = runtime.decode.slots(batch.reqs)
     if runtime.sharing is not None and batch.forward_mode.is_decode():
-        runtime.sharing.begin(runtime.batch, int(batch.seq_lens_cpu.sum()))
+        contexts = batch.seq_lens_cpu
+        runtime.sharing.begin(runtime.batch, int(contexts.sum()), int(contexts.max()))
     try:
         result = original(scheduler, batch, *args, **kwargs)
     finally:

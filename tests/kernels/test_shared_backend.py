@@ -92,7 +92,7 @@ class Server:
             seq_lens=seq_lens,
             out_cache_loc=self.runner.req_to_token_pool.req_to_token[slots, seq_lens - 1].long(),
         )
-        self.runtime.sharing.begin(list(slots), sum(contexts))
+        self.runtime.sharing.begin(list(slots), sum(contexts), max(contexts))
         attention = SimpleNamespace(
             layer_id=layer,
             tp_q_head_num=Q_HEADS,
@@ -300,7 +300,7 @@ def test_a_batch_is_decided_once(server):
         server.admit(slot, stem, 1, 2 * PAGE + 5)
     fill(server)
     for pays in (True, False):
-        server.runtime.sharing.begin([1, 2, 3], 3 * (2 * PAGE + 5))
+        server.runtime.sharing.begin([1, 2, 3], 3 * (2 * PAGE + 5), 2 * PAGE + 5)
         server.runtime.sharing.pays = pays
         before = server.runtime.sharing.stats()
         batch = decode_batch(3)

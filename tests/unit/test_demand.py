@@ -11,13 +11,13 @@ from sglang_vtensor.srt.elastic import Demand, Elastic
 PAGE_TOKENS, PAGE_BYTES = 16, 1 << 16
 
 
-def req(prompt: int, said: int = 0, most: int = 100, *, ignore_eos: bool = False) -> SimpleNamespace:
+def req(prompt: int, said: int = 0, most: int = 100, *, ignore_eos: bool = False, over: bool = False):
     sampling = SimpleNamespace(max_new_tokens=most, ignore_eos=ignore_eos)
     tokens = {"origin_input_ids": [0] * prompt, "output_ids": [0] * said, "allocated": prompt + said}
-    return SimpleNamespace(sampling_params=sampling, **tokens)
+    return SimpleNamespace(sampling_params=sampling, finished=lambda: over, **({} if over else tokens))
 
 
-def chunked(prompt: int, done: int) -> SimpleNamespace:
+def chunked(prompt: int, done: int):
     begun = req(prompt, most=16)
     begun.allocated = done
     return begun
@@ -48,6 +48,7 @@ HEAD = req(15, most=16)
         ([HEAD], [req(50, said=1000, most=1000)], 3),
         ([HEAD], [req(50, most=100_000, ignore_eos=True)], 3 + 256),  # SGLang looks 4,096 tokens ahead
         ([HEAD], [chunked(1000, 200)], 3 + 50 + 1),
+        ([HEAD], [req(50, said=20, over=True)], 3),  # it holds nothing, and is not asked
         ([HEAD] * 40, [], 16 * 3),  # the head of the queue
     ],
 )

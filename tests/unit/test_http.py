@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.testclient import TestClient
 
-from sglang_vtensor.srt import http
+from sglang_vtensor.srt import http, page
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.http import add_routes
 
@@ -68,6 +68,10 @@ def client(manager, **keys):
     async def check(request: Request):
         return PlainTextResponse("SGLang's own check")
 
+    @app.post("/set_internal_state")
+    async def set_internal_state():
+        return PlainTextResponse("SGLang's own")
+
     for _ in range(2):
         add_routes(app, SimpleNamespace(tokenizer_manager=manager), keyed=bool(keys))
     assert sum(route.path == "/vtensor/limit" for route in app.routes) == 1
@@ -94,6 +98,22 @@ def test_the_admin_key_guards_them(manager, keys, given, status):
     assert manager.asked == ([{LIMIT: 20 * PAGE}, {SLEEP: 1}, {WAKE: 1}] if status == 200 else [])
 
 
+def test_whoever_looks_sees_what_was_just_changed(manager, monkeypatch):
+    told = []
+
+    async def newest(maps):
+        told.append(maps._due)
+        maps._due = 1e9
+        return b"{}"
+
+    monkeypatch.setattr(page.Maps, "newest", newest)
+    server = client(manager)
+    for change in (lambda: None, lambda: server.post("/vtensor/limit", json={"limit": "20MiB"}), lambda: None):
+        change()
+        server.get("/vtensor/map")
+    assert told == [0.0, 0.0, 1e9]
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [
@@ -105,6 +125,9 @@ def test_the_admin_key_guards_them(manager, keys, given, status):
         ("127.0.0.1:30000", "https://127.0.0.1.example", 403),
         ("gpu7:30000", "null", 403),
         ("gpu7:30000", "http://localhost:30000", 403),
+        ("gpu7:30000", "http://[bad", 403),
+        ("[::1", "http://[::1]", 403),
+        ("", "null", 403),
     ],
 )
 def test_without_a_key_no_page_of_another_host_commands(manager, host, origin, status):
@@ -114,6 +137,10 @@ def test_without_a_key_no_page_of_another_host_commands(manager, host, origin, s
         assert answer.status_code == status, answer.text
         assert status == 200 or f"a page of {origin} asks {host}" in answer.text
     assert manager.asked == ([{LIMIT: 20 * PAGE}, {SLEEP: 1}, {WAKE: 1}] if status == 200 else [])
+    if status == 403:
+        assert client(manager).get("/vtensor/map", headers=headers).status_code == 403
+        assert client(manager).post("/set_internal_state", json={}, headers=headers).status_code == 403
+    assert client(manager).post("/set_internal_state", json={}).text == "SGLang's own", "a program says no origin"
     keyed = client(manager, api_key="user", admin_api_key="admin")
     headers["Authorization"] = "Bearer admin"
     assert keyed.post("/vtensor/wake", headers=headers).status_code == 200, "who has the key may, from anywhere"

@@ -12,6 +12,7 @@ from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
 from sglang_vtensor import patches
 from sglang_vtensor.patches import common
+from sglang_vtensor.srt import http
 from sglang_vtensor.srt.occupation import tell_refusal
 from sglang_vtensor.srt.options import Options, Refused
 
@@ -101,3 +102,21 @@ def test_only_a_server_of_ours_asks(monkeypatch, backend, loaded, hooked):
     patches.load().serve(None, args)
     wanted = ["get_internal_state", "release_memory_occupation", "resume_memory_occupation"]
     assert [seam.target.split(".")[-1] for seam in seams] == wanted[:hooked]
+
+
+@pytest.mark.parametrize(
+    ("key", "admin", "keyed"), [(None, None, False), ("user", None, True), (None, "admin", True), ("u", "a", True)]
+)
+def test_the_routes_know_whether_the_server_wants_a_key(monkeypatch, key, admin, keyed):
+    said, patch = [], patches.load()
+    monkeypatch.setattr(http, "add_routes", lambda app, state, *, keyed: said.append(keyed))
+    monkeypatch.setattr(common, "hook", lambda seams: None)
+    monkeypatch.setattr(common.HookRegistry, "apply_hooks", lambda: None)
+    monkeypatch.setattr(sys, "modules", sys.modules | {"sglang.srt.entrypoints.http_server": SimpleNamespace(app=None)})
+    settings = SimpleNamespace(tokenizer_worker_num=1, api_key=key, admin_api_key=admin)
+    monkeypatch.setattr(patch, "settings", lambda _: settings)
+    monkeypatch.setattr(patch, "serves_page", False)
+    args = SimpleNamespace()
+    Options(kv_backend="vtensor").attach(args)
+    patch.serve(None, args)
+    assert said == [keyed]

@@ -129,6 +129,17 @@ def test_many_who_look_ask_once(manager, monkeypatch):
         assert manager.looks == 3
 
 
+def test_a_rank_without_a_map_says_so_beside_the_others(manager):
+    async def tells_none(request):
+        return [True, True]
+
+    manager.set_internal_state = tells_none
+    with client(manager) as server:
+        ranks = server.get("/vtensor/map").json()["ranks"]
+    assert [(rank["map"], rank["stats"]["pages_live"]) for rank in ranks] == [(None, 5)] * 2
+    assert all("told no map" in rank["why"] for rank in ranks)
+
+
 def test_who_changes_something_sees_it(manager):
     app = FastAPI()
     maps = add_page(app, SimpleNamespace(tokenizer_manager=manager))

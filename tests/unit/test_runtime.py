@@ -191,6 +191,6 @@ def test_what_is_not_read_again_is_counted_without_padding():
     sharing = BatchSharing(runtime, requests=4, group=1, token_bytes=padded.kv_bytes)
     for slot in (1, 2, 3):
         runtime.requests[slot] = record([5, 6, 7 + slot], 2)
-    sharing.begin([1, 2, 3], 60)
+    sharing.begin([1, 2, 3], 60, 20)
     sharing.count(True)
     assert sharing.stats()["shared_bytes_saved"] == 2 * 16 * padded.kv_bytes, "two pages, for two requests more"

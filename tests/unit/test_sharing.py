@@ -161,6 +161,13 @@ def test_over_fp8_what_shares_too_little_is_left_to_sglang(dim, kv_heads, group,
     assert not shared_decode_pays(requests, tokens, shared, saved, group, 2 * kv_heads * dim, **more)
 
 
+def test_two_long_contexts_among_short_ones_are_merged_by_few_programs_too():
+    batch = {"tokens": 2 * 131072 + 62 * 100, "shared": 0, "saved": 0, "group": 8, "token_bytes": 256}
+    batch |= {"capability": 90, "head_dim": 64}
+    assert shared_decode_pays(64, **batch)
+    assert not shared_decode_pays(64, **batch, longest=131072)
+
+
 def test_no_measured_batch_that_shares_nothing_gets_the_slower_kernel():
     """By what the results files say, but for a hundredth, which one run differs from the next by."""
     for name, kv_dtype in (("fp8_decode", torch.float8_e4m3fn), ("plain_decode", torch.bfloat16)):
