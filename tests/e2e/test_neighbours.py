@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -161,6 +162,16 @@ def test_both_at_once_share_evenly(two, schedulers):
             assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
         two[n].check()
     assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE + MORE
+
+
+def test_both_are_short_while_answers_of_many_lengths_end(two):
+    """What a server asks for is counted between any two batches: some of what it runs is over then."""
+    prompt = Prompts(5)
+    work = [[Request(f"s{n}r{i}", prompt(60 * S), 2 + 3 * i % 41) for i in range(80)] for n in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda n: two[n].run([work[n], *([[Do(_nap)]] * 20)]), range(2)))
+    for requests, got in zip(work, told, strict=True):
+        assert all(got[request.rid].finish == "FINISH_LENGTH" for request in requests)
 
 
 def check_all(reference, requests, got):
