@@ -358,7 +358,7 @@ class Elastic:
 
         tokens = float(sum(map(answer, heads)))
         for req in demand.running:
-            if req.finished():  # SGLang 0.5.17 leaves it there until it decodes again
+            if req.finished():  # there until SGLang decodes again, in some versions
                 continue
             tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
             # What chunks of its prompt are yet to come.
