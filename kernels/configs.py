@@ -159,7 +159,7 @@ def shared_decode_pays(
     # The parts of the longest context, if the line of all that is read once is cut for each team of programs.
     longest = tokens // max(1, requests) if longest is None else longest
     parts = MULTIPROCESSORS * config.occupancy / kv_heads * longest / max(1, once) if capability else 0.0
-    measured = {} if capability != 90 else NARROW_PLAIN if config.narrow else {} if fp8 else PLAIN
+    measured = NARROW_PLAIN if config.narrow else PLAIN if capability == 90 and not fp8 else {}
     if head_dim in measured and parts <= PARTS_MERGED:
         if any(requests >= least and tokens * token_bytes >= nbytes for least, nbytes in measured[head_dim]):
             return True

@@ -363,8 +363,8 @@ class Elastic:
             tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
             # What chunks of its prompt are yet to come.
             tokens += len(req.origin_input_ids) + len(req.output_ids) - self.runtime.sglang.allocated(req)
-        pages = len(heads) - (-int(tokens) // self.runtime.page_tokens)
-        return sum(map(self._wants, heads)) + pages * self.runtime.memory.layout.page_bytes
+        layout = self.runtime.memory.layout
+        return sum(map(self._wants, heads)) + (len(heads) + layout.pages_for(int(tokens))) * layout.page_bytes
 
     def _wants(self, req: Req) -> int:
         """Bytes that a request needs to begin or to go on."""

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_vtensor.demo import free_port
 from tests.harness import ON_GPU
-from tests.stranger import stranger
+from tests.strange_server import stranger
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 500

@@ -23,13 +23,16 @@ def chunked(prompt: int, done: int):
     return begun
 
 
+def pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
 def pages(demand: Demand) -> float:
     elastic = Elastic.__new__(Elastic)
     elastic.runtime = SimpleNamespace(
-        page_tokens=PAGE_TOKENS,
         sglang=SimpleNamespace(allocated=lambda req: req.allocated),
-        bytes_for=lambda tokens: -(-tokens // PAGE_TOKENS) * PAGE_BYTES,
-        memory=SimpleNamespace(layout=SimpleNamespace(page_bytes=PAGE_BYTES)),
+        bytes_for=lambda tokens: pages_for(tokens) * PAGE_BYTES,
+        memory=SimpleNamespace(layout=SimpleNamespace(page_bytes=PAGE_BYTES, pages_for=pages_for)),
     )
     return elastic._demanded(demand) / PAGE_BYTES
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_vtensor import demo, real_model
-from tests.stranger import stranger
+from tests.strange_server import stranger
 
 
 def test_a_free_port_is_none_that_a_connection_could_take_until_the_server_is_up():

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from benchmarks.serving import started
-from tests.stranger import stranger
+from tests.strange_server import stranger
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
