@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 _HELD: list[torch.Tensor] = []
+_PREFILLS: list[int] = []
 
 
 def without_checks(scheduler: Any) -> None:
@@ -53,3 +54,21 @@ def hog(scheduler: Any, leave_bytes: int | None) -> None:
     memory.vmm.headroom_bytes = 0  # so that it is cuMemCreate itself that fails
     free, _ = memory.vmm.memory()
     _HELD.append(torch.empty(max(0, free - leave_bytes), dtype=torch.uint8, device="cuda"))
+
+
+def count_our_prefills(scheduler: Any) -> None:
+    """From now on, for `our_prefills`: the tokens of each layer's call of our prefill kernel. It is compiled then."""
+    for compiling in scheduler.token_to_kv_pool_allocator.runtime.compiling:
+        compiling.wait()
+    ours = scheduler.tp_worker.model_runner.attn_backend.prefill_backend.ours
+    attend = ours.attend
+
+    def counted(q: torch.Tensor, *args: Any) -> torch.Tensor:
+        _PREFILLS.append(len(q))
+        return attend(q, *args)
+
+    ours.attend = counted
+
+
+def our_prefills(scheduler: Any) -> list[int]:
+    return _PREFILLS
