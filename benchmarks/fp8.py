@@ -8,7 +8,10 @@ in float32 over the same FP8 keys and values: the root of the mean square over t
 
 from __future__ import annotations
 
+import gc
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -108,6 +111,12 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 
+def let_go() -> None:
+    """Of what a case had, which pools of tens of GiB may be: calls and what they are made of refer to each other."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def best(row: Row) -> float:
     return float(min(row[f"fa3_page{page}"] for page in PAGES))
 
@@ -151,25 +160,20 @@ def main(
     console.print(f"{rates()[1] / 1e9:.0f} GB/s")
     rows: list[Row] = []
     for geometry in geometries.split(";"):
-        batches = [(f"{len(some)} x {some[0]}", some) for some in DECODE] if "decode" in parts else []
-        for name in SHARING if batches else ():
-            rows.append(
-                measure_decode(SharedCase(name, geometry, FP8), f"{geometry}, {name}", SharedCase(name, geometry))
-            )
+        cases: list[tuple[str, Callable[..., Paged]]] = []
+        if "decode" in parts:
+            cases += [(name, partial(SharedCase, name)) for name in SHARING]
+            fitting = [contexts for contexts in DECODE if sum(contexts) <= 2 * TOKENS_IN_ALL]
+            cases += [(f"{len(some)} x {some[0]}", partial(PlainCase, some)) for some in fitting]
+        for what, make in cases:
+            rows.append(measure_decode(make(geometry, FP8), f"{geometry}, {what}", make(geometry)))
             console.print(rows[-1])
-            torch.cuda.empty_cache()
-        for what, contexts in batches:
-            if sum(contexts) <= 2 * TOKENS_IN_ALL:
-                case, wide = PlainCase(contexts, geometry, FP8), PlainCase(contexts, geometry)
-                rows.append(measure_decode(case, f"{geometry}, {what}", wide))
-                console.print(rows[-1])
-                del case, wide
-                torch.cuda.empty_cache()
+            let_go()
         for shape in PREFILL if "prefill" in parts else ():
             if sum(a + b for a, b in shape) <= TOKENS_IN_ALL:
                 rows.append(measure_prefill(geometry, shape))
                 console.print(rows[-1])
-                torch.cuda.empty_cache()
+                let_go()
     for part in ("decode", "prefill"):
         if of_part := [row for row in rows if row["part"] == part]:
             summary = summarize(of_part)
