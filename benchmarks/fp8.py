@@ -87,8 +87,18 @@ def measure_prefill(geometry: str, shape: list[tuple[int, int]]) -> Row:
     return row
 
 
-def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
-    """`wide` is the same batch in bfloat16."""
+def measure_decode(what: str, make: Callable[[torch.dtype], Paged]) -> Row:
+    """A batch of `make`, and then the same in bfloat16: there is no room for both of the largest ones."""
+    row = _over_fp8(what, make(FP8))
+    let_go()
+    wide = make(torch.bfloat16)
+    calls: dict[str, Call] = {"ours": wide.ours(wide.decoder()), "fa3_page128": fa3(wide, 128)}
+    measured = times({name: graph(call, wide.rotation) for name, call in calls.items()}, wide.rotation)
+    row |= {f"{name}_bf16": value for name, value in measured.items()}
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _over_fp8(what: str, case: Paged) -> Row:
     decoder = case.decoder()
     k, v, table = case.slots()
     in_ours = (*(x.squeeze(2).unflatten(1, (-1, PAGE)) for x in (k, v)), table[:, ::PAGE] // PAGE)
@@ -96,19 +106,15 @@ def measure_decode(case: Paged, what: str, wide: Paged) -> Row:
     calls |= {f"fa3_page{page}": fa3(case, page) for page in PAGES}
     row: Row = {"part": "decode", "case": what, "requests": case.requests, "tokens": sum(case.context_lens.tolist())}
     row |= told(rounds({name: graph(call, case.rotation) for name, call in calls.items()}, case.rotation))
-    in_bf16: dict[str, Call] = {"ours": wide.ours(wide.decoder()), "fa3_page128": fa3(wide, 128)}
-    measured = times({name: graph(call, wide.rotation) for name, call in in_bf16.items()}, wide.rotation)
-    row |= {f"{name}_bf16": value for name, value in measured.items()}
     slots = case.table[0, : int(case.context_lens[0])].long()
     keys, values = (as_bytes(case.pool[:, 0, part])[slots].view(FP8) for part in (0, 1))
     wanted = exact(case.q[:1], keys, values, len(slots) - 1)
     row |= {f"error_{name}": error(calls[name](0)[:1], wanted) for name in ("ours", "fa3_page128")}
     sharing, group = case.sharing, case.q_heads // case.kv_heads
-    tokens = int(row["tokens"])
-    numbers = case.requests, tokens, sharing.shared_tokens, sharing.saved_tokens, group, case.token_bytes
+    numbers = case.requests, int(row["tokens"]), sharing.shared_tokens, sharing.saved_tokens, group, case.token_bytes
     row["taken"] = configs.shared_decode_pays(*numbers, configs.capability("cuda"), FP8, case.dim)
     row["server"] = row["ours"] if row["taken"] else row["fa3_in_ours"]
-    return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    return row
 
 
 def let_go() -> None:
@@ -160,13 +166,13 @@ def main(
     console.print(f"{rates()[1] / 1e9:.0f} GB/s")
     rows: list[Row] = []
     for geometry in geometries.split(";"):
-        cases: list[tuple[str, Callable[..., Paged]]] = []
+        cases: list[tuple[str, Callable[[torch.dtype], Paged]]] = []
         if "decode" in parts:
-            cases += [(name, partial(SharedCase, name)) for name in SHARING]
+            cases += [(name, partial(SharedCase, name, geometry)) for name in SHARING]
             fitting = [contexts for contexts in DECODE if sum(contexts) <= 2 * TOKENS_IN_ALL]
-            cases += [(f"{len(some)} x {some[0]}", partial(PlainCase, some)) for some in fitting]
+            cases += [(f"{len(some)} x {some[0]}", partial(PlainCase, some, geometry)) for some in fitting]
         for what, make in cases:
-            rows.append(measure_decode(make(geometry, FP8), f"{geometry}, {what}", make(geometry)))
+            rows.append(measure_decode(f"{geometry}, {what}", make))
             console.print(rows[-1])
             let_go()
         for shape in PREFILL if "prefill" in parts else ():
