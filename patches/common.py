@@ -1,4 +1,4 @@
-"""What the modules of all versions have in common: how a seam is written down and hooked, and what SGLang finds there.
+"""What the modules of all versions have in common: where SGLang is hooked, and what it finds there.
 
 A version's module has a `Patch` of its own: where SGLang is hooked, how its settings and its requests are read, and the
 classes that have the names which it calls.
@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_vtensor.patches.seams import CONFIGURATOR, SCHEDULER, SERVER_ARGS, Seam, hook
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -27,29 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: SGLang's rows of slots have room for so many tokens more than a context.
 _EXTRA_TOKENS = 4
-SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _TOKENIZER_MODULE = "sglang.srt.managers.tokenizer_manager"
 _TOKENIZER = f"{_TOKENIZER_MODULE}.TokenizerManager"
-CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-
-
-@dataclass(frozen=True)
-class Seam:
-    """`target`, a function or a method of SGLang by its dotted name, gets `body` in its place, or around, before or
-    behind it. SGLang's registry only logs a target that is gone; `tests/unit/test_seams.py` binds each body to the
-    signature of its target."""
-
-    target: str
-    body: Callable[..., Any]
-    kind: HookType = HookType.AROUND
-
-
-def hook(seams: Iterable[Seam]) -> None:
-    """Register them. SGLang applies what was registered when it starts, or when it is told to."""
-    for seam in seams:
-        HookRegistry.register(seam.target, seam.body, seam.kind)
 
 
 class Patch(abc.ABC):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_vtensor.patches.common import SERVER_ARGS, Patch, Seam, shared_decode
+from sglang_vtensor.patches.common import Patch, shared_decode
+from sglang_vtensor.patches.seams import SERVER_ARGS, Seam
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

@@ -14,7 +14,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,8 +22,9 @@ from sglang_vtensor.backing import Backing
 from sglang_vtensor.budget import Budget
 from sglang_vtensor.chores import Chores
 from sglang_vtensor.clock import Clock, Timed
+from sglang_vtensor.handout import Ask, Handout
 from sglang_vtensor.layout import KVLayout, frames_for
-from sglang_vtensor.placement import Placement, runs_of
+from sglang_vtensor.placement import Placement
 from sglang_vtensor.room import Room
 from sglang_vtensor.snapshot import snapshot
 from sglang_vtensor.states import States
@@ -34,15 +34,6 @@ from sglang_vtensor.vmm import VirtualMemory, VMMError
 from sglang_vtensor.worker import Worker, patience
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """`count` frames behind frame `after`, which is the request's `own` or a shared one; None: nothing comes before."""
-
-    after: int | None
-    count: int
-    own: bool = False
 
 
 class KVMemory(Room):
@@ -122,6 +113,7 @@ class KVMemory(Room):
         self.worker = Worker(self.housekeep, vmm.attach_thread)
         self.supply = Supply(self, self.worker)
         self.chores = Chores(self, self.worker)
+        self.handout = Handout(self, self.chores, self.supply, self.counts)
         self._lock = self.worker.lock
         self._timed = Timed(self.clock, self._lock)
         self._regions: list[torch.Tensor] = []
@@ -171,9 +163,9 @@ class KVMemory(Room):
             self.tails.forget_until(self.room(growing=True) - total)
 
             def attempt() -> list[list[int]] | None:
-                placed = self._attempt(asks)
+                placed = self.handout.attempt(asks)
                 if placed is None and self.short and total <= min(backing.free for backing in self.backings):
-                    placed = self._attempt(asks)  # where pages are, as the driver gives no others
+                    placed = self.handout.attempt(asks)  # where pages are, as the driver gives no others
                 return placed
 
             placed = self.until_nothing_is_in_hand(attempt)
@@ -191,55 +183,6 @@ class KVMemory(Room):
         while placed is None and any(backing.in_hand for backing in self.stores) and self.worker.wait(until):
             placed = attempt()
         return placed
-
-    def _attempt(self, asks: Sequence[Ask]) -> list[list[int]] | None:
-        self.chores.wait_for({ask.after + 1 for ask in asks if ask.after is not None})
-        placed: list[list[int]] = []
-        frames: list[int] = []
-        lacking = 0
-        for ask in asks:
-            some = self._place(ask, lacking, len(frames) - lacking) if ask.count else []
-            if some is None:
-                break
-            placed.append(some)
-            frames += some
-            lacking += len(some) - self.backing.backed_among(some)
-        if len(placed) == len(asks) and self.supply.take(self.backings, frames):
-            self._count(asks, placed, created=lacking)
-            return placed
-        self.placement.free(frames)
-        return None
-
-    def _count(self, asks: Sequence[Ask], placed: Sequence[Sequence[int]], *, created: int) -> None:
-        """These frames are handed out, and so many of them have new pages. What was tried before in vain is not
-        counted."""
-        total = sum(map(len, placed))
-        self.counts["allocated"] += total
-        self.counts["created"] += created
-        self.counts["with_memory"] += total - created
-        for ask, frames in zip(asks, placed, strict=True):
-            if ask.after is not None and frames[:1] == [ask.after + 1]:
-                self.counts["in_place"] += next(runs_of(frames))[1]
-
-    def _place(self, ask: Ask, without: int, having: int) -> list[int] | None:
-        """Frames for one request. For others of its batch some were placed, `without` memory and `having` it. Where no
-        more pages may be created, or the driver gives none, those without memory on the first side are given up for
-        others that have some."""
-        frames = self.placement.place(ask.after, ask.count, own=ask.own)
-        if frames is None:
-            return None
-        lacking = len(frames) - self.backing.backed_among(frames)
-        if not lacking or (not self.short and lacking + without <= self.backing.creatable):
-            return frames
-        there = list(filter(self.backing.has_page, frames))
-        if (
-            self.backing.free - having - len(there) < lacking
-            or len(others := self.backing.newest_vacant(lacking)) < lacking
-        ):
-            return frames
-        self.placement.free(set(frames).difference(there))
-        self.placement.take(others)
-        return there + others
 
     def free(self, frames: Sequence[int], epoch: int | None = None) -> None:
         """Take frames back. Batches up to `epoch` may still read them; None: those launched so far, and the one being

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_vtensor.patches.common import CONFIGURATOR, SCHEDULER, SERVER_ARGS, Patch, Seam
+from sglang_vtensor.patches.common import Patch
+from sglang_vtensor.patches.seams import CONFIGURATOR, SCHEDULER, SERVER_ARGS, Seam
 from sglang_vtensor.patches.v0_5_23 import graphs
 from sglang_vtensor.patches.v0_5_23.requests import Requests
 

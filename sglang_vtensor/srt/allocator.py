@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 
-from sglang_vtensor.memory import Ask
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.srt.runtime import slots_of
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.history import History
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.srt.decode_batch import DecodeBatch
 from sglang_vtensor.srt.memory_map import LINES, lines

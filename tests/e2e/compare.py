@@ -78,9 +78,9 @@ def having(ours: Scheduler, **values: int) -> Iterator[None]:
 
 
 def _set(_: object, values: dict[str, int]) -> dict[str, int]:
-    from sglang_vtensor.srt import radix_cache, runtime
+    from sglang_vtensor.srt import matching, runtime
 
-    modules = {"AWAITED_TOKENS": radix_cache, "MAX_MAPS_AHEAD": runtime}
+    modules = {"AWAITED_TOKENS": matching, "MAX_MAPS_AHEAD": runtime}
     before = {name: getattr(modules[name], name) for name in values}
     for name, value in values.items():
         setattr(modules[name], name, value)

@@ -40,7 +40,7 @@ def join(scheduler: Any, number: int, store: str) -> None:
     import torch.distributed as dist
 
     from sglang_vtensor import worker
-    from sglang_vtensor.srt import radix_cache
+    from sglang_vtensor.srt import matching
 
     runtime = scheduler.token_to_kv_pool_allocator.runtime
     # Ranks that part are told apart by a vote that the other one never casts.
@@ -58,7 +58,7 @@ def join(scheduler: Any, number: int, store: str) -> None:
         return tokens
 
     runner.sample = sample_alike
-    radix_cache.AWAITED_TOKENS = 16  # contexts are short here
+    matching.AWAITED_TOKENS = 16  # contexts are short here
     worker.PATIENCE_SECONDS = 0.02  # what `worker_holds` does not let go of is soon done without
     scheduler.noted = []
     agree, launch = runtime.agree, scheduler.run_batch

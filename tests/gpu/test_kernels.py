@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.kernels.kv_store import store_kv
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.vmm import open_vmm
 

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.vmm import OutOfMemory, VMMError, open_vmm
 from tests.waiting import wait_for
 

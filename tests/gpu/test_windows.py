@@ -7,10 +7,11 @@ import torch
 
 from benchmarks.logprobs import ask, spoken
 from benchmarks.serving import server
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.kernels.prefix_prefill import plan_prefill, prefix_prefill
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.server_client import server_stats
 from sglang_vtensor.sharing import Sharing

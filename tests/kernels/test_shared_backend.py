@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
 from sglang_vtensor import patches
-from sglang_vtensor.memory import Ask
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.srt import shared_decode
 from sglang_vtensor.srt.kv_pool import VTensorKVPool
 from sglang_vtensor.srt.options import Options

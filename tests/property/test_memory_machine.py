@@ -22,8 +22,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.tails import Tail
 from sglang_vtensor.vmm import Handle, VMMError
 from tests.unit.faults import FaultyVirtualMemory

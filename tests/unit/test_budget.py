@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sglang_vtensor import patches
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask
 from sglang_vtensor.srt.admission import Windows, alone, longest
 from sglang_vtensor.srt.kv_pool import _shares
 from sglang_vtensor.srt.options import Refused

@@ -9,9 +9,10 @@ import torch
 
 from sglang_vtensor import frame_map, history
 from sglang_vtensor.frame_map import FIRST_OWNER, FREE, KEPT, PADDING, STUCK
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.history import History
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.vmm.host import HostVirtualMemory
 
 

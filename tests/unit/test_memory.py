@@ -18,8 +18,9 @@ from sglang_vtensor import backing as backing_module
 from sglang_vtensor import chores, worker
 from sglang_vtensor import clock as clock_module
 from sglang_vtensor import memory as memory_module
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout, frames_for
-from sglang_vtensor.memory import Ask, KVMemory
+from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory

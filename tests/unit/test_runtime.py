@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sglang_vtensor import patches
+from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout
-from sglang_vtensor.memory import Ask
 from sglang_vtensor.srt.allocation import _attempt
 from sglang_vtensor.srt.allocator import VTensorAllocator
 from sglang_vtensor.srt.batch_sharing import BatchSharing
