@@ -43,7 +43,8 @@ class KVMemory(Room):
     and as many of them may have memory on side `side` as `most_pages[side]` says (no entry: all). `max_tokens` is the
     longest context. With `state_bytes` there are `state_slots` states beside them, of so many bytes each, in the same
     budget. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the
-    pages they are filling; free pages beyond them that nobody needed for `idle_seconds` go back to the driver.
+    pages they are filling, and only `idle_reserve_pages` (None: as many) when no batch was launched for
+    `idle_seconds`. Free pages beyond them that nobody needed for so long go back to the driver.
     `num_frames` is for tests: so many, rounded to lanes.
     With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
     """
@@ -60,6 +61,7 @@ class KVMemory(Room):
         state_bytes: int = 0,
         state_slots: int = 0,
         reserve_pages: int = 0,
+        idle_reserve_pages: int | None = None,
         idle_seconds: float = 10.0,
         worker: bool = True,
         num_frames: int | None = None,
@@ -93,10 +95,12 @@ class KVMemory(Room):
         self.tails = Tails(self)
         self.allowance = capacity_pages
         self.reserve_pages = min(reserve_pages, capacity_pages)
+        self.idle_reserve_pages = self.reserve_pages if idle_reserve_pages is None else idle_reserve_pages
         self.idle_seconds = idle_seconds
         #: Tokens that the pages of what runs have room for yet, as of the last batch.
         self.unfilled_tokens = 0
         self.launched = 0
+        self._launched_at = time.monotonic()
         self._given = 0  # the epoch of what was given up last
         self.counts = dict.fromkeys(
             (
@@ -258,6 +262,7 @@ class KVMemory(Room):
     def launch(self) -> int:
         """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it."""
         self.launched += 1
+        self._launched_at = time.monotonic()
         return self.launched
 
     def complete(self, epoch: int) -> None:
@@ -271,11 +276,18 @@ class KVMemory(Room):
     # The worker.
 
     @property
+    def reserve_now(self) -> int:
+        """Pages that are kept backed and free for what comes next, if all is well."""
+        if time.monotonic() - self._launched_at < self.idle_seconds:
+            return self.reserve_pages
+        return min(self.reserve_pages, self.idle_reserve_pages)
+
+    @property
     def kept_ready(self) -> int:
         """Free pages that are to be ready. What is left in the pages that requests fill is ready too; and in those that
         were kept unfinished, which are half empty on average."""
         left = self.unfilled_tokens // self.layout.page_tokens + len(self.tails) // 2
-        return max(0, self.reserve_pages - left)
+        return max(0, self.reserve_now - left)
 
     def wants_page(self, backing: Backing) -> bool:
         """Whether one more page is to be created ahead of need."""

@@ -12,7 +12,7 @@ from sglang_vtensor.kernels.kv_store import store_kv
 from sglang_vtensor.kernels.launch import Scales
 from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.srt.admission import longest
-from sglang_vtensor.srt.options import Options, Refused, parse_share_or_bytes
+from sglang_vtensor.srt.options import Options, Refused
 from sglang_vtensor.srt.runtime import Runtime
 from sglang_vtensor.srt.sides import Sides
 from sglang_vtensor.srt.window_side import SIDE, pages_within
@@ -65,8 +65,7 @@ class VTensorKVPool(MHATokenToKVPool):
         # The base class creates the buffers in its constructor: what that needs comes first.
         self.sides, self.state, layout = sides, state, sides.layouts[0]
         capacity_pages = capacity // layout.page_tokens
-        reserve = parse_share_or_bytes(options.vtensor_reserve, "--vtensor-reserve")
-        reserve_pages = int(reserve * capacity_pages) if isinstance(reserve, float) else -(-reserve // sides.page_bytes)
+        reserve_pages, idle_reserve_pages = options.reserve_pages(capacity_pages, sides.page_bytes)
         vmm = open_vmm(device)
         vmm.headroom_bytes = options.headroom_bytes(vmm.memory()[1])
         window = sides.windows[-1]
@@ -91,6 +90,7 @@ class VTensorKVPool(MHATokenToKVPool):
                 state_bytes=0 if state is None else state.page_bytes,
                 state_slots=state_slots,
                 reserve_pages=reserve_pages,
+                idle_reserve_pages=idle_reserve_pages,
                 idle_seconds=options.vtensor_idle_seconds,
             ),
             max_running + 1,

@@ -33,6 +33,10 @@ CUDA_ATTENTION_BACKENDS = ("fa3", "triton", "flashinfer")
 PREFILL_KERNELS = ("auto", "triton", "fa3")
 SHARED_DECODE = ("auto", "off")
 
+#: What is kept free and backed where no `--vtensor-reserve` is given: a share of the capacity, and when the server is
+#: idle so many bytes, that a first prompt may begin in.
+RESERVE, IDLE_RESERVE_BYTES = 0.02, 256 << 20
+
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << (10 * power) for power, unit in enumerate("kmgt", start=1)}
 _UNITS |= {f"{unit}b": size for unit, size in _UNITS.items()} | {"b": 1}
@@ -49,7 +53,7 @@ class Options:
     """What the user asked for; carried on SGLang's `ServerArgs` as attributes of the same names."""
 
     kv_backend: str = "default"
-    vtensor_reserve: str | float = "0.02"
+    vtensor_reserve: str | float | None = None
     vtensor_idle_seconds: float = 3.0
     vtensor_cache_idle_seconds: float | None = None
     vtensor_headroom: str | float = "1GiB"
@@ -65,7 +69,7 @@ class Options:
         ):
             if value not in choices:
                 raise Refused(f"{option} {value!r} is unknown: choose from {', '.join(choices)}")
-        parse_share_or_bytes(self.vtensor_reserve, "--vtensor-reserve")
+        self.reserve_pages(1, 1)
         parse_share_or_bytes(self.vtensor_headroom, "--vtensor-headroom")
         parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
         idle, cache_idle = self.vtensor_idle_seconds, self.vtensor_cache_idle_seconds
@@ -82,10 +86,18 @@ class Options:
         given = parse_share_or_bytes(self.vtensor_min, "--vtensor-min")
         return int(given * capacity) if isinstance(given, float) else given
 
+    def reserve_pages(self, capacity_pages: int, page_bytes: int) -> tuple[int, int]:
+        """How many free pages are kept backed, of a cache of so many: while the server has requests, and when it is
+        idle. Who gives a reserve has it all the time."""
+        given = RESERVE if self.vtensor_reserve is None else self.vtensor_reserve
+        size = parse_share_or_bytes(given, "--vtensor-reserve")
+        pages = int(size * capacity_pages) if isinstance(size, float) else -(-size // page_bytes)
+        return pages, pages if self.vtensor_reserve is not None else min(pages, -(-IDLE_RESERVE_BYTES // page_bytes))
+
     def check_device(self, device_bytes: int) -> None:
         """Raises `Refused` for more than a device of `device_bytes` has."""
         self.headroom_bytes(device_bytes)
-        for option, value in (("--vtensor-reserve", self.vtensor_reserve), ("--vtensor-min", self.vtensor_min)):
+        for option, value in (("--vtensor-reserve", self.vtensor_reserve or 0), ("--vtensor-min", self.vtensor_min)):
             size = parse_share_or_bytes(value, option)
             if isinstance(size, int) and size > device_bytes:
                 raise Refused(
@@ -154,8 +166,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtensor-reserve",
         metavar="SHARE|BYTES",
         default=argparse.SUPPRESS,
-        help="Free pages kept ready for what comes next: a share of the KV capacity such as 0.02 or 2%%, or bytes such "
-        "as 512MiB.",
+        help="Free pages kept ready for what comes next, also when the server is idle: a share of the KV capacity such "
+        "as 0.02 or 2%%, or bytes such as 512MiB. Without this, 2%%, and 256MiB when it is idle.",
     )
     group.add_argument(
         "--vtensor-idle-seconds",

@@ -252,7 +252,7 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "weights_bytes": int(scheduler.tp_worker.model_runner.weight_load_mem_usage * (1 << 30)),
         "shared_prefixes": tree.shared_prefixes(_SHOWN_PREFIXES),
         "live_tokens": live_tokens(scheduler),
-        "reserve_bytes": runtime.memory.reserve_pages * runtime.memory.page_bytes,
+        "reserve_bytes": runtime.memory.reserve_now * runtime.memory.page_bytes,
         "token_bytes": runtime.memory.layout.stride_bytes,
     }
     if wanted:  # as text, so that encoding it is timed here too, and is nothing to do again behind

@@ -547,6 +547,27 @@ def test_free_pages_beyond_the_reserve_stay_until_they_are_idle(monkeypatch):
     assert frames
 
 
+def test_the_reserve_is_smaller_when_nothing_has_run_for_long(monkeypatch):
+    now = 1000.0
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now)
+    for module in (memory_module, backing_module):
+        monkeypatch.setattr(module, "time", clock)
+    memory = make(reserve_pages=6, idle_reserve_pages=1, idle_seconds=5.0)
+    frames = take(memory, 1)
+    done(memory)
+    assert memory.ready == memory.reserve_now == 6
+    memory.free(frames)
+    done(memory)
+    now += 5.0
+    while memory.housekeep():
+        pass
+    assert memory.ready == memory.reserve_now == 1
+    now += 100.0
+    take(memory, 1)
+    done(memory)
+    assert memory.ready == memory.reserve_now == 6, "it is there again for the next one"
+
+
 # Running out.
 
 

@@ -159,6 +159,14 @@ def test_options_travel_on_what_carries_them():
     assert Options.of(object()) == Options()
 
 
+def test_a_reserve_that_is_given_is_kept_when_the_server_is_idle():
+    page = 16 << 20
+    assert Options("vtensor").reserve_pages(7000, page) == (140, 16), "a fiftieth, and 256 MiB when it is idle"
+    assert Options("vtensor").reserve_pages(100, page) == (2, 2)
+    assert Options("vtensor", vtensor_reserve="2%").reserve_pages(7000, page) == (140, 140)
+    assert Options("vtensor", vtensor_reserve="1GiB").reserve_pages(7000, page) == (64, 64)
+
+
 @pytest.fixture
 def on_hopper(monkeypatch):
     from sglang.srt import platforms
