@@ -15,15 +15,17 @@ systemd does with a user's shared memory when that user logs out, its owner make
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import logging
-import mmap
 import os
 import re
 import secrets
 import stat
 import struct
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -35,6 +37,8 @@ MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 1
 LIST_SECONDS = 1.0
 #: A file that nobody has locked yet is being made by its owner, unless it is so old.
 MAKING_SECONDS = 60.0
+#: Why a file cannot be opened now, whatever file it is.
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class NoNeighbours(RuntimeError):
@@ -74,13 +78,15 @@ class Neighbours:
     def __init__(self, device: str, folder: Path | None = None) -> None:
         self.folder = folder or default_folder()
         self._device = re.sub(r"[^A-Za-z0-9-]", "-", device)
-        self._others: dict[str, mmap.mmap] = {}
+        self._others: dict[str, int] = {}  # descriptors of their files, by name
         self._warned: set[str] = set()
         self._listed_at = -LIST_SECONDS
-        self._path, self._file, self._map = self._create(Record())
+        self._record = Record()
+        self._path, self._file = self._create()
+        os.register_at_fork(after_in_child=functools.partial(_leave_to_parent, weakref.ref(self)))
         self._remove_what_the_dead_left()
 
-    def _create(self, record: Record) -> tuple[Path, int, mmap.mmap]:
+    def _create(self) -> tuple[Path, int]:
         _check_folder(self.folder)
         path = self.folder / f"{self._device}.{secrets.token_hex(16)}"
         try:
@@ -90,22 +96,18 @@ class Neighbours:
         try:
             # Locked before it has a size: a file without one is not looked at. One who looks holds it for a moment.
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Memory for it, not a size alone: where the folder's file system is full, that is an error here and not the
-            # end of the process that writes to it.
-            os.posix_fallocate(file, 0, _SIZE)
-            shared = mmap.mmap(file, _SIZE)
+            _write(file, self._record)  # an error here, where the folder's file system is full, and not later
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
             os.close(file)
             raise NoNeighbours(f"cannot make {path}: {error}") from error
-        shared[:] = struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(record))
-        return path, file, shared
+        return path, file
 
     def tell(self, record: Record) -> None:
         """Write this server's record, for the others to read."""
-        for index, value in enumerate(astuple(record), start=2):
-            struct.pack_into("<q", self._map, 8 * index, value)
+        self._record = record
+        _write(self._file, record)
 
     def others(self) -> list[Record]:
         """What the living others on this device tell."""
@@ -113,25 +115,31 @@ class Neighbours:
         if now - self._listed_at >= LIST_SECONDS:
             self._listed_at = now
             self._list()
-        return [Record(*struct.unpack_from(_RECORD, shared, 16)) for shared in self._others.values()]
+        told = (os.pread(file, _SIZE, 0) for file in self._others.values())
+        # A file that somebody cut off tells nothing until its owner writes again.
+        return [Record(*struct.unpack_from(_RECORD, data, 16)) for data in told if len(data) == _SIZE]
 
     def _list(self) -> None:
         """Look who is there, and remove what the dead have left."""
         self._see_that_mine_is_there()
-        found: dict[str, mmap.mmap] = {}
-        for path in self._files(f"{self._device}."):
-            shared = self._look(path)
-            if shared is not None:
-                found[path.name] = shared
+        found: dict[str, int] = {}
+        try:
+            for path in self._files(f"{self._device}."):
+                file = self._look(path)
+                if file is not None:
+                    found[path.name] = file
+        except OSError as error:
+            self._warn_once("files", "cannot look for other servers on this device; known ones still count: %s", error)
+            found = self._others | found
         for name in set(self._others) - set(found):
-            self._others[name].close()
+            os.close(self._others[name])
         self._others = found
 
     def _files(self, prefix: str = "") -> list[Path]:
-        """The files of others whose names begin with `prefix`."""
+        """The files of others whose names begin with `prefix`. Raises `OSError` if the folder cannot be read now."""
         try:
             return [path for path in self.folder.iterdir() if path != self._path and path.name.startswith(prefix)]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []  # somebody removed the folder: `_see_that_mine_is_there` makes it again, or says why not
 
     def _see_that_mine_is_there(self) -> None:
@@ -139,9 +147,8 @@ class Neighbours:
         with contextlib.suppress(OSError):
             if os.path.samestat(self._path.lstat(), os.fstat(self._file)):
                 return
-        mine = Record(*struct.unpack_from(_RECORD, self._map, 16))
         try:
-            path, file, shared = self._create(mine)
+            path, file = self._create()
         except NoNeighbours as error:
             self._warn_once(
                 "removed",
@@ -150,37 +157,32 @@ class Neighbours:
                 error,
             )
             return
-        self._map.close()
         os.close(self._file)
-        self._path, self._file, self._map = path, file, shared
+        self._path, self._file = path, file
 
     def _remove_what_the_dead_left(self) -> None:
         """Once, and whatever device they were on: nobody may ever come to theirs again."""
-        for path in self._files():
-            opened = _open_living(path)
-            if opened is not None:
-                os.close(opened)
+        with contextlib.suppress(OSError):
+            for path in self._files():
+                opened = _open_living(path)
+                if opened is not None:
+                    os.close(opened)
 
-    def _look(self, path: Path) -> mmap.mmap | None:
-        """The memory of a living server's file; None for what is none."""
+    def _look(self, path: Path) -> int | None:
+        """The descriptor of a living server's file; None for what is none. Raises `OSError` if no file can be opened
+        now."""
         file = _open_living(path)
         if file is None:
             return None
-        try:
-            if path.name in self._others:
-                return self._others[path.name]
-            status = os.fstat(file)
-            if status.st_size < _SIZE or not status.st_blocks:
-                return None
-            shared = mmap.mmap(file, _SIZE)
-        except OSError as error:
-            self._warn_once(path.name, "cannot read what another server on this device tells: %s", error)
-            return None
-        finally:
+        if path.name in self._others:
             os.close(file)
-        magic, version = struct.unpack_from("<2q", shared)
-        if (magic, version) != (MAGIC, VERSION):
-            shared.close()
+            return self._others[path.name]
+        header = os.pread(file, 16, 0)
+        magic, version = struct.unpack("<2q", header) if len(header) == 16 else (0, 0)
+        if (magic, version) == (MAGIC, VERSION):
+            return file
+        os.close(file)
+        if magic:  # else it is being made
             self._warn_once(
                 path.name,
                 "another server on this device tells of itself in version %d, this one in %d: they do not share "
@@ -188,8 +190,7 @@ class Neighbours:
                 version,
                 VERSION,
             )
-            return None
-        return shared
+        return None
 
     def _warn_once(self, of: str, message: str, *args: object) -> None:
         if of not in self._warned:
@@ -197,21 +198,38 @@ class Neighbours:
             logger.warning(message, *args)
 
     def close(self) -> None:
-        """Leave: remove this server's file. The others notice at their next look."""
+        """Leave: remove this server's file. The others notice at their next look. A child that was forked has none."""
+        if self._file < 0:
+            return
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
-        for shared in self._others.values():
-            shared.close()
+        for file in self._others.values():
+            os.close(file)
         self._others = {}
-        self._map.close()
         os.close(self._file)
+        self._file = -1
+
+
+def _write(file: int, record: Record) -> None:
+    os.pwrite(file, struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(record)), 0)
+
+
+def _leave_to_parent(server: weakref.ref[Neighbours]) -> None:
+    """In a child that was forked: close the file, whose lock would else outlive the parent."""
+    mine = server()
+    if mine is not None and mine._file >= 0:
+        os.close(mine._file)
+        mine._file = -1
 
 
 def _open_living(path: Path) -> int | None:
-    """Open the file of a living server. None for any other: what a dead one left is removed."""
+    """Open the file of a living server. None for any other: what a dead one left is removed. Raises `OSError` if no
+    file can be opened now."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_MORE_FILES:
+            raise
         return None  # it ended just now, or is no file of a server's
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -146,7 +147,7 @@ if running:
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine does not let processes make namespaces")
 @pytest.mark.parametrize("when", ["starting", "running"])
 def test_full_shared_memory_ends_no_server(tmp_path, when):
-    """Containers have 64 MiB of it by default. Writing to a file that got a size and no memory is a signal."""
+    """Containers have 64 MiB of it by default."""
     mount = 'mount -t tmpfs -o size=64k none "$0" && exec "$1" -c "$2" "$0" "$3"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
     done = subprocess.run(
@@ -158,35 +159,79 @@ def test_full_shared_memory_ends_no_server(tmp_path, when):
     assert ("other servers on this device do not know of this one" in said) == (when == "running")
 
 
-def test_a_file_that_has_a_size_and_no_memory_is_not_read(folder, caplog):
-    """Reading it could be what fills the file system, and a signal."""
+def test_a_file_that_is_being_made_is_none_yet_and_of_no_other_version(folder, caplog):
     one = Neighbours("gpu", folder)
-    with (folder / f"gpu.{'0' * 32}").open("wb") as sparse:
-        fcntl.flock(sparse, fcntl.LOCK_EX)
-        sparse.truncate(1 << 20)
-        assert one.others() == []
-        assert not caplog.records, "it is not of another version either"
-        sparse.write(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 2, 3, 4, 5))
-        sparse.flush()
-        os.fsync(sparse.fileno())
+    with (folder / f"gpu.{'0' * 32}").open("wb", buffering=0) as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        for size in (0, 8, 56):
+            made.truncate(size)
+            assert one.others() == []
+        made.write(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 2, 3, 4, 5))
         assert one.others() == [Record(1, 2, 3, 4, 5)]
+    assert not caplog.records
     one.close()
 
 
-def test_a_neighbour_that_cannot_be_mapped_is_none(folder, caplog, monkeypatch):
-    """A process may hold so many mappings, and host pages are mappings too."""
+def test_a_file_that_is_cut_off_tells_nothing_until_its_owner_writes(folder):
     one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
+    two.tell(Record(backed=5))
+    assert one.others() == [Record(backed=5)]
+    os.truncate(two._path, 0)
+    assert one.others() == one.others() == []
+    two.tell(Record(backed=6))
+    assert one.others() == [Record(backed=6)]
+    two.close()
+    one.close()
+
+
+@pytest.mark.parametrize("which", ["the folder", "the file"])
+def test_who_can_open_no_more_files_keeps_the_neighbours_that_it_knows(folder, caplog, monkeypatch, which):
+    one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
+    assert one.others() == [Record()]
 
     def refuse(*_):
-        raise OSError(errno.ENOMEM, "no more mappings")
+        raise OSError(errno.EMFILE, "too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr(neighbours.mmap, "mmap", refuse)
-        assert one.others() == one.others() == []
+        if which == "the folder":
+            patched.setattr(Path, "iterdir", refuse)
+        else:
+            patched.setattr(neighbours.os, "open", refuse)
+        two.tell(Record(backed=5))
+        assert one.others() == one.others() == [Record(backed=5)]
     assert [record.levelname for record in caplog.records] == ["WARNING"], "one warning"
-    assert "cannot read what another server on this device tells" in caplog.text
-    assert one.others() == [Record()]
+    assert "cannot look for other servers on this device; known ones still count: [Errno 24]" in caplog.text
     two.close()
+    assert one.others() == []
+    one.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_child_that_outlives_its_server_keeps_nothing(folder):
+    """A forked child has its parent's descriptors, and `flock` lasts until the last of them is closed."""
+    code = """
+import os, sys, time
+from pathlib import Path
+from sglang_vtensor.neighbours import Neighbours
+server = Neighbours("gpu", Path(sys.argv[1]))
+if os.fork() == 0:
+    server.close()  # as at exit: the file is its parent's
+    print("forked", flush=True)
+    time.sleep(60)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(folder)]
+    one = Neighbours("gpu", folder)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as parent:
+        try:
+            assert parent.stdout.readline() == b"forked\n"
+            assert one.others() == [Record()], "the child closes, and the parent is there"
+            parent.kill()
+            parent.wait()
+            os.killpg(parent.pid, 0)  # the child lives
+            assert one.others() == []
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
     one.close()
     assert list(folder.iterdir()) == []
 
@@ -265,7 +310,7 @@ def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
     assert one.others() == []
     assert not stale.exists()
     newer = Neighbours("gpu", folder)
-    struct.pack_into("<q", newer._map, 8, neighbours.VERSION + 1)
+    os.pwrite(newer._file, struct.pack("<q", neighbours.VERSION + 1), 8)
     assert one.others() == []
     assert one.others() == []
     assert [r.levelname for r in caplog.records] == ["WARNING"], "one warning"
