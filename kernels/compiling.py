@@ -72,7 +72,8 @@ class Compiling:
     def __init__(self, what: str, wanted: Mapping[Any, Sequence[Launch]], *, device: torch.device | str) -> None:
         self.what, self.device = what, torch.device(device)
         different = {launch.key: launch for some in wanted.values() for launch in some}
-        self._start, self._lock, self._left = time.perf_counter(), threading.Lock(), len(different)
+        self._start, self._lock = time.perf_counter(), threading.Lock()
+        self._left, self._failed = len(different), 0
         if self.device.type == "cuda":
             for launch in different.values():
                 # Triton makes the table of a kernel's compilations at the first look; two threads would make two.
@@ -88,8 +89,13 @@ class Compiling:
 
     @property
     def left(self) -> int:
-        """How many kernels are not compiled yet; those that failed stay among them."""
+        """How many kernels are still to be compiled; those that failed twice are not."""
         return self._left
+
+    @property
+    def failed(self) -> int:
+        """How many kernels failed twice."""
+        return self._failed
 
     def ready(self, key: Hashable) -> bool:
         """Whether what was wanted for `key` is compiled. Never for a key that was not wanted, or if a kernel failed."""
@@ -111,10 +117,12 @@ class Compiling:
                     launch.compile()
                 except Exception as again:
                     logger.error("%s: %s failed twice, and is not used: %s", self.what, launch.name, again)
+                    with self._lock:
+                        self._left, self._failed = self._left - 1, self._failed + 1
                     raise
         with self._lock:
             self._left -= 1
-        if not self._left:
+        if not self._left and not self._failed:
             logger.info("%s: all kernels are compiled, after %.1f s", self.what, time.perf_counter() - self._start)
 
 

@@ -55,13 +55,15 @@ def run(console: Console, model: str, *, tp: int, kv_cache_dtype: str, more: Seq
 
 
 def wait(url: str) -> int:
-    """Until the server at `url` has compiled all kernels. Returns how many it did not compile in time."""
+    """Until the server at `url` compiles no more kernels. Returns how many it did not compile: they failed, or it took
+    too long."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while left := sum(rank["kernels_uncompiled"] for rank in server_stats(url)):
-        if time.monotonic() > deadline:
-            return left
+    while True:
+        ranks = server_stats(url)
+        left = sum(rank["kernels_uncompiled"] for rank in ranks)
+        if not left or time.monotonic() > deadline:
+            return left + sum(rank["kernels_failed"] for rank in ranks)
         time.sleep(0.5)
-    return 0
 
 
 def triton_cache() -> Path:

@@ -308,6 +308,7 @@ class Runtime:
         stats.update(self.elastic_stats())
         stats.update(NO_SHARING if self.sharing is None else self.sharing.stats())
         stats["kernels_uncompiled"] = sum(compiling.left for compiling in self.compiling)
+        stats["kernels_failed"] = sum(compiling.failed for compiling in self.compiling)
         stats["requests"] = len(self.requests)
         stats["awaited_prefixes"] = self.awaited_prefixes
         stats["generated_tokens"] = self.generated_tokens

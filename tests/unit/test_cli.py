@@ -387,7 +387,7 @@ def gpus(monkeypatch, tmp_path):
         left[0] = max(0, left[0] - 1)
         (tmp_path / f"hash{left[0]}").mkdir(exist_ok=True)
         (tmp_path / f"hash{left[0]}" / "kernel.cubin").touch()
-        return [{"kernels_uncompiled": left[0]}, {"kernels_uncompiled": 0}]
+        return [{"kernels_uncompiled": left[0], "kernels_failed": 0}, {"kernels_uncompiled": 0, "kernels_failed": 0}]
 
     monkeypatch.setattr(demo, "serve", serve)
     monkeypatch.setattr(precompile, "server_stats", stats)
@@ -415,6 +415,17 @@ def test_kernels_that_are_never_compiled_are_an_error_with_the_log(gpus, monkeyp
     assert started[-1] == "ended"
     assert "2 kernels were not compiled; the server said:" in done.output
     assert "kernel x failed twice" in done.output
+
+
+def test_a_kernel_that_failed_is_not_waited_for(gpus, monkeypatch):
+    started, _ = gpus
+    ranks = [{"kernels_uncompiled": 0, "kernels_failed": failed} for failed in (1, 0)]
+    monkeypatch.setattr(precompile, "server_stats", lambda _: ranks)
+    monkeypatch.setattr(precompile.time, "sleep", lambda _: 1 / 0)
+    done = CliRunner().invoke(app, ["compile", "--model", "m"])
+    assert done.exit_code == 1
+    assert started[-1] == "ended"
+    assert "1 kernels were not compiled; the server said:" in done.output
 
 
 CHAINED = """[2026-11-29 14:00:00] server_args=...

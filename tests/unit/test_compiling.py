@@ -94,15 +94,17 @@ def test_a_kernel_that_fails_once_is_compiled_again(caplog):
 
 
 def test_a_kernel_that_fails_twice_is_never_ready_and_others_are(caplog):
+    caplog.set_level(logging.INFO, Compiling.__module__)
     bad, good = Kernel("bad", failures=9), Kernel("good")
     compiling = Compiling("test", {"a": noted(bad, 1), "b": noted(good, 1)}, device="cpu")
     with pytest.raises(RuntimeError, match="no room for a file"):
         compiling.wait()
     wait_for(lambda: compiling.ready("b"))
     assert not compiling.ready("a")
-    assert compiling.left == 1
+    assert (compiling.left, compiling.failed) == (0, 1), "nobody waits for it any more"
     assert len(bad.compiled) == 2
     assert "bad failed twice, and is not used: no room for a file" in caplog.text
+    assert "all kernels are compiled" not in caplog.text
 
 
 def test_the_log_says_when_all_is_done(caplog):
