@@ -214,6 +214,7 @@ def check() -> None:
 
 
 @app.command("compile", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_one_sentence()
 def compile_kernels(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="A model's folder or hub id. Its weights are not read.")],
@@ -222,7 +223,8 @@ def compile_kernels(
 ) -> None:
     """Compile the kernels of a server ahead, on the GPU that will serve, so that its first start is as quick as others.
 
-    Further arguments are those of `sglang serve`: give the ones that the server will have.
+    Further arguments are those of `sglang serve`: give the ones that the server will have. Host, port, TLS and keys are
+    left out, as the server that is started for this is asked on 127.0.0.1 only.
     """
     from sglang_vtensor import precompile
     from sglang_vtensor.demo import NotStarted

@@ -6,6 +6,7 @@ compiled is what a server compiles, for each rank: ours, SGLang's, and what eith
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
@@ -20,6 +21,17 @@ from sglang_vtensor.server_client import server_stats
 
 #: After the server answers, for the kernels that it compiles meanwhile.
 PATIENCE_SECONDS = 300.0
+#: Options of `sglang serve` with a value, which say how a server is asked.
+ADDRESS = (
+    "--host",
+    "--port",
+    "--ssl-keyfile",
+    "--ssl-certfile",
+    "--ssl-ca-certs",
+    "--ssl-keyfile-password",
+    "--api-key",
+    "--admin-api-key",
+)
 
 
 class NotCompiled(RuntimeError):
@@ -28,7 +40,8 @@ class NotCompiled(RuntimeError):
 
 def run(console: Console, model: str, *, tp: int, kv_cache_dtype: str, more: Sequence[str] = ()) -> None:
     """Compile what a server of `model` with these settings needs, `more` being arguments of `sglang serve`. Raises
-    `NotCompiled` where there are too few GPUs or a kernel was not compiled, `demo.NotStarted` if the server fails."""
+    `NotCompiled` where there are too few GPUs or a kernel was not compiled, `demo.NotStarted` if the server does not
+    start, `server_client.NoAnswer` if it ends before its kernels are compiled."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if there < tp:
         raise NotCompiled(
@@ -36,7 +49,7 @@ def run(console: Console, model: str, *, tp: int, kv_cache_dtype: str, more: Seq
             "the GPU at hand. Run this on such a machine; else the first start of the server compiles them"
         )
     arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--tp-size", str(tp)]
-    arguments += ["--kv-cache-dtype", kv_cache_dtype, *more]
+    arguments += ["--kv-cache-dtype", kv_cache_dtype, *asked_here(more)]
     before, start = kernels(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vtensor-compile-") as folder:
         log = Path(folder) / "server.log"
@@ -52,6 +65,16 @@ def run(console: Console, model: str, *, tp: int, kv_cache_dtype: str, more: Seq
         soft_wrap=True,
         highlight=False,
     )
+
+
+def asked_here(arguments: Sequence[str]) -> list[str]:
+    """These arguments without those of the server's address, TLS and keys: this process asks it, on a port of its own
+    choice."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in ADDRESS:
+        parser.add_argument(name)
+    parser.add_argument("--enable-ssl-refresh", action="store_true")
+    return parser.parse_known_args(arguments)[1]
 
 
 def wait(url: str) -> int:

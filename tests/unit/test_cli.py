@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from sglang_vtensor import __version__, demo, precompile
 from sglang_vtensor.cli import app, stats_table
-from sglang_vtensor.server_client import pages_by_state, server_stats
+from sglang_vtensor.server_client import NoAnswer, pages_by_state, server_stats
 from sglang_vtensor.top import Sample, memory, summary, view
 
 PAGE = 2 << 20
@@ -405,6 +405,28 @@ def test_to_compile_starts_a_server_as_it_will_be_and_waits_for_all_kernels(gpus
     for name, value in (("--tp-size", "2"), ("--kv-cache-dtype", "fp8_e4m3"), ("--page-size", "256")):
         assert arguments[arguments.index(name) + 1] == value
     assert f"3 new ones of Triton's in {tmp_path}" in " ".join(done.output.split())
+
+
+def test_to_compile_asks_the_server_at_its_own_address_and_without_a_key(gpus):
+    started, _ = gpus
+    address = ["--port", "31234", "--host=0.0.0.0", "--api-key", "secret", "--admin-api-key=more"]
+    tls = ["--ssl-certfile", "c", "--ssl-keyfile", "k", "--ssl-ca-certs", "a", "--ssl-keyfile-password", "p"]
+    others = ["--page-size=256", "--dtype", "float32", "--disable-overlap-schedule"]
+    told = [*address, *others, *tls, "--enable-ssl-refresh", "--max-total-tokens", "4096"]
+    done = CliRunner().invoke(app, ["compile", "--model", "m", *told])
+    assert done.exit_code == 0, done.output
+    _, arguments = started[0]
+    assert arguments[arguments.index("--kv-cache-dtype") + 2 :] == [*others, "--max-total-tokens", "4096"]
+
+
+def test_a_server_that_ends_while_it_compiles_is_one_sentence(gpus, monkeypatch):
+    def gone(url):
+        raise NoAnswer(f"no server answers at {url}")
+
+    monkeypatch.setattr(precompile, "server_stats", gone)
+    done = CliRunner().invoke(app, ["compile", "--model", "m"])
+    assert done.exit_code == 1
+    assert re.fullmatch(r"error: no server answers at http://127.0.0.1:\d+\n", done.output)
 
 
 def test_kernels_that_are_never_compiled_are_an_error_with_the_log(gpus, monkeypatch):
