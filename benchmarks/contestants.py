@@ -29,7 +29,7 @@ import aiohttp
 import requests
 
 from benchmarks.geometries import LLAMA, Geometry
-from benchmarks.serving import CONTESTANTS, STREAM_INTERVAL, Said, command, started, stream
+from benchmarks.serving import CONTESTANTS, STREAM_INTERVAL, Said, command, longest, started, stream
 from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
 
@@ -103,14 +103,20 @@ def capacity(device_bytes: int, servers: int, geometry: Geometry = LLAMA) -> int
 
 @dataclass
 class Answer:
-    """One request: seconds since the start of the run, and tokens."""
+    """One request: seconds since the start of the run, the longest between two chunks of the stream, and tokens."""
 
     sent: float
     first: float
     last: float
+    gap: float
     prompt: int
     cached: int
     new: int
+
+    @property
+    def waited(self) -> float:
+        """The longest that the client heard nothing, in seconds."""
+        return max(self.first - self.sent, self.gap)
 
 
 @dataclass
@@ -131,7 +137,8 @@ class Client:
         said = await self.said(http, tokens, new)
         if len(said.tokens) != new:
             raise RuntimeError(f"{self.url} answered {len(said.tokens)} tokens where {new} were wanted")
-        self.answers.append(Answer(said.sent, said.first, said.last, len(tokens), said.meta["cached_tokens"], new))
+        cached = said.meta["cached_tokens"]
+        self.answers.append(Answer(said.sent, said.first, said.last, said.gap, len(tokens), cached, new))
         return said.tokens
 
     def _state(self) -> dict[str, Any]:
@@ -204,21 +211,22 @@ class VllmClient(Client):
             "stream_options": {"include_usage": True},
         }
         sent = time.perf_counter()
-        first, lines = 0.0, []
+        times, lines = [], []
         async with http.post(f"{self.url}/v1/completions", json=body) as answer:
             answer.raise_for_status()
             async for line in answer.content:
                 if line.startswith(b"data: {"):
-                    first = first or time.perf_counter()
+                    times.append(time.perf_counter())
                     lines.append(line)
-        end = time.perf_counter()
+        times.append(time.perf_counter())
         parts = [json.loads(line[6:]) for line in lines]  # read when all is there: the client must not be the slow one
         if refused := next((part["error"] for part in parts if "error" in part), None):
             raise RuntimeError(f"{self.url} says {refused}")
         ids = [token for part in parts for choice in part["choices"] for token in choice["token_ids"]]
         # Where nothing was found in the cache, vLLM leaves the details out.
         details = parts[-1]["usage"].get("prompt_tokens_details") or {}
-        return Said(sent, first, end, ids, {"cached_tokens": details.get("cached_tokens") or 0})
+        cached = details.get("cached_tokens") or 0
+        return Said(sent, times[0], times[-1], longest(times), ids, {"cached_tokens": cached})
 
     def stats(self) -> dict[str, Any]:
         return {}

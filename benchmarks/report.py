@@ -268,7 +268,7 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
 def servers(record: Record) -> str:
     """Several servers on one GPU: what was measured of it."""
     told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
-    if any(row["part"] == "killed" for row in record["rows"]):
+    if any(row["part"] == "killed" and row["given_bytes"] > 0 for row in record["rows"]):
         told.append("- a neighbour was killed as it gave memory, and its death is counted in")
     return "\n".join([*told, "", source(record)])
 

@@ -13,7 +13,9 @@ Parts, each of which runs by itself, in less than 8 minutes on an H200, and is m
     idle       what a server holds when it is idle, beside SGLang's own without its KV pool
     cold       starts with no kernel compiled: until the first answer, and until no kernel is left to compile
 
-A request that waits longer than a minute for its first token has failed, as has one with an error or too few tokens.
+A request has failed if it waits longer than a minute, for its first token or between two chunks of its stream, and if
+it has an error or too few tokens. A part ends with an error if a request fails while a server warms up, or if its
+neighbour is not killed as it gives.
 Rows have what each server's requests need at once (`demand_bytes`) and what there is for all (`kv_bytes`).
 """
 
@@ -27,9 +29,9 @@ import re
 import signal
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,8 +54,8 @@ from sglang_vtensor.demo import free_port
 
 console = Console(width=150)
 PARTS = ("alone", "two", "three", "static", "killed", "idle", "cold")
-#: Seconds until a first token, or for a whole answer, beyond which a request has failed.
-FIRST_SECONDS, WHOLE_SECONDS = 60.0, 300.0
+#: Seconds without a chunk, or for a whole answer, beyond which a request has failed.
+WAIT_SECONDS, WHOLE_SECONDS = 60.0, 300.0
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
 #: A cold start has none of what these name; all else that is kept is below HOME.
@@ -89,22 +91,21 @@ class Patient(Client):
 
     async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
         try:
-            answer = await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
+            return await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
         except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, LookupError) as error:
             self.failures.append(repr(error)[:200])
             return []
-        waited = self.answers[-1].first - self.answers[-1].sent
-        if waited > FIRST_SECONDS:
-            self.failures.append(f"waited {waited:.0f} s for the first token")
-        return answer
 
     def measure(self, workload: Workload, seed: int) -> dict[str, Any]:
         self.failures = []
         return self.told(self.drive(workload, seed))
 
     def told(self, seconds: float) -> dict[str, Any]:
+        """A row of what came of the requests."""
         measured = row(self.answers, seconds) if self.answers else {"requests": 0}
-        return measured | {"failed": len(self.failures), "failures": self.failures[:5]}
+        late = [answer.waited for answer in self.answers if answer.waited > WAIT_SECONDS]
+        failures = [*self.failures, *(f"waited {waited:.0f} s" for waited in late)]
+        return measured | {"failed": len(failures), "failures": failures[:5]}
 
 
 def peak(requests: int, sizes: Sizes) -> Workload:
@@ -204,9 +205,12 @@ class Bench:
             yield clients, seconds
 
     def warm_up(self, clients: list[Patient]) -> None:
-        """What is compiled, captured or made at first use; and then everything is given back."""
+        """What is compiled, captured or made at first use; and then everything is given back. Raises `RuntimeError` if
+        a request fails."""
         for client in clients:
-            client.measure(peak(4, self.sizes), seed=0)
+            told = client.measure(peak(4, self.sizes), seed=0)
+            if told["failed"]:
+                raise RuntimeError(f"{told['failed']} requests failed as {client.url} warmed up: {told['failures']}")
             client.flush()
         time.sleep(RETURN_SECONDS)
 
@@ -237,6 +241,7 @@ class Bench:
             self.warm_up(clients)
             for turn in range(4):
                 client, other = clients[turn % 2], clients[1 - turn % 2]
+                wait_until_steady(other)  # what it gives back by itself does not change hands
                 before = other.stats()["backed_bytes"]
                 measured = client.measure(peak(one["requests"], self.sizes), seed=20 + turn)
                 held = [each.stats()["backed_bytes"] for each in (client, other)]
@@ -279,22 +284,26 @@ class Bench:
         one = self.one_of_two()
         with self.servers(["vtensor"] * 2, one["tokens"]) as ((first, second), _):
             self.warm_up([first, second])
-            second.measure(peak(one["requests"], self.sizes), seed=40)
+            earlier = second.measure(peak(one["requests"], self.sizes), seed=40)
             wait_until_steady(second)  # what it gives back by itself, being idle, is not for the first one
             cached = second.stats()["backed_bytes"]
-            said: dict[str, int] = {}
 
-            def kill_it_as_it_gives() -> None:
-                deadline = time.monotonic() + (2.0 if self.quick else FIRST_SECONDS)
+            def kill_it_as_it_gives() -> dict[str, int]:
+                seconds = 2.0 if self.quick else WAIT_SECONDS
+                deadline = time.monotonic() + seconds
                 while (left := second.stats()["backed_bytes"]) >= cached and time.monotonic() < deadline:
                     time.sleep(0.02)
+                if left >= cached and not self.quick:  # the host has memory for both
+                    raise RuntimeError(f"the neighbour gave nothing of {cached} bytes within {seconds:.0f} s")
                 kill(second.url)
-                said.update(cached_bytes=cached, left_bytes=left, given_bytes=cached - left)
+                return {"cached_bytes": cached, "left_bytes": left, "given_bytes": cached - left}
 
-            killer = threading.Thread(target=kill_it_as_it_gives)
-            killer.start()
-            measured = first.measure(peak(one["requests"], self.sizes), seed=41)
-            killer.join()
+            with ThreadPoolExecutor(1) as beside:
+                killing = beside.submit(kill_it_as_it_gives)
+                measured = first.measure(peak(one["requests"], self.sizes), seed=41)
+                said = killing.result()
+            measured["failed"] += earlier["failed"]
+            measured["failures"] = [*earlier["failures"], *measured["failures"]]
             held = first.stats()["backed_bytes"]
             self.note("killed", "vtensor", backed_bytes=held, **said, **self.needs(one["requests"], 2), **measured)
 
@@ -302,12 +311,13 @@ class Bench:
         before = self.used()
         for name in ("fa3", "vtensor"):
             with self.servers([name], None) as ((client,), _):
-                client.measure(peak(4, self.sizes), seed=50)
+                told = client.measure(peak(4, self.sizes), seed=50)
                 client.flush()
                 time.sleep(2 * RETURN_SECONDS)
                 pool = 0 if name == "vtensor" else self.bytes_of(client.kv_tokens())
                 held = self.used() - before
-                self.note("idle", name, held_bytes=held, pool_bytes=pool, without_pool_bytes=held - pool)
+                failed = {key: told[key] for key in ("failed", "failures")}
+                self.note("idle", name, held_bytes=held, pool_bytes=pool, without_pool_bytes=held - pool, **failed)
 
     def cold(self) -> None:
         """SGLang's own first, once more than it counts: files are read from the disk at the first start. A start that

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,11 +74,13 @@ class Round:
 
 @dataclass
 class Said:
-    """One answer: when it was asked for, began and ended (`time.perf_counter`), its tokens, and SGLang's account."""
+    """One answer: when it was asked for, began and ended (`time.perf_counter`), the longest time between two of its
+    chunks (seconds), its tokens, and SGLang's account."""
 
     sent: float
     first: float
     last: float
+    gap: float
     tokens: list[int]
     meta: dict[str, Any]
 
@@ -95,16 +98,21 @@ async def stream(http: aiohttp.ClientSession, url: str, tokens: list[int], new: 
         },
     }
     sent = time.perf_counter()
-    first, last = 0.0, b""
+    times, last = [], b""
     async with http.post(f"{url}/generate", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.content:
             if line.startswith(b"data: {"):
-                first = first or time.perf_counter()
+                times.append(time.perf_counter())
                 last = line
-    end = time.perf_counter()
+    times.append(time.perf_counter())
     said = json.loads(last[6:])
-    return Said(sent, first, end, said["output_ids"][-new:], said["meta_info"])
+    return Said(sent, times[0], times[-1], longest(times), said["output_ids"][-new:], said["meta_info"])
+
+
+def longest(times: list[float]) -> float:
+    """The longest time between two that follow each other."""
+    return max((after - before for before, after in pairwise(times)), default=0.0)
 
 
 class Client:

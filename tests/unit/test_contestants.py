@@ -88,7 +88,7 @@ def test_a_flush_waits_for_requests_that_end():
 
 def test_an_answer_of_another_length_is_no_measurement(monkeypatch):
     async def short(self, http, tokens, new):
-        return contestants.Said(0.0, 1.0, 2.0, [1], {"cached_tokens": 0})
+        return contestants.Said(0.0, 1.0, 2.0, 1.0, [1], {"cached_tokens": 0})
 
     monkeypatch.setattr(contestants.Client, "said", short)
     with pytest.raises(RuntimeError, match="1 tokens where 2"):

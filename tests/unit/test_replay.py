@@ -58,7 +58,7 @@ def test_equal_blocks_are_equal_tokens_and_requests_come_by_the_clock(trace):
 
 def test_a_request_is_good_that_meets_both_targets(trace):
     answers = [
-        contestants.Answer(0.0, first, last, 10, 0, 11) for first, last in ((0.1, 0.2), (0.2, 0.25), (0.05, 0.5))
+        contestants.Answer(0.0, first, last, 0.0, 10, 0, 11) for first, last in ((0.1, 0.2), (0.2, 0.25), (0.05, 0.5))
     ]
     assert [TARGETS.met(answer) for answer in answers] == [True, False, False]
     replay = workloads.replay(trace, 10, 64_000, 2.0)

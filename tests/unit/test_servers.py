@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import json
 import random
 import threading
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from benchmarks import contestants, memory, report, servers
 from benchmarks.contestants import Answer
@@ -67,23 +72,52 @@ def test_a_cold_start_that_leaves_kernels_uncompiled_ends_and_does_not_count(tmp
     assert ("cold_full_speed_extra_s" in summarize(bench.rows)) is (not left)
 
 
+def bench_with(folder, monkeypatch, *clients, quick=False):
+    """A bench whose servers are these."""
+
+    @contextlib.contextmanager
+    def up(bench, names, tokens):
+        yield clients, [1.0] * len(clients)
+
+    monkeypatch.setattr(servers.Bench, "servers", up)
+    monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
+    monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
+    monkeypatch.setattr(servers, "RETURN_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "STEADY_SECONDS", 0.1)
+    return servers.Bench(folder, quick, SIZES, None)
+
+
+class Told(Patient):
+    """Tells of each peak that so many requests failed, and holds so many bytes."""
+
+    failed, held = 0, 100
+
+    def measure(self, workload, seed):
+        return {"failed": self.failed, "failures": ["late"] * self.failed}
+
+    def stats(self):
+        return {"backed_bytes": self.held, "pages_backed": self.held}
+
+    def flush(self):
+        pass
+
+    def kv_tokens(self):
+        return 0
+
+
 def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, monkeypatch):
     asked, killed = threading.Event(), threading.Event()
 
-    class First(Patient):
+    class First(Told):
+        failed = 2
+
         def measure(self, workload, seed):
             asked.set()
             assert killed.wait(30)
-            return {}
+            return super().measure(workload, seed)
 
-        def stats(self):
-            return {"backed_bytes": 0}
-
-    class Second(Patient):
-        looks = 0
-
-        def measure(self, workload, seed):
-            return {}
+    class Second(Told):
+        failed, looks = 1, 0
 
         def stats(self):
             """Free pages go back after a few looks, and what is cached when the first one asks for it."""
@@ -91,22 +125,67 @@ def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, m
             held = 60 if asked.is_set() else 100 if self.looks < 3 else 80
             return {"backed_bytes": held, "pages_backed": held}
 
-    @contextlib.contextmanager
-    def up(bench, names, tokens):
-        yield (First("", 400), Second("", 400)), [1.0, 1.0]
-
-    monkeypatch.setattr(servers.Bench, "servers", up)
     monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
     monkeypatch.setattr(servers, "kill", lambda url: killed.set())
-    monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
+    bench = bench_with(tmp_path, monkeypatch, First("", 400), Second("", 400), quick=True)
     monkeypatch.setattr(memory, "STEADY_SECONDS", 0.5)
-    bench = servers.Bench(tmp_path, True, SIZES, None)
     bench.killed()
     (row,) = bench.rows
     assert (row["cached_bytes"], row["given_bytes"]) == (80, 20)
+    assert row["failed"] == len(row["failures"]) == 3, "at the peak of the one that is killed, too"
 
 
-def drive(workload, monkeypatch, waits=0.0, error=None):
+@pytest.mark.parametrize("what", ["gives nothing", "does not answer"])
+def test_a_neighbour_that_is_not_killed_as_it_gives_ends_the_part(tmp_path, monkeypatch, what):
+    class Second(Told):
+        looks = 0
+
+        def stats(self):
+            self.looks += 1
+            if what == "does not answer" and self.looks > 5:
+                raise TimeoutError(what)
+            return super().stats()
+
+    killed = []
+    monkeypatch.setattr(servers, "kill", killed.append)
+    monkeypatch.setattr(servers, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(servers, "wait_until_steady", lambda client: None)
+    bench = bench_with(tmp_path, monkeypatch, Told("", 400), Second("", 400))
+    with pytest.raises((RuntimeError, TimeoutError), match=f"gave nothing of 100 bytes within 1 s|{what}"):
+        bench.killed()
+    assert bench.rows == killed == []
+
+
+def test_a_warm_up_that_fails_ends_the_part_and_a_request_of_an_idle_server_is_counted(tmp_path, monkeypatch):
+    client = Told("http://s", 400)
+    client.failed = 1
+    bench = bench_with(tmp_path, monkeypatch, client)
+    bench.used = itertools.count().__next__
+    with pytest.raises(RuntimeError, match=r"1 requests failed as http://s warmed up: \['late'\]"):
+        bench.alone()
+    bench.idle()
+    assert [(row["what"], row["failed"]) for row in bench.rows] == [("fa3", 1), ("vtensor", 1)]
+    assert summarize(bench.rows)["requests_failed"] == 1
+
+
+def test_what_goes_back_by_itself_does_not_change_hands(tmp_path, monkeypatch):
+    class Idle(Told):
+        """After its peak it holds 100 bytes, of which 20 are free, and go back while others wait for that."""
+
+        def measure(self, workload, seed):
+            self.held = 100
+            return super().measure(workload, seed)
+
+    def wait(client):
+        client.held = min(client.held, 80)
+
+    monkeypatch.setattr(servers, "wait_until_steady", wait)
+    bench = bench_with(tmp_path, monkeypatch, Idle("a", 400), Idle("b", 400))
+    bench.two()
+    assert [row["changed_hands_bytes"] for row in bench.rows] == [0] * 4
+
+
+def drive(workload, monkeypatch, waits=0.0, gap=0.0, error=None):
     """Ask a server that answers at once, by a clock that runs as fast as it can. Yields the client, and when it was
     asked."""
     asked = []
@@ -118,7 +197,7 @@ def drive(workload, monkeypatch, waits=0.0, error=None):
     async def ask(client, http, tokens, new):
         if error is not None:
             raise error
-        client.answers.append(Answer(clock[0], clock[0] + waits, clock[0] + waits, len(tokens), 0, new))
+        client.answers.append(Answer(clock[0], clock[0] + waits, clock[0] + waits + gap, gap, len(tokens), 0, new))
         return [0] * new
 
     monkeypatch.setattr(servers.asyncio, "sleep", sleep)
@@ -129,12 +208,37 @@ def drive(workload, monkeypatch, waits=0.0, error=None):
 
 
 def test_a_request_that_waits_longer_than_a_minute_has_failed(monkeypatch):
-    client, _ = drive(peak(5, SIZES), monkeypatch, waits=59.0)
-    assert (len(client.answers), client.failures) == (5, [])
-    client, _ = drive(peak(5, SIZES), monkeypatch, waits=61.0)
-    assert client.failures == ["waited 61 s for the first token"] * 5
+    client, _ = drive(peak(5, SIZES), monkeypatch, waits=59.0, gap=59.0)
     told = client.told(1.0)
-    assert (told["requests"], told["failed"]) == (5, 5)
+    assert (told["requests"], told["failed"]) == (5, 0)
+    for waits in ({"waits": 61.0}, {"gap": 61.0}):
+        client, _ = drive(peak(5, SIZES), monkeypatch, **waits)
+        told = client.told(1.0)
+        assert (told["requests"], told["failed"], told["failures"]) == (5, 5, ["waited 61 s"] * 5)
+
+
+def test_a_client_knows_how_long_a_stream_stood_still():
+    async def stream(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for count in (1, 2, 3):
+            if count == 3:
+                await asyncio.sleep(0.5)
+            said = {"output_ids": list(range(count)), "meta_info": {"cached_tokens": 0}}
+            await response.write(f"data: {json.dumps(said)}\n\n".encode())
+        return response
+
+    async def ask():
+        app = web.Application()
+        app.router.add_post("/generate", stream)
+        async with TestServer(app) as server, aiohttp.ClientSession() as http:
+            client = contestants.Client(str(server.make_url("")).rstrip("/"), 400)
+            await client.ask(http, [1, 2], 3)
+            return client.answers[0]
+
+    answer = asyncio.run(ask())
+    assert answer.first - answer.sent < 0.4
+    assert 0.4 < answer.gap == answer.waited <= answer.last - answer.first
 
 
 @pytest.mark.parametrize(
@@ -180,8 +284,7 @@ def test_the_page_says_what_was_measured_and_no_more():
         "- 0 requests failed",
         "",
     ]
-    record["rows"] = [{"part": "killed"}]
-    assert (
-        report.servers(record).splitlines()[2]
-        == "- a neighbour was killed as it gave memory, and its death is counted in"
-    )
+    killed = "- a neighbour was killed as it gave memory, and its death is counted in"
+    for given in (0, 1):
+        record["rows"] = [{"part": "killed", "given_bytes": given}]
+        assert (killed in report.servers(record).splitlines()) is (given > 0)
