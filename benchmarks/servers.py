@@ -1,4 +1,5 @@
-"""Several servers on one GPU: peaks in turn, intermittent peaks of three, a neighbour that is killed, idle, and cold.
+"""Several servers on one GPU: peaks in turn and at once, intermittent peaks of three, a neighbour that is killed, idle,
+and cold.
 
     python -m benchmarks.servers --parts alone,two      on a GPU, each server with Llama-3-8B's geometry
     python -m benchmarks.servers --quick                the host backend and a small model: does it run?
@@ -7,6 +8,7 @@ Parts, each of which runs by itself, in less than 8 minutes on an H200, and is m
 
     alone      peaks of one server that has the GPU to itself
     two        the same peaks of two servers in turn, which together need 1.5 times the memory that there is
+    both       the same peak of both servers at once, and what each of them holds meanwhile
     three      three servers, each with quiet requests all the time and a peak of its own
     static     the same of SGLang as it ships, where each server has a third of the memory for good
     killed     a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
@@ -21,126 +23,45 @@ Rows have what each server's requests need at once (`demand_bytes`) and what the
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import random
 import re
 import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import aiohttp
 import psutil
 import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, compiled, row
+from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, capacity, compiled
 from benchmarks.geometries import LLAMA
 from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS, wait_until_steady
 from benchmarks.memory import device_bytes as device_reader
+from benchmarks.peaks import WAIT_SECONDS, Patient, Sizes, drive_at_once, held_while_all_ask, intermittent, peak
 from benchmarks.prefix import large_model, small_model
-from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, session, started
+from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, started
 from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
 
 console = Console(width=150)
-PARTS = ("alone", "two", "three", "static", "killed", "idle", "cold")
-#: Seconds without a chunk, or for a whole answer, beyond which a request has failed.
-WAIT_SECONDS, WHOLE_SECONDS = 60.0, 300.0
+PARTS = ("alone", "two", "both", "three", "static", "killed", "idle", "cold")
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
 #: A cold start has none of what these name; all else that is kept is below HOME.
 CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Tokens of a request at a peak; with three servers, a peak's requests a second and seconds, the seconds between
-    the starts of two peaks, and the quiet requests a second of each server."""
-
-    prompt: int = 3072
-    answer: int = 1024
-    rate: float = 5.0
-    seconds: float = 30.0
-    every: float = 45.0
-    quiet: float = 0.3
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt + self.answer
-
-
 QUICK = Sizes(prompt=40, answer=8, rate=2.0, seconds=2.0, every=2.0, quiet=0.5)
 QUICK_TOKENS = 2048
-
-
-@dataclass
-class Patient(Client):
-    """Goes on after a request that failed, and keeps why."""
-
-    failures: list[str] = field(default_factory=list)
-
-    async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
-        try:
-            return await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
-        except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, LookupError) as error:
-            self.failures.append(repr(error)[:200])
-            return []
-
-    def measure(self, workload: Workload, seed: int) -> dict[str, Any]:
-        self.failures = []
-        return self.told(self.drive(workload, seed))
-
-    def told(self, seconds: float) -> dict[str, Any]:
-        """A row of what came of the requests."""
-        measured = row(self.answers, seconds) if self.answers else {"requests": 0}
-        late = [answer.waited for answer in self.answers if answer.waited > WAIT_SECONDS]
-        failures = [*self.failures, *(f"waited {waited:.0f} s" for waited in late)]
-        return measured | {"failed": len(failures), "failures": failures[:5]}
-
-
-def peak(requests: int, sizes: Sizes) -> Workload:
-    """So many requests at once, which have nothing in common."""
-
-    async def run(client: Client, rng: random.Random) -> None:
-        prompts = [client.words(rng, sizes.prompt) for _ in range(requests)]
-        async with session() as http:
-            await asyncio.gather(*(client.ask(http, prompt, sizes.answer) for prompt in prompts))
-
-    return run
-
-
-def intermittent(number: int, of: int, sizes: Sizes) -> Workload:
-    """What server `number` of so many is asked: quiet requests all the time, and at its turn a peak. All by the clock,
-    whether or not earlier ones have been answered."""
-
-    async def run(client: Client, rng: random.Random) -> None:
-        begin, end = number * sizes.every, (of - 1) * sizes.every + sizes.seconds
-        times, now = [], 0.0
-        while now < end:
-            times.append(now)
-            now += rng.expovariate(sizes.rate if begin <= now < begin + sizes.seconds else sizes.quiet)
-            if times[-1] < begin < now:
-                now = begin  # so that a peak does not begin late by a long pause before it
-        prompts = [client.words(rng, sizes.prompt) for _ in times]
-
-        async def one(http: aiohttp.ClientSession, at: float, prompt: list[int]) -> None:
-            await asyncio.sleep(at)
-            await client.ask(http, prompt, sizes.answer)
-
-        async with session() as http:
-            await asyncio.gather(*map(one, [http] * len(times), times, prompts))
-
-    return run
 
 
 class Bench:
@@ -248,6 +169,20 @@ class Bench:
                 measured |= {"backed_bytes": held, "changed_hands_bytes": max(0, before - held[1])}
                 self.note("two", "vtensor", turn=turn, **self.needs(one["requests"], 2), **measured)
 
+    def both(self) -> None:
+        one = self.one_of_two()
+        with self.servers(["vtensor"] * 2, one["tokens"]) as (clients, _):
+            self.warm_up(clients)
+            done = threading.Event()
+            with ThreadPoolExecutor(1) as beside:
+                looking = beside.submit(held_while_all_ask, clients, done)
+                try:
+                    seconds = drive_at_once(clients, [peak(one["requests"], self.sizes)] * 2, seed=60)
+                finally:
+                    done.set()
+                held = looking.result()
+            self.note_each("both", "vtensor", clients, seconds, self.needs(one["requests"], 2), held_bytes=held)
+
     def three(self) -> None:
         self._three("three", "vtensor", int(0.9 * self.room(3)))
 
@@ -258,26 +193,20 @@ class Bench:
         count = 2 if self.quick else 3
         with self.servers([name] * count, tokens) as (clients, _):
             self.warm_up(clients)
-            for client in clients:
-                client.answers, client.failures = [], []
-            start = time.perf_counter()
-
-            async def together() -> None:
-                asked: list[Coroutine[Any, Any, None]] = [
-                    intermittent(number, count, self.sizes)(client, random.Random(30 + number))
-                    for number, client in enumerate(clients)
-                ]
-                await asyncio.gather(*asked)
-
-            asyncio.run(together())
-            everything = Patient("", self.vocabulary)
-            for number, client in enumerate(clients):
-                everything.answers += client.answers
-                everything.failures += client.failures
-                self.note(part, name, model=number, tokens_each=tokens, **client.told(time.perf_counter() - start))
+            seconds = drive_at_once(clients, [intermittent(n, count, self.sizes) for n in range(count)], seed=30)
             needs = self.needs(int(self.sizes.rate * self.sizes.seconds), 3)
-            told = everything.told(time.perf_counter() - start)
-            self.note(part, f"{name}, all", tokens_each=tokens, **needs, **told)
+            self.note_each(part, name, clients, seconds, needs | {"tokens_each": tokens})
+
+    def note_each(
+        self, part: str, name: str, clients: list[Patient], seconds: float, values: dict[str, Any], **of_all: Any
+    ) -> None:
+        """A row of each client, and one of all; `values` stand in each of them, and `of_all` in the last one."""
+        everything = Patient("", self.vocabulary)
+        for number, client in enumerate(clients):
+            everything.answers += client.answers
+            everything.failures += client.failures
+            self.note(part, name, model=number, **values, **client.told(seconds))
+        self.note(part, f"{name}, all", **values, **of_all, **everything.told(seconds))
 
     def killed(self) -> None:
         """The second server has cached a peak, and gives of that to the first one, until it is killed."""
@@ -365,6 +294,9 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         summary["two_short_vs_alone"] = min(later) / statistics.median(alone)
     if beside:
         summary["two_short_changed_hands_bytes"] = sum(of("two", "vtensor", "changed_hands_bytes"))
+    for one in rows:
+        if "held_bytes" in one and one["part"] == "both":
+            summary["both_share"] = min(one["held_bytes"]) / max(one["held_bytes"])
     ours, static = (of(part, f"{name}, all", "ttft_p99_ms") for part, name in (("three", "vtensor"), ("static", "fa3")))
     if ours and static:
         summary["three_ttft_p99_vs_static"] = static[0] / ours[0]

@@ -14,9 +14,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from benchmarks import contestants, memory, report, servers
+from benchmarks import contestants, memory, peaks, report, servers
 from benchmarks.contestants import Answer
-from benchmarks.servers import Patient, Sizes, gaps, intermittent, peak, summarize
+from benchmarks.peaks import Patient, Sizes, intermittent, peak
+from benchmarks.servers import gaps, summarize
 
 SIZES = Sizes(prompt=3, answer=2, rate=100.0, seconds=30.0, every=45.0, quiet=1.0)
 
@@ -185,6 +186,62 @@ def test_what_goes_back_by_itself_does_not_change_hands(tmp_path, monkeypatch):
     assert [row["changed_hands_bytes"] for row in bench.rows] == [0] * 4
 
 
+class Asked(Patient):
+    """Answers each request after some seconds, and holds so many bytes more at each look."""
+
+    seconds, more, looks = 0.0, 0, 0
+
+    def stats(self):
+        self.looks += 1
+        return {"backed_bytes": self.looks * self.more}
+
+
+def answer_after_a_while(monkeypatch):
+    async def ask(client, http, tokens, new):
+        await asyncio.sleep(client.seconds)
+        client.answers.append(Answer(0.0, client.seconds, client.seconds, 0.0, len(tokens), 0, new))
+        return [0] * new
+
+    monkeypatch.setattr(contestants.Client, "ask", ask)
+    monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
+    monkeypatch.setattr(peaks, "SAMPLE_SECONDS", 0.05)
+
+
+def test_two_peaks_at_once_tell_what_each_server_holds_while_both_have_requests(tmp_path, monkeypatch):
+    answer_after_a_while(monkeypatch)
+    one, two = Asked("a", 400), Asked("b", 400)
+    one.seconds, one.more, two.seconds, two.more = 0.6, 10, 3.0, 20
+    bench = bench_with(tmp_path, monkeypatch, one, two, quick=True)
+    bench.both()
+    first, second, both = bench.rows
+    assert [row["what"] for row in bench.rows] == ["vtensor", "vtensor", "vtensor, all"]
+    assert 2 <= one.looks == two.looks < 20, "nobody looks when only one of them is busy"
+    held = [(one.looks + 1) * 5, (one.looks + 1) * 10]
+    assert both["held_bytes"] == held
+    assert (first["requests"], both["requests"]) == (second["requests"], 2 * first["requests"])
+    assert first["demand_bytes"] == both["demand_bytes"] == bench.bytes_of(first["requests"] * SIZES.tokens)
+    assert summarize(bench.rows) == {"both_share": 0.5, "requests_failed": 0}
+
+
+def test_two_peaks_that_are_not_at_once_are_no_measurement(tmp_path, monkeypatch):
+    answer_after_a_while(monkeypatch)
+    bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
+    with pytest.raises(RuntimeError, match="not at the same time"):
+        bench.both()
+    assert bench.rows == []
+
+
+@pytest.mark.parametrize("part", ["three", "static"])
+def test_each_of_three_servers_has_its_demand_in_its_row(tmp_path, monkeypatch, part):
+    answer_after_a_while(monkeypatch)
+    bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
+    bench.sizes = Sizes(prompt=3, answer=2, rate=10.0, seconds=0.5, every=0.5, quiet=1.0)
+    getattr(bench, part)()
+    assert len(bench.rows) == 3
+    assert {row["demand_bytes"] for row in bench.rows} == {bench.bytes_of(5 * 5)}
+    assert {row["kv_bytes"] for row in bench.rows} == {bench.bytes_of(bench.room(3))}
+
+
 def drive(workload, monkeypatch, waits=0.0, gap=0.0, error=None):
     """Ask a server that answers at once, by a clock that runs as fast as it can. Yields the client, and when it was
     asked."""
@@ -200,7 +257,7 @@ def drive(workload, monkeypatch, waits=0.0, gap=0.0, error=None):
         client.answers.append(Answer(clock[0], clock[0] + waits, clock[0] + waits + gap, gap, len(tokens), 0, new))
         return [0] * new
 
-    monkeypatch.setattr(servers.asyncio, "sleep", sleep)
+    monkeypatch.setattr(peaks.asyncio, "sleep", sleep)
     monkeypatch.setattr(contestants.Client, "ask", ask)
     client = Patient("http://nowhere", 400)
     asyncio.run(workload(client, random.Random(1)))
