@@ -26,13 +26,14 @@ import stat
 import struct
 import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 1
+MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 2
 #: The folder is listed so often; known files are read whenever asked.
 LIST_SECONDS = 1.0
 #: A file that nobody has locked yet is being made by its owner, unless it is so old.
@@ -50,8 +51,9 @@ class Record:
     """What a server tells of itself, in bytes of device memory.
 
     `backed`: the memory that its KV cache holds. `idle`: the part of it that nobody uses. `cached`: the part that it
-    could evict. `minimum`: it gives nothing away below this. `wanted`: memory that the driver refused, and without
-    which its requests wait.
+    could evict. `minimum`: it gives nothing away below this. `wanted`: memory that it lacks, and for which its requests
+    wait. `alone`: what it must hold for the first of these to run, where nothing runs; else 0. `since`: when that one
+    began to wait so, in microseconds of the machine's monotonic clock.
     """
 
     backed: int = 0
@@ -59,6 +61,13 @@ class Record:
     cached: int = 0
     minimum: int = 0
     wanted: int = 0
+    alone: int = 0
+    since: int = 0
+
+    @property
+    def least(self) -> int:
+        """What it does not give away, whoever wants it: what is live, and its minimum."""
+        return max(self.backed - self.idle - self.cached, min(self.minimum, self.backed))
 
 
 _RECORD = f"<{len(fields(Record))}q"
@@ -266,30 +275,57 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
     `free` is what the device has left for all of them.
 
     Who wants nothing gives what is idle first, each in proportion to what it has idle; then what is cached, likewise,
-    down to its minimum. Who wants something itself may hold an equal share of what there is for all of them, and gives
-    cached memory beyond it. What is free, and more than the others want, is anybody's: two that want something must not
-    both leave it to the other.
+    down to its minimum. What these give, what is free, and what they hold themselves, those share that want something
+    (`_shares`). What is free, and more than all want, is anybody's.
     """
     if not any(other.wanted for other in others):
         return None
-    left = free - sum(other.wanted for other in others)
-    if mine.wanted:
-        fair = (mine.backed + sum(other.backed for other in others) + free) // (1 + len(others))
-        spare = mine.backed + left if left > 0 else 0
-        return max(fair, spare, mine.minimum, mine.backed - mine.idle - mine.cached)
-    if left >= 0:
-        return mine.backed + left
-    wanted = -left
-    givers = [mine, *(other for other in others if not other.wanted)]
+    everybody = [mine, *others]
+    givers = [one for one in everybody if not one.wanted]
+    takers = [one for one in everybody if one.wanted]
+    wanted = sum(taker.wanted for taker in takers) - free
     idle = [min(giver.idle, max(0, giver.backed - giver.minimum)) for giver in givers]
     cached = [
         min(giver.cached, max(0, giver.backed - spare - giver.minimum))
         for giver, spare in zip(givers, idle, strict=True)
     ]
-    give = _portion(min(wanted, sum(idle)), idle[0], sum(idle))
-    if wanted > sum(idle):
-        give += _portion(min(wanted - sum(idle), sum(cached)), cached[0], sum(cached))
-    return mine.backed - give
+    from_idle = min(max(0, wanted), sum(idle))
+    from_cached = min(max(0, wanted - from_idle), sum(cached))
+    if mine.wanted:
+        there = free + sum(taker.backed for taker in takers) + from_idle + from_cached
+        return _shares(takers, there)[0]
+    if wanted <= 0:
+        return mine.backed - wanted
+    return mine.backed - _portion(from_idle, idle[0], sum(idle)) - _portion(from_cached, cached[0], sum(cached))
+
+
+def _shares(takers: Sequence[Record], there: int) -> list[int]:
+    """What each may hold of `there`, which all of them want more of: equal shares, but for who needs less than one, and
+    for what nobody gives away. Where there is enough for all, each may have what the others leave.
+
+    A server whose next request needs more than its share, and which runs nothing, would wait for ever, and so might two
+    for each other. So there is room for the request that has waited longest; the others run what they have to its
+    end, and begin no more before that one does.
+    """
+    low = [taker.least for taker in takers]
+    high = [max(taker.backed + taker.wanted, least) for taker, least in zip(takers, low, strict=True)]
+    left = there - sum(high)
+    if left >= 0:
+        return [most + left for most in high]
+    waiting = [n for n, taker in enumerate(takers) if taker.alone]
+    if waiting:
+        first = min(waiting, key=lambda n: (takers[n].since, takers[n].alone))
+        kept = sum(min(taker.minimum, taker.backed) for n, taker in enumerate(takers) if n != first)
+        if takers[first].alone + kept <= there:  # else it would wait for ever, and the others with it
+            low[first] = max(low[first], takers[first].alone)
+            high[first] = max(high[first], low[first])
+
+    def held(share: int) -> list[int]:
+        return [min(max(share, least), most) for least, most in zip(low, high, strict=True)]
+
+    # The largest equal share that there is enough for.
+    share = bisect_right(range(there + 1), there, key=lambda share: sum(held(share))) - 1
+    return held(max(0, share))
 
 
 def _portion(amount: int, mine: int, of_all: int) -> int:

@@ -88,6 +88,11 @@ class Elastic:
         #: Whether another server is on this device.
         self.beside_others = False
         self._emptied = False
+        #: The first waiting request where nothing runs, and since when: what the neighbours are told of it.
+        self._head: str | None = None
+        self._head_since = 0
+        #: Tokens of the pool's size that were not to be had when requests were last looked at.
+        self._missing = 0
         self._expire_at = self._look_at = self._calm_at = 0.0
         if self.neighbours is None:
             self._look_at = math.inf
@@ -249,21 +254,27 @@ class Elastic:
         """What the neighbours are told."""
         memory = self.runtime.memory
         evictable = self.runtime.cached_bytes(self.tree.evictable_size())
-        wanted = 0
-        if memory.short or self.pressure is not None:
-            # What the requests that run and those at the head of the queue will take, beyond what there is for them.
-            kept = len(memory.tails) * memory.page_bytes
-            there = max(0, memory.allowed_bytes - memory.needed_bytes)
-            if memory.short:
-                there = min(there, memory.budget.free + kept)
-            wanted = max(0, self._demanded(demand) - there - evictable)
-            wanted = min(wanted, max(0, self.limit * memory.page_bytes - memory.needed_bytes))
+        kept = len(memory.tails) * memory.page_bytes
+        wanted = alone = 0
+        if not self.holding and (memory.short or self.pressure is not None):
+            # What the requests that run and those at the head of the queue will take, beyond what it holds for them.
+            there = memory.budget.free + kept + evictable
+            most = self.limit * memory.page_bytes
+            wanted = min(max(0, self._demanded(demand) - there), max(0, most - memory.needed_bytes))
+            if demand.waiting and not demand.running:
+                alone = self._demanded(Demand(demand.waiting[:1], (), 0.0))
+                alone = 0 if alone > most else alone + memory.padding_bytes
+        head = demand.waiting[0].rid if alone else None
+        if head != self._head:
+            self._head, self._head_since = head, time.monotonic_ns() // 1000
         return Record(
             backed=memory.backed_bytes,
             idle=memory.budget.free,
-            cached=evictable + len(memory.tails) * memory.page_bytes,
+            cached=evictable + kept,
             minimum=self.minimum_bytes,
-            wanted=0 if self.holding else wanted,
+            wanted=wanted,
+            alone=alone,
+            since=self._head_since,
         )
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
@@ -281,6 +292,12 @@ class Elastic:
         if begun or self.sleeping:
             return begun, True
         return waiting, False
+
+    def has_more_room(self) -> bool:
+        """Whether memory has come since this was last asked: SGLang is then to look again at requests that it found no
+        room for, which it does otherwise only when one that runs has ended."""
+        before, self._missing = self._missing, self.runtime.missing_tokens()
+        return self._missing < before
 
     def bars(self, waiting: list[Req], *, busy: bool) -> bool:
         """Whether the limit keeps the first waiting request out. To be asked when no request was admitted although

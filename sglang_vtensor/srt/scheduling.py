@@ -82,8 +82,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     offered, beyond = elastic.offers(scheduler.waiting_queue, busy=busy)
     if elastic.holding and not offered and chunked is None:
         return None, running_batch
-    if running_batch.is_empty():
-        running_batch.batch_is_full = False  # no request will end that would set it back
+    if elastic.has_more_room() or running_batch.is_empty():
+        running_batch.batch_is_full = False  # no request may end that would set it back
     # For `awaits`. The last batch is in flight, unless its results are in the tree already: then none awaits them.
     tree = scheduler.tree_cache
     tree.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -124,7 +124,7 @@ def share_device(scheduler: Any, pages: int) -> None:
     def hold(change: int) -> None:
         nonlocal held
         held += change
-        struct.pack_into("<q", neighbours._map, 16, held * page)
+        neighbours.tell(replace(neighbours._record, backed=held * page))
 
     def created(nbytes: int) -> Any:
         with lock:

@@ -174,6 +174,25 @@ def test_both_are_short_while_answers_of_many_lengths_end(two):
         assert all(got[request.rid].finish == "FINISH_LENGTH" for request in requests)
 
 
+def test_next_requests_that_need_more_than_a_share_have_their_turns(two, schedulers):
+    """Each server's last request needs more than half of what there is for both: it waits for the other server's
+    requests to end, and neither waits for ever."""
+    prompt = Prompts(8)
+    most = 42  # pages: less than each was promised
+    work = [
+        [
+            *(Request(f"s{n}r{i}", prompt(90 * S), 60 * S) for i in range(6)),
+            Request(f"s{n}big", prompt((most - 2) * 16 * S), 8),
+        ]
+        for n in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda n: two[n].run([work[n], *([[Do(_nap)]] * 700)]), range(2)))
+    for n in range(2):
+        check_all(schedulers(**LIMITS), work[n], got[n])
+        two[n].check()
+
+
 def check_all(reference, requests, got):
     """Every answer is there and right."""
     for rid, theirs in reference.run([requests]).items():

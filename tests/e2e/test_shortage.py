@@ -59,6 +59,42 @@ def test_a_single_request_waits_until_the_device_has_memory_again(pair):
     ours.check()
 
 
+_running: list[int] = []
+
+
+def _note_running(scheduler):
+    _running.append(len(scheduler.running_batch.reqs))
+
+
+def _noted(scheduler):
+    return _running
+
+
+def test_requests_that_wait_begin_when_memory_comes_and_not_when_another_one_ends(pair):
+    reference, ours = pair
+    prompt = Prompts(53)
+    requests = [Request(f"r{n}", prompt(60), 100) for n in range(4)]
+    expected = reference.run([requests])
+    try:
+        got = ours.run(
+            [
+                [Do(leave_pages, (16,)), *requests],
+                *([[]] * 15),
+                [Do(_note_running)],
+                [Do(leave_pages, (None,))],
+                *([[]] * 30),
+                [Do(_note_running)],
+            ]
+        )
+    finally:
+        ours.run([[Do(leave_pages, (None,))]])
+    few, all_of_them = ours.call(_noted)
+    assert 0 < few < all_of_them == 4, "none has ended yet"
+    for rid, theirs in expected.items():
+        assert_same(theirs, got[rid], tie=TIE["float32"], what=rid)
+    ours.check()
+
+
 def test_a_long_prompt_waits_between_its_chunks(pair):
     reference, ours = pair
     prompt = Prompts(51)

@@ -166,8 +166,8 @@ def test_a_file_that_is_being_made_is_none_yet_and_of_no_other_version(folder, c
         for size in (0, 8, 56):
             made.truncate(size)
             assert one.others() == []
-        made.write(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 2, 3, 4, 5))
-        assert one.others() == [Record(1, 2, 3, 4, 5)]
+        made.write(struct.pack("<9q", neighbours.MAGIC, neighbours.VERSION, *range(1, 8)))
+        assert one.others() == [Record(1, 2, 3, 4, 5, 6, 7)]
     assert not caplog.records
     one.close()
 
@@ -305,7 +305,7 @@ def test_slices_of_one_gpu_are_told_apart():
 def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
     one = Neighbours("gpu", folder)
     stale = folder / "gpu.1.0"
-    stale.write_bytes(struct.pack("<7q", neighbours.MAGIC, neighbours.VERSION, 1, 1, 1, 1, 1))
+    stale.write_bytes(struct.pack("<9q", neighbours.MAGIC, neighbours.VERSION, *range(1, 8)))
     (folder / "gpu.link").symlink_to("/etc/passwd")
     assert one.others() == []
     assert not stale.exists()
@@ -314,7 +314,7 @@ def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
     assert one.others() == []
     assert one.others() == []
     assert [r.levelname for r in caplog.records] == ["WARNING"], "one warning"
-    assert "in version 2, this one in 1" in caplog.text
+    assert "in version 3, this one in 2" in caplog.text
     newer.close()
     one.close()
 
@@ -349,8 +349,8 @@ def test_idle_memory_goes_first_and_in_proportion():
     assert allowed(rich, [poor, hungry], 0) == 85
     assert allowed(poor, [rich, hungry], 0) == 45
     assert allowed(hungry, [rich, poor], 0) is None
-    assert allowed(hungry, [rich, Record(60, wanted=5)], 0) == 60, "an equal share, which is more than it has"
-    assert allowed(Record(100, idle=20, cached=30, wanted=1), [hungry], 0) == 60, "what is beyond is given"
+    assert allowed(hungry, [rich, Record(60, wanted=5)], 0) == 40, "there is enough for both"
+    assert allowed(Record(100, idle=20, cached=30, wanted=1), [hungry], 0) == 80, "what is beyond a share is given"
     assert allowed(rich, [poor], 0) is None
     assert allowed(rich, [poor, hungry], 20) == 100, "the device has what is wanted"
 
@@ -368,41 +368,70 @@ def test_two_that_want_something_do_not_leave_it_to_each_other():
     assert allowed(one, [other], 9) == allowed(other, [one], 9) == 9, "an equal share, where it is not enough for both"
 
 
+def test_shares_are_of_those_that_want_something():
+    """Who sleeps, or wants little, leaves its share to the others."""
+    one, other, asleep, modest = Record(20, wanted=500), Record(10, wanted=500), Record(1), Record(5, wanted=5)
+    assert allowed(one, [other, asleep, asleep], 70) == allowed(other, [one, asleep, asleep], 70) == 50
+    assert allowed(one, [other, modest], 65) == allowed(other, [one, modest], 65) == 45
+    assert allowed(modest, [one, other], 65) == 10
+
+
+def test_a_request_that_needs_more_than_a_share_comes_first_when_it_has_waited_longest():
+    one = Record(35, cached=35, minimum=2, wanted=20, alone=45, since=7)
+    other = Record(35, cached=35, minimum=2, wanted=20, alone=45, since=8)
+    assert allowed(one, [other], 0) == 45
+    assert allowed(other, [one], 0) == 25, "it has its turn next"
+    busy = Record(35, cached=5, minimum=2, wanted=20)
+    assert allowed(one, [busy], 0) == 45
+    assert allowed(busy, [one], 0) == 30, "what it runs comes to its end"
+    huge = Record(35, cached=35, minimum=2, wanted=40, alone=69, since=1)
+    assert allowed(huge, [busy], 0) == allowed(busy, [huge], 0) == 35, "the minimum of the other one is in its way"
+    assert allowed(Record(35, cached=35, wanted=40, alone=68, since=1), [busy], 0) == 68
+
+
 amounts = st.integers(0, 1000)
 
 
 @st.composite
 def records(draw):
     live, idle, cached = draw(amounts), draw(amounts), draw(amounts)
-    return Record(
-        live + idle + cached, idle, cached, draw(st.integers(0, 500)), draw(st.sampled_from([0, 0, 5, 300, 5000]))
-    )
+    backed, wanted = live + idle + cached, draw(st.sampled_from([0, 0, 5, 300, 5000]))
+    alone = draw(st.sampled_from([0, backed + wanted])) if wanted and not live else 0
+    return Record(backed, idle, cached, draw(st.integers(0, 500)), wanted, alone, draw(st.integers(0, 3)))
 
 
 @given(st.lists(records(), min_size=2, max_size=5), st.integers(0, 500))
-def test_enough_is_given_and_never_what_is_live(all_of_them, free):
-    given_up = possible = 0
-    for n, mine in enumerate(all_of_them):
-        others = all_of_them[:n] + all_of_them[n + 1 :]
-        holds = allowed(mine, others, free)
-        if not any(other.wanted for other in others):
-            assert holds is None
-            continue
-        live = mine.backed - mine.idle - mine.cached
-        assert holds >= live or mine.wanted, "what is live is not asked for"
-        assert holds >= live
-        assert holds >= min(mine.minimum, mine.backed)
-        left = free - sum(other.wanted for other in others)
-        if mine.wanted:
-            assert left <= 0 or holds >= mine.backed + left, "nobody else wants it"
-            assert holds >= (sum(record.backed for record in all_of_them) + free) // len(all_of_them)
-        if not mine.wanted:
-            assert holds <= mine.backed + max(0, left)
-            given_up += max(0, mine.backed - holds)
-            kept = max(live, min(mine.minimum, mine.backed))
-            possible += mine.backed - kept
-            missing = sum(other.wanted for other in others) - free
-            assert mine.backed - holds <= max(0, missing) or missing <= 0
-    wanted = sum(record.wanted for record in all_of_them) - free
-    if wanted > 0 and any(not record.wanted for record in all_of_them):
-        assert given_up >= min(wanted, possible)
+def test_what_is_wanted_is_given_and_shared(all_of_them, free):
+    """Each computes what it may hold by itself, and together that is what there is."""
+    held = {n: allowed(mine, all_of_them[:n] + all_of_them[n + 1 :], free) for n, mine in enumerate(all_of_them)}
+    needs = {n: one.backed + one.wanted for n, one in enumerate(all_of_them)}
+    takers = [n for n, one in enumerate(all_of_them) if one.wanted]
+    givers = [n for n in held if n not in takers]
+    if not takers:
+        assert set(held.values()) == {None}
+        return
+    wanted = sum(all_of_them[n].wanted for n in takers)
+    possible = sum(all_of_them[n].backed - all_of_them[n].least for n in givers)
+    given_up = min(max(0, wanted - free), possible)
+    for n in givers:
+        assert held[n] >= all_of_them[n].least, "what is live, and the minimum, is not asked for"
+        assert held[n] <= all_of_them[n].backed + max(0, free - wanted)
+    got = sum(max(0, all_of_them[n].backed - held[n]) for n in givers)
+    assert given_up <= got <= given_up + 2 * len(givers), "what is missing, and portions are rounded up"
+    if len(takers) == 1:
+        assert held[takers[0]] is None, "nobody else wants anything"
+        return
+    there = free + given_up + sum(all_of_them[n].backed for n in takers)
+    least = {n: all_of_them[n].least for n in takers}
+    assert all(held[n] >= least[n] for n in takers)
+    waiting = sorted((all_of_them[n].since, all_of_them[n].alone, n) for n in takers if all_of_them[n].alone)
+    if sum(needs[n] for n in takers) <= there:
+        assert all(held[n] >= needs[n] for n in takers)
+    elif not waiting:
+        assert there - len(takers) < sum(held[n] for n in takers) <= there, "nothing is left over, or promised twice"
+        share = max([held[n] for n in takers if held[n] > least[n]], default=0)
+        assert all(held[n] >= min(share, needs[n]) for n in takers), "and shares are equal"
+    elif waiting[0][:2] not in [pair[:2] for pair in waiting[1:]]:
+        _, alone, first = waiting[0]
+        kept = sum(min(all_of_them[n].minimum, all_of_them[n].backed) for n in takers if n != first)
+        assert held[first] >= alone or alone + kept > there
