@@ -21,6 +21,7 @@ from sglang_vtensor.patches.seams import CONFIGURATOR, SCHEDULER, SERVER_ARGS, S
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_vtensor.arrival import Arrival
     from sglang_vtensor.srt.options import Options, Refusal
     from sglang_vtensor.srt.requests import Requests
 
@@ -49,6 +50,8 @@ class Patch(abc.ABC):
     serves_states = False
     #: Whether this process serves the page (`srt.page`).
     serves_page = False
+    #: Of a scheduler that is coming up beside other servers.
+    arrival: Arrival | None = None
 
     # Where SGLang is hooked: what is so in all versions; each adds what is so in it alone.
 
@@ -269,10 +272,12 @@ class Patch(abc.ABC):
             return AuthDecision(allowed=True)
         return original(method=method, path=path, **more)
 
-    def configure_scheduler(self, server_args: ServerArgs, *_: Any, **__: Any) -> None:
+    def configure_scheduler(self, server_args: ServerArgs, gpu_id: int, *_: Any, **__: Any) -> None:
+        from sglang_vtensor.srt.arriving import arrive
         from sglang_vtensor.srt.options import Options
 
         if Options.of(server_args).ours:
+            self.arrival = arrive(self.settings(server_args), gpu_id)
             self.install(server_args)
 
     # The memory.
@@ -295,9 +300,13 @@ class Patch(abc.ABC):
         return ()
 
     def without_padding(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
-        """The bytes that SGLang divides by a token's bytes: less what padding takes, and the padding page."""
+        """The bytes that SGLang divides by a token's bytes: with what other servers' KV caches hold for now, less what
+        padding takes, and the padding page."""
         sides = self.sides(configurator)
-        return int((original(configurator, *args, **kwargs) - sides.page_bytes) * (1 - sides.waste))
+        nbytes = original(configurator, *args, **kwargs)
+        if self.arrival is not None:
+            nbytes += int(self.settings(configurator.server_args).mem_fraction_static * self.arrival.others_hold())
+        return int((nbytes - sides.page_bytes) * (1 - sides.waste))
 
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
         from sglang_vtensor.srt.kv_pool import VTensorKVPool
@@ -390,6 +399,9 @@ class Patch(abc.ABC):
         # SGLang loads no plugin in its HTTP workers.
         tells_refusals = settings.tokenizer_worker_num == 1
         equip(scheduler, Options.of(scheduler.server_args), name, tells_refusals=tells_refusals)
+        if self.arrival is not None:
+            self.arrival.over()
+            self.arrival = None
 
 
 def shared_decode(runner: Any) -> Any:

@@ -270,6 +270,7 @@ class Patch0523(Patch):
     def in_schedulers(self) -> list[Seam]:
         from sglang_vtensor.patches.v0_5_23.admission import Adder, retract_decode
         from sglang_vtensor.patches.v0_5_23.states import count_slots
+        from sglang_vtensor.srt import scheduling
 
         beams = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
         return [
@@ -279,6 +280,7 @@ class Patch0523(Patch):
             Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retract_decode),
             Seam(beams, _refuse_beams, HookType.REPLACE),
             Seam(f"{SCHEDULER}.get_prefill_adder_class", lambda _: Adder, HookType.REPLACE),
+            Seam(f"{SCHEDULER}._record_scheduler_state_for_paused_engine", scheduling.while_paused, HookType.AFTER),
         ]
 
     def for_shared_decode(self) -> list[Seam]:

@@ -206,6 +206,11 @@ def on_idle(original: Callable[..., None], scheduler: Any) -> None:
         scheduler.maybe_sleep_on_idle()  # SGLang takes a server for busy while requests wait
 
 
+def while_paused(_: None, scheduler: Any) -> None:
+    """A paused engine begins nothing, and so wants nothing of its neighbours; what it has cached it gives them."""
+    scheduler.vtensor_elastic.tick(())
+
+
 def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:
     """With --sleep-on-idle the event loop sleeps until a message comes, a second at most; beside neighbours it looks
     for what they want as often as without."""

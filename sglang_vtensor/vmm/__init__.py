@@ -6,7 +6,16 @@ One interface (`base.VirtualMemory`), two implementations: `cuda` (the driver's 
 
 from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMemory, VMMError
 
-__all__ = ["Handle", "OutOfMemory", "Unsupported", "VMMError", "VirtualMemory", "open_vmm", "page_units"]
+__all__ = [
+    "Handle",
+    "OutOfMemory",
+    "Unsupported",
+    "VMMError",
+    "VirtualMemory",
+    "device_identity",
+    "open_vmm",
+    "page_units",
+]
 
 
 def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory:
@@ -26,6 +35,16 @@ def open_vmm(device: str, *, capacity_bytes: int | None = None) -> VirtualMemory
 
         return CudaVirtualMemory(int(index) if index else None)
     raise Unsupported("open_vmm", f"device {device!r} has no virtual memory here; use 'cuda', 'cuda:N' or 'cpu'")
+
+
+def device_identity(device: str) -> str | None:
+    """`VirtualMemory.identity` of a torch device, `"cuda:N"` or `"cpu"`. Opens nothing, as `page_units`."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        from sglang_vtensor.vmm.cuda import identity_here
+
+        return identity_here(int(index or 0))
+    return open_vmm(device).identity
 
 
 def page_units(device: str) -> tuple[int, int]:

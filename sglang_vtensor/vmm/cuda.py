@@ -82,6 +82,11 @@ def identity_of(driver: Any, index: int) -> str:
     return f"cuda-{uuid.UUID(bytes=bytes(_call(driver, 'cuDeviceGetUuid', f'GPU {index}', device).bytes))}"
 
 
+def identity_here(index: int) -> str:
+    """`identity_of` without a context."""
+    return identity_of(_driver(), index)
+
+
 class CudaVirtualMemory(VirtualMemory):
     """Pages of one GPU (None: torch's current one), local to this process."""
 

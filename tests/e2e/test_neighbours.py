@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import share_device
 from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, PAGES, S
@@ -250,6 +251,37 @@ def test_a_third_starts_beside_two_that_hold_everything(two, start, schedulers):
     assert third.stats()["pages_backed"] > DEVICE - sum(before) + 15
     for server in (*two, third):
         server.check()
+
+
+def _pause(scheduler):
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+
+
+def _go_on(scheduler):
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    scheduler.continue_generation(ContinueGenerationReqInput())
+
+
+@pytest.mark.skipif(versions.HERE == "v0_5_17", reason="its event loop has no place to look from while it is paused")
+def test_one_that_is_paused_gives_what_it_has_cached_and_wants_nothing(two, schedulers):
+    one, other = two
+    reference, prompt = schedulers(**LIMITS), Prompts(9)
+    ask(one, prompt, 7)
+    before = one.stats()["pages_backed"]
+    assert before > 40
+    waiting = [Request(f"w{n}", prompt(90 * S), 20 * S) for n in range(12)]
+    with ThreadPoolExecutor(1) as pool:
+        paused = pool.submit(one.run, [waiting, [], [], [Do(_pause)], *([[Do(_nap)]] * 400), [Do(_go_on)]])
+        requests, got = ask(other, prompt, 21)
+        check_all(reference, requests, got)
+        assert other.stats()["pages_backed"] > DEVICE - before + 10, "what it holds was the other's"
+        with Looping(other, seconds=12.0):
+            check_all(reference, waiting, paused.result())
+    one.check()
+    other.check()
 
 
 def _die_below(scheduler, pages):

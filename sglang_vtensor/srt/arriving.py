@@ -1,0 +1,52 @@
+"""What a server that is about to load a model asks of those that are on its device already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_vtensor.arrival import BESIDE_BYTES, Arrival, weights_bytes
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours
+from sglang_vtensor.vmm import device_identity, open_vmm
+
+
+def arrive(settings: Any, gpu_id: int) -> Arrival | None:
+    """Ask for room for the weights and what is beside them, and wait until it is there or no more comes. None where
+    nobody else is on the device, or this server is one of several ranks, which take no part in sharing."""
+    if settings.tp_size * settings.pp_size > 1:
+        return None
+    device = f"cuda:{gpu_id}" if settings.device == "cuda" else settings.device
+    identity = device_identity(device)
+    if identity is None:
+        return None
+    try:
+        neighbours = Neighbours(identity)
+    except NoNeighbours:
+        return None  # it is said when the KV cache is there
+    if not neighbours.others():
+        neighbours.close()
+        return None
+    needed = weights_bytes(_folder_of(settings.model_path))
+    vmm = open_vmm(device)
+    if vmm.device.type == "cuda":
+        needed += BESIDE_BYTES
+    arrival = Arrival(neighbours, needed, held=lambda: _taken(vmm.device), free=lambda: vmm.memory()[0])
+    arrival.wait()
+    return arrival
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes that torch has of a device by now."""
+    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
+
+
+def _folder_of(model: str) -> str:
+    """The folder of a model, which may be named as on the hub; the name itself if nothing of it is here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(model, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return model

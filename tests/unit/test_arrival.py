@@ -1,0 +1,108 @@
+"""A server that comes up beside others: what it asks them for, and until when."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_vtensor import arrival as arrival_module
+from sglang_vtensor.arrival import Arrival, weights_bytes
+from sglang_vtensor.neighbours import Neighbours, Record, allowed
+from sglang_vtensor.srt import arriving
+
+
+class Device:
+    """Of 100 bytes. Another server holds 90, of which 60 are cached, and gives what it is asked for, a little at a
+    time; the server that comes up has taken `taken`."""
+
+    def __init__(self, folder):
+        self.backed, self.cached, self.taken = 90, 60, 0
+        self.neighbours = Neighbours("gpu", folder)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def free(self):
+        return 100 - self.backed - self.taken
+
+    def _serve(self):
+        while not self._ended.wait(0.01):
+            record = Record(self.backed, cached=self.cached)
+            self.neighbours.tell(record)
+            holds = allowed(record, self.neighbours.others(), self.free())
+            if holds is not None and holds < self.backed:
+                self.backed -= 1
+                self.cached -= 1
+
+    def close(self):
+        self._ended.set()
+        self._thread.join()
+        self.neighbours.close()
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_vtensor.neighbours.LIST_SECONDS", 0.02)
+    monkeypatch.setattr(arrival_module, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.3)
+    device = Device(tmp_path / "shared")
+    yield device
+    device.close()
+
+
+def arriving_on(device, folder, needed):
+    return Arrival(Neighbours("gpu", folder), needed, held=lambda: device.taken, free=device.free)
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_others_give_what_they_have_cached_until_there_is_room(device, tmp_path):
+    arrival = arriving_on(device, tmp_path / "shared", 50)
+    assert arrival.wait()
+    assert 50 <= device.free() <= 52
+    assert arrival.others_hold() >= device.backed
+    device.taken = 30
+    until(lambda: device.neighbours.others()[0].wanted == 20)
+    arrival.over()
+    until(lambda: not device.neighbours.others())
+
+
+def test_where_no_more_comes_it_goes_on_and_says_so(device, tmp_path, caplog):
+    arrival = arriving_on(device, tmp_path / "shared", 80)
+    assert not arrival.wait()
+    assert device.free() == 70, "all that was cached"
+    assert "need 80 bytes of this device, 70 are free, and the other servers on it give no more" in caplog.text
+    arrival.over()
+
+
+def test_the_files_of_one_kind_are_read(tmp_path):
+    for name, size in {"a-1.safetensors": 30, "a-2.safetensors": 20, "a.bin": 45, "tokenizer.json": 99}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weights_bytes(tmp_path) == 50
+    assert weights_bytes(tmp_path / "a.bin") == 45
+    assert weights_bytes("some/model") == 0
+
+
+def test_alone_on_a_device_nothing_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_vtensor.neighbours.default_folder", lambda: tmp_path / "shared")
+    monkeypatch.setenv("VTENSOR_HOST_DEVICE", "gpu")
+    settings = SimpleNamespace(tp_size=1, pp_size=1, device="cpu", model_path=str(tmp_path))
+    assert arriving.arrive(settings, 0) is None
+    assert not list((tmp_path / "shared").iterdir())
+    other = Neighbours("gpu", tmp_path / "shared")
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    arrival = arriving.arrive(settings, 0)
+    other._listed_at = -1.0
+    assert other.others() == [Record(wanted=1000)]
+    arrival.over()
+    settings.tp_size = 2
+    assert arriving.arrive(settings, 0) is None, "ranks would need to agree"
+    other.close()
