@@ -5,7 +5,7 @@ There is no lock between them: a server holds an exclusive `flock` on its file f
 which somebody else gets one belongs to a dead server, however it died.
 
     /dev/shm/sglang-vtensor-<uid>/          mode 0700
-        <device>.<32 random hex digits>     mode 0600: MAGIC, VERSION, and the fields of `Record`, int64 each
+        <device>.<32 random hex digits>     mode 0600: MAGIC, VERSION, a count, and the fields of `Record`, int64 each
 
 A file has a name that no other process can have: containers that share the folder count their processes from 1, each
 of them. It is removed by its owner, or by whoever holds its lock after that died. If anybody else removes it, as
@@ -28,7 +28,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 2
 #: The folder is listed so often; known files are read whenever asked.
 LIST_SECONDS = 1.0
+#: Who has told nothing for so long stands still, in a long batch or for good: it holds what it holds, and is not given
+#: anything.
+STALE_SECONDS = 2.0
 #: A file that nobody has locked yet is being made by its owner, unless it is so old.
 MAKING_SECONDS = 60.0
 #: Why a file cannot be opened now, whatever file it is.
@@ -70,8 +73,11 @@ class Record:
         return max(self.backed - self.idle - self.cached, min(self.minimum, self.backed))
 
 
+#: MAGIC, VERSION, and how often the record was told.
+_HEAD = "<3q"
 _RECORD = f"<{len(fields(Record))}q"
-_SIZE = 16 + struct.calcsize(_RECORD)
+_AT = struct.calcsize(_HEAD)
+_SIZE = _AT + struct.calcsize(_RECORD)
 
 
 def default_folder() -> Path:
@@ -88,9 +94,11 @@ class Neighbours:
         self.folder = folder or default_folder()
         self._device = re.sub(r"[^A-Za-z0-9-]", "-", device)
         self._others: dict[str, int] = {}  # descriptors of their files, by name
+        #: How often each of them had told something when that was seen to have grown, and when that was.
+        self._heard: dict[str, tuple[int, float]] = {}
         self._warned: set[str] = set()
         self._listed_at = -LIST_SECONDS
-        self._record = Record()
+        self._record, self._told = Record(), 0
         self._path, self._file = self._create()
         os.register_at_fork(after_in_child=functools.partial(_leave_to_parent, weakref.ref(self)))
         self._remove_what_the_dead_left()
@@ -105,7 +113,7 @@ class Neighbours:
         try:
             # Locked before it has a size: a file without one is not looked at. One who looks holds it for a moment.
             fcntl.flock(file, fcntl.LOCK_EX)
-            _write(file, self._record)  # an error here, where the folder's file system is full, and not later
+            self._write(file)  # an error here, where the folder's file system is full, and not later
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -116,7 +124,11 @@ class Neighbours:
     def tell(self, record: Record) -> None:
         """Write this server's record, for the others to read."""
         self._record = record
-        _write(self._file, record)
+        self._told += 1
+        self._write(self._file)
+
+    def _write(self, file: int) -> None:
+        os.pwrite(file, struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, self._told, *astuple(self._record)), 0)
 
     def others(self) -> list[Record]:
         """What the living others on this device tell."""
@@ -124,9 +136,19 @@ class Neighbours:
         if now - self._listed_at >= LIST_SECONDS:
             self._listed_at = now
             self._list()
-        told = (os.pread(file, _SIZE, 0) for file in self._others.values())
-        # A file that somebody cut off tells nothing until its owner writes again.
-        return [Record(*struct.unpack_from(_RECORD, data, 16)) for data in told if len(data) == _SIZE]
+        records = []
+        for name, file in self._others.items():
+            data = os.pread(file, _SIZE, 0)
+            if len(data) < _SIZE:
+                continue  # somebody cut it off: it tells nothing until its owner writes again
+            count, record = struct.unpack_from("<q", data, 16)[0], Record(*struct.unpack_from(_RECORD, data, _AT))
+            heard, at = self._heard.get(name, (-1, now))
+            if count != heard:
+                self._heard[name] = count, now
+            elif now - at > STALE_SECONDS:
+                record = replace(record, wanted=0, alone=0)
+            records.append(record)
+        return records
 
     def _list(self) -> None:
         """Look who is there, and remove what the dead have left."""
@@ -142,6 +164,7 @@ class Neighbours:
             found = self._others | found
         for name in set(self._others) - set(found):
             os.close(self._others[name])
+            self._heard.pop(name, None)
         self._others = found
 
     def _files(self, prefix: str = "") -> list[Path]:
@@ -217,10 +240,6 @@ class Neighbours:
         self._others = {}
         os.close(self._file)
         self._file = -1
-
-
-def _write(file: int, record: Record) -> None:
-    os.pwrite(file, struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, *astuple(record)), 0)
 
 
 def _leave_to_parent(server: weakref.ref[Neighbours]) -> None:

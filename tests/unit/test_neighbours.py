@@ -166,7 +166,7 @@ def test_a_file_that_is_being_made_is_none_yet_and_of_no_other_version(folder, c
         for size in (0, 8, 56):
             made.truncate(size)
             assert one.others() == []
-        made.write(struct.pack("<9q", neighbours.MAGIC, neighbours.VERSION, *range(1, 8)))
+        made.write(struct.pack("<10q", neighbours.MAGIC, neighbours.VERSION, *range(8)))
         assert one.others() == [Record(1, 2, 3, 4, 5, 6, 7)]
     assert not caplog.records
     one.close()
@@ -182,6 +182,27 @@ def test_a_file_that_is_cut_off_tells_nothing_until_its_owner_writes(folder):
     assert one.others() == [Record(backed=6)]
     two.close()
     one.close()
+
+
+def test_who_has_told_nothing_for_long_wants_nothing(folder, monkeypatch):
+    """It is paused, in a call that does not return, or stopped, and nobody is to wait for it."""
+    now = 1000.0
+    monkeypatch.setattr(neighbours.time, "monotonic", lambda: now)
+    one, other = Neighbours("gpu", folder), Neighbours("gpu", folder)
+    hungry = Record(50, cached=10, wanted=20, alone=60, since=7)
+    other.tell(hungry)
+    assert one.others() == [hungry]
+    now += 1.9
+    other.tell(hungry)
+    assert one.others() == [hungry]
+    now += 1.9
+    assert one.others() == [hungry]
+    now += 0.2
+    assert one.others() == [Record(50, cached=10, since=7)], "what it holds it holds"
+    other.tell(hungry)
+    assert one.others() == [hungry]
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize("which", ["the folder", "the file"])
@@ -305,7 +326,7 @@ def test_slices_of_one_gpu_are_told_apart():
 def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
     one = Neighbours("gpu", folder)
     stale = folder / "gpu.1.0"
-    stale.write_bytes(struct.pack("<9q", neighbours.MAGIC, neighbours.VERSION, *range(1, 8)))
+    stale.write_bytes(struct.pack("<10q", neighbours.MAGIC, neighbours.VERSION, *range(8)))
     (folder / "gpu.link").symlink_to("/etc/passwd")
     assert one.others() == []
     assert not stale.exists()
