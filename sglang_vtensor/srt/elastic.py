@@ -232,12 +232,13 @@ class Elastic:
         others = self.neighbours.others()
         mine = self.record(demand)
         self.neighbours.tell(mine)
+        memory.vmm.servers = 1 + len(others)
         if bool(others) != self.beside_others:
             self.beside_others = bool(others)
             memory.worker.retry_seconds = RETRY_SECONDS if others else WORKER_RETRY_SECONDS
         free = 0
         if any(other.wanted for other in others):
-            free = max(0, memory.vmm.memory()[0] - memory.vmm.headroom_bytes)
+            free = max(0, memory.vmm.memory()[0] - memory.vmm.kept_free)
         holds = allowed(mine, others, free)
         if holds is not None:
             self._calm_at = now + CALM_SECONDS

@@ -43,8 +43,10 @@ class VirtualMemory(abc.ABC):
     #: Kernels of this device load K and V in whole tiles of this many tokens, counted from a context's start: they
     #: touch what lies between the last token and the end of its tile, so that must be mapped too (invariant 5).
     tile_tokens: int = 1
-    #: What `create` leaves free on the device for whatever else this process, or another, needs there.
+    #: What `create` leaves free on the device for whatever else this process needs there, such as activations; and how
+    #: many processes share the device, each of which needs that.
     headroom_bytes: int = 0
+    servers: int = 1
 
     @abc.abstractmethod
     def reserve(self, nbytes: int) -> int:
@@ -89,9 +91,14 @@ class VirtualMemory(abc.ABC):
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
 
+    @property
+    def kept_free(self) -> int:
+        """The headroom of all."""
+        return self.headroom_bytes * self.servers
+
     def low(self) -> bool:
         """Whether less than the headroom is free: somebody else, who may not know of us, took it."""
-        return self.memory()[0] < self.headroom_bytes
+        return self.memory()[0] < self.kept_free
 
     def attach_thread(self) -> None:  # noqa: B027
         """Make this thread able to call the driver. To be called once in each thread that does."""

@@ -65,11 +65,11 @@ class HostVirtualMemory(VirtualMemory):
         self.check_sizes("fallocate", nbytes=nbytes)
         with self._lock:
             bound = self.capacity_bytes
-            if bound is not None and self.created_bytes + nbytes > bound - self.headroom_bytes:
+            if bound is not None and self.created_bytes + nbytes > bound - self.kept_free:
                 raise OutOfMemory(
                     "fallocate",
                     f"{nbytes} bytes on top of {self.created_bytes} exceed the capacity of {bound} less the headroom "
-                    f"of {self.headroom_bytes}",
+                    f"of {self.kept_free}",
                     "ENOSPC",
                 )
             holes = self._holes.setdefault(nbytes, [])

@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestServer
 
 from benchmarks import contestants, memory, peaks, report, servers
 from benchmarks.contestants import Answer
-from benchmarks.peaks import Patient, Sizes, intermittent, peak
+from benchmarks.peaks import Patient, Sizes, held_while_all_ask, intermittent, peak
 from benchmarks.servers import gaps, summarize
 
 SIZES = Sizes(prompt=3, answer=2, rate=100.0, seconds=30.0, every=45.0, quiet=1.0)
@@ -204,31 +204,41 @@ def answer_after_a_while(monkeypatch):
 
     monkeypatch.setattr(contestants.Client, "ask", ask)
     monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
-    monkeypatch.setattr(peaks, "SAMPLE_SECONDS", 0.05)
 
 
-def test_two_peaks_at_once_tell_what_each_server_holds_while_both_have_requests(tmp_path, monkeypatch):
+def test_two_peaks_at_once_tell_what_each_server_holds(tmp_path, monkeypatch):
     answer_after_a_while(monkeypatch)
-    one, two = Asked("a", 400), Asked("b", 400)
-    one.seconds, one.more, two.seconds, two.more = 0.6, 10, 3.0, 20
-    bench = bench_with(tmp_path, monkeypatch, one, two, quick=True)
+    monkeypatch.setattr(servers, "held_while_all_ask", lambda clients, done: done.wait(60) and [5.0, 10.0])
+    bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
     bench.both()
     first, second, both = bench.rows
     assert [row["what"] for row in bench.rows] == ["vtensor", "vtensor", "vtensor, all"]
-    assert 2 <= one.looks == two.looks < 20, "nobody looks when only one of them is busy"
-    held = [(one.looks + 1) * 5, (one.looks + 1) * 10]
-    assert both["held_bytes"] == held
+    assert both["held_bytes"] == [5.0, 10.0]
     assert (first["requests"], both["requests"]) == (second["requests"], 2 * first["requests"])
     assert first["demand_bytes"] == both["demand_bytes"] == bench.bytes_of(first["requests"] * SIZES.tokens)
     assert summarize(bench.rows) == {"both_share": 0.5, "requests_failed": 0}
 
 
-def test_two_peaks_that_are_not_at_once_are_no_measurement(tmp_path, monkeypatch):
-    answer_after_a_while(monkeypatch)
-    bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
+class Looks:
+    """An event that is set when it has been waited for once for each of `unanswered`: what each client then has."""
+
+    def __init__(self, clients, unanswered):
+        self.clients, self.unanswered = clients, iter(unanswered)
+
+    def wait(self, _):
+        now = next(self.unanswered, None)
+        for client, count in zip(self.clients, now or (), strict=bool(now)):
+            client.unanswered = count
+        return now is None
+
+
+def test_what_servers_hold_is_looked_at_while_all_of_them_are_asked():
+    clients = one, two = Asked("a", 400), Asked("b", 400)
+    one.more, two.more = 10, 20
+    assert held_while_all_ask(clients, Looks(clients, [(1, 0), (2, 1), (2, 2), (1, 5), (0, 5)])) == [20, 40]
+    assert one.looks == two.looks == 3, "nobody looks when only one of them is busy"
     with pytest.raises(RuntimeError, match="not at the same time"):
-        bench.both()
-    assert bench.rows == []
+        held_while_all_ask(clients, Looks(clients, [(1, 0), (0, 1)]))
 
 
 @pytest.mark.parametrize("part", ["three", "static"])
