@@ -44,8 +44,6 @@ class Patch(abc.ABC):
 
     #: How requests are kept.
     requests: Requests
-    #: Whether models are served whose layers see a window.
-    serves_windows = False
     #: Whether models are served that have linear attention.
     serves_states = False
     #: Whether this process serves the page (`srt.page`).
@@ -198,43 +196,23 @@ class Patch(abc.ABC):
     def page_size(self, server_args: ServerArgs) -> int | None:
         """Before SGLang adjusts anything to the model: refuse what cannot be served, and settle the page size. None
         without the option."""
-        from sglang.srt.utils import get_device_memory_capacity
-
-        from sglang_vtensor.srt.options import Options, Refused, has_states, refuse_unsupported
-        from sglang_vtensor.srt.pages import choose_page_size
-        from sglang_vtensor.srt.state_models import chunk_tokens, refuse_page, refuse_states
-        from sglang_vtensor.srt.windows import refuse_readers, windows_of
+        from sglang_vtensor.srt.options import Options
+        from sglang_vtensor.srt.pages import settle_page_size
 
         options = Options.of(server_args)
         if not options.ours:
             return None
-        settings, model = self.settings(server_args), self.model(server_args)
-        refuse_unsupported(
-            settings,
+        model = self.model(server_args)
+        return settle_page_size(
+            self.settings(server_args),
             model,
             options,
             uses_mla=self.uses_mla(server_args),
+            attn_tp_size=self.attn_tp_size(server_args),
+            without=self.layers_with_states(model),
             serves_states=self.serves_states,
             more=self.refused(server_args),
         )
-        if has_states(model):
-            refuse_states((model.hf_config.architectures or ["this model"])[0], settings)
-        windows = windows_of(model)
-        names = (settings.attention_backend, settings.prefill_attention_backend, settings.decode_attention_backend)
-        refuse_readers(windows, names)
-        if not self.serves_windows and any(window is not None for window in windows):
-            raise Refused(
-                "--kv-backend vtensor serves models whose layers see a window with SGLang 0.5.23, and this is another "
-                "version. Run this model with --kv-backend default."
-            )
-        device_mib = get_device_memory_capacity(settings.device)
-        if device_mib is not None:
-            options.check_device(int(device_mib) << 20)
-        without = self.layers_with_states(model)
-        page = choose_page_size(settings, model, attn_tp_size=self.attn_tp_size(server_args), without=without)
-        if without:
-            refuse_page(page, chunk_tokens(model.hf_config))
-        return page
 
     def serve(self, _: None, server_args: ServerArgs) -> None:
         """In the process of the HTTP server, or of an engine, which has no application."""

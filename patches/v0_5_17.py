@@ -259,7 +259,10 @@ class Patch0517(Patch):
         return server_args.tp_size // (server_args.dp_size if server_args.enable_dp_attention else 1)
 
     def refused(self, server_args: ServerArgs) -> list[Refusal]:
-        return []
+        from sglang_vtensor.srt.windows import windows_of
+
+        windows = any(window is not None for window in windows_of(self.model(server_args)))
+        return [("models whose layers see a window with this version of SGLang", windows, "it takes 0.5.23")]
 
     def tree_class(self) -> type:
         return _tree_class()

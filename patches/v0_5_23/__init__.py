@@ -68,7 +68,6 @@ def _known_to_gpt_oss() -> Iterator[None]:
 
 class Patch0523(Patch):
     requests = Requests()
-    serves_windows = True
     serves_states = True
 
     def settings(self, server_args: ServerArgs) -> Any:

@@ -1,14 +1,44 @@
-"""How many tokens a page has, and what is in it: chosen from a model's configuration and the device."""
+"""How many tokens a page has, and what is in it: chosen from a model's configuration and the device, or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from sglang_vtensor.srt.options import Refused, kv_dtype
+from sglang.srt.utils import get_device_memory_capacity
+
+from sglang_vtensor.srt.options import Options, Refusal, Refused, has_states, kv_dtype, refuse_unsupported
 from sglang_vtensor.srt.sides import Sides
-from sglang_vtensor.srt.windows import windows_of
+from sglang_vtensor.srt.state_models import chunk_tokens, refuse_page, refuse_states
+from sglang_vtensor.srt.windows import refuse_readers, windows_of
 from sglang_vtensor.vmm import page_units
+
+
+def settle_page_size(
+    args: Any,
+    model: Any,
+    options: Options,
+    *,
+    uses_mla: bool,
+    attn_tp_size: int,
+    without: Collection[int] = (),
+    serves_states: bool = False,
+    more: Sequence[Refusal] = (),
+) -> int:
+    """Refuse what cannot be served, and choose the page size, as `choose_page_size`. `args` are SGLang's settings, and
+    layers `without` K and V keep states; the rest is as `refuse_unsupported` has it."""
+    refuse_unsupported(args, model, options, uses_mla=uses_mla, serves_states=serves_states, more=more)
+    if has_states(model):
+        refuse_states((model.hf_config.architectures or ["this model"])[0], args)
+    names = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
+    refuse_readers(windows_of(model), names)
+    device_mib = get_device_memory_capacity(args.device)
+    if device_mib is not None:
+        options.check_device(int(device_mib) << 20)
+    page = choose_page_size(args, model, attn_tp_size=attn_tp_size, without=without)
+    if without:
+        refuse_page(page, chunk_tokens(model.hf_config))
+    return page
 
 
 def choose_page_size(args: Any, model: Any, *, attn_tp_size: int, without: Collection[int] = ()) -> int:
