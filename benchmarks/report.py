@@ -34,6 +34,7 @@ SERVERS = {
     "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
     "both_share": "{:.3f} times the other one's memory is what one of two servers holds, while both have a peak",
     "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
+    "kvcached_ttft_p99_vs_static": "1/{:.2f} of that by kvcached, beside static thirds of the SGLang that it runs with",
     "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
     "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile",
     "requests_failed": "{:.0f} requests failed",

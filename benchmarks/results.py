@@ -18,7 +18,10 @@ from benchmarks import rounds
 #: A results file.
 Record = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings")
+PACKAGES = (
+    *("sglang", "sglang-vtensor", "torch", "triton", "sglang-kernel", "flashinfer-python", "cuda-bindings"),
+    "kvcached",
+)
 
 
 def head() -> dict[str, Any]:

@@ -11,6 +11,7 @@ Parts, each of which runs by itself, in less than 8 minutes on an H200, and is m
     both       the same peak of both servers at once, and what each of them holds meanwhile
     three      three servers, each with quiet requests all the time and a peak of its own
     static     the same of SGLang as it ships, where each server has a third of the memory for good
+    kvcached   the same of SGLang with kvcached, which is to be installed with an SGLang that it supports; by name only
     killed     a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
     idle       what a server holds when it is idle, beside SGLang's own without its KV pool
     cold       starts with no kernel compiled: until the first answer, and until no kernel is left to compile
@@ -18,6 +19,7 @@ Parts, each of which runs by itself, in less than 8 minutes on an H200, and is m
 A request has failed if it waits longer than a minute, for its first token or between two chunks of its stream, and if
 it has an error or too few tokens. A part ends with an error if a request fails while a server warms up, or if its
 neighbour is not killed as it gives.
+kvcached's are measured beside the static thirds of its SGLang: `--parts static,kvcached --name servers_kvcached`.
 Rows have what each server's requests need at once (`demand_bytes`) and what there is for all (`kv_bytes`).
 """
 
@@ -54,6 +56,8 @@ from sglang_vtensor.demo import free_port
 
 console = Console(width=150)
 PARTS = ("alone", "two", "both", "three", "static", "killed", "idle", "cold")
+#: What runs only where it is asked for.
+MORE_PARTS = ("kvcached",)
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
 #: A cold start has none of what these name; all else that is kept is below HOME.
@@ -94,7 +98,7 @@ class Bench:
     ) -> Iterator[tuple[list[Patient], list[float]]]:
         """Contestants that start at the same time, each with room for so many tokens; None: as it ships. Yields who
         asks them, and the seconds until each answered. `home` is where what they compile is kept."""
-        table = HOST_CONTESTANTS if self.quick else CONTESTANTS
+        table = HOST_CONTESTANTS if self.quick else CONTESTANTS | {"kvcached": CONTESTANTS["fa3"]}
         environment = dict(os.environ)
         if self.quick:
             environment["VTENSOR_HOST_DEVICE"] = f"benchmark-{os.getpid()}"
@@ -109,7 +113,7 @@ class Bench:
                 if tokens is not None:
                     arguments += ["--max-total-tokens", str(tokens)]
                     arguments += [] if self.quick else ["--mem-fraction-static", "0.98"]
-                own = dict(environment)
+                own = environment | (kvcached_environment(port) if name == "kvcached" else {})
                 what = command(self.model, port, arguments, own, host=self.quick)
                 url, log = f"http://127.0.0.1:{port}", self.folder / f"{name}-{number}.log"
                 waits.append(stack.enter_context(started(name, what, url, log, own, patience=START_SECONDS)))
@@ -189,7 +193,11 @@ class Bench:
     def static(self) -> None:
         self._three("static", "fa3", self.room(3) // 3)
 
-    def _three(self, part: str, name: str, tokens: int) -> None:
+    def kvcached(self) -> None:
+        """Its servers take what they find, and need no size."""
+        self._three("kvcached", "kvcached", None)
+
+    def _three(self, part: str, name: str, tokens: int | None) -> None:
         count = 2 if self.quick else 3
         with self.servers([name] * count, tokens) as (clients, _):
             self.warm_up(clients)
@@ -263,6 +271,12 @@ class Bench:
                 console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
 
 
+def kvcached_environment(port: int) -> dict[str, str]:
+    """What has kvcached replace SGLang's memory, by its README; the segment in /dev/shm where one server counts its
+    memory has a name of its own."""
+    return {"ENABLE_KVCACHED": "true", "KVCACHED_AUTOPATCH": "1", "KVCACHED_IPC_NAME": f"benchmark-{port}"}
+
+
 def gaps(log: str, most: int = 8) -> list[tuple[int, str]]:
     """Where the time went: the longest pauses between two lines of a server's log that have the time, in seconds, each
     with the line that ended it."""
@@ -297,9 +311,11 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
     for one in rows:
         if "held_bytes" in one and one["part"] == "both":
             summary["both_share"] = min(one["held_bytes"]) / max(one["held_bytes"])
-    ours, static = (of(part, f"{name}, all", "ttft_p99_ms") for part, name in (("three", "vtensor"), ("static", "fa3")))
-    if ours and static:
-        summary["three_ttft_p99_vs_static"] = static[0] / ours[0]
+    static = of("static", "fa3, all", "ttft_p99_ms")
+    for part, name, key in (("three", "vtensor", "three"), ("kvcached", "kvcached", "kvcached")):
+        elastic = of(part, f"{name}, all", "ttft_p99_ms")
+        if elastic and static:
+            summary[f"{key}_ttft_p99_vs_static"] = static[0] / elastic[0]
     idle = {one["what"]: one["without_pool_bytes"] for one in rows if one["part"] == "idle"}
     if len(idle) == 2:
         summary["idle_footprint"] = idle["vtensor"] / idle["fa3"]
@@ -317,19 +333,20 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(
     parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
     rate: Annotated[float, typer.Option(help="Requests a second at a peak of three servers.")] = Sizes.rate,
+    name: Annotated[str, typer.Option(help="The results file: results/NAME.json.")] = "servers",
     quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
-    """Measure, print, and merge into servers.json."""
+    """Measure, print, and merge into the results file."""
     end_with_servers()
-    chosen = parts_of(parts, PARTS)
+    chosen = parts_of(parts, [*PARTS, *MORE_PARTS], PARTS)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file)
         for part in chosen:
             getattr(bench, part)()
     rows = bench.rows
     if not quick:
-        path, rows, dropped = results.add_parts("servers", rows, lambda one: one["part"], summarize)
+        path, rows, dropped = results.add_parts(name, rows, lambda one: one["part"], summarize)
         console.print(results.written(path, dropped))
     console.print(summarize(rows))
 

@@ -186,6 +186,14 @@ def test_what_goes_back_by_itself_does_not_change_hands(tmp_path, monkeypatch):
     assert [row["changed_hands_bytes"] for row in bench.rows] == [0] * 4
 
 
+def test_kvcached_is_measured_beside_the_static_thirds_of_its_own_sglang():
+    rows = [{"part": "static", "what": "fa3, all", "ttft_p99_ms": 900.0}]
+    rows += [{"part": "kvcached", "what": "kvcached, all", "ttft_p99_ms": 300.0}]
+    assert summarize(rows) == {"kvcached_ttft_p99_vs_static": 3.0}
+    names = {servers.kvcached_environment(port)["KVCACHED_IPC_NAME"] for port in (1, 2)}
+    assert len(names) == 2, "each server counts its own memory"
+
+
 class Asked(Patient):
     """Answers each request after some seconds, and holds so many bytes more at each look."""
 
