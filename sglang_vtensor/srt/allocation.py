@@ -215,10 +215,17 @@ def secure_decode(runtime: Runtime, tree: Any, reqs: list[Req]) -> bool:
     `alloc_for_decode` hands out is never refused."""
     committed, slot = runtime.sglang.committed, runtime.sglang.slot
     with runtime.memory.clock:
-        if runtime.decode.has_room(reqs):
+        full, before = runtime.decode.full(reqs), runtime.changes
+        if full is None:
+            records = [runtime.requests[slot(req)] for req in reqs]
+            return _secure_decode(runtime, tree, records, [committed(req) for req in reqs])
+        if not full[0]:
             return True
-        records = [runtime.requests[slot(req)] for req in reqs]
-        return _secure_decode(runtime, tree, records, [committed(req) for req in reqs])
+        done = _secure_decode(runtime, tree, *full)
+        if done:
+            runtime.memory.unfilled_tokens += len(full[0]) * runtime.page_tokens
+            runtime.decode.grown(before)
+        return done
 
 
 def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
