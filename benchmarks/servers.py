@@ -53,6 +53,7 @@ from benchmarks.prefix import large_model, small_model
 from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, started
 from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
+from sglang_vtensor.memory import QUIET_SECONDS
 
 console = Console(width=150)
 PARTS = ("alone", "two", "both", "three", "static", "killed", "idle", "cold")
@@ -250,7 +251,7 @@ class Bench:
             with self.servers([name], None) as ((client,), _):
                 told = client.measure(peak(4, self.sizes), seed=50)
                 client.flush()
-                time.sleep(2 * RETURN_SECONDS)
+                time.sleep(QUIET_SECONDS + 2 * RETURN_SECONDS)
                 pool = 0 if name == "vtensor" else self.bytes_of(client.kv_tokens())
                 held = self.used() - before
                 failed = {key: told[key] for key in ("failed", "failures")}

@@ -277,14 +277,16 @@ class Patch(abc.ABC):
         """Layers that keep a state and no K and V, by number."""
         return ()
 
-    def without_padding(self, original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+    def without_padding(self, original: Callable[..., int], configurator: Any, pre_model_load_memory: float) -> int:
         """The bytes that SGLang divides by a token's bytes: with what other servers' KV caches hold for now, less what
         padding takes, and the padding page."""
         sides = self.sides(configurator)
-        nbytes = original(configurator, *args, **kwargs)
-        if self.arrival is not None:
-            nbytes += int(self.settings(configurator.server_args).mem_fraction_static * self.arrival.others_hold())
-        return int((nbytes - sides.page_bytes) * (1 - sides.waste))
+        static = self.settings(configurator.server_args).mem_fraction_static
+        if self.arrival is not None and static < 1:
+            # SGLang refuses to start if nothing is left, so it is told before: what is to stay free of the memory that
+            # there was before the weights, in GiB, is then less by so much.
+            pre_model_load_memory -= static / (1 - static) * self.arrival.others_hold() / (1 << 30)
+        return int((original(configurator, pre_model_load_memory) - sides.page_bytes) * (1 - sides.waste))
 
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
         from sglang_vtensor.srt.kv_pool import VTensorKVPool

@@ -21,7 +21,9 @@ BESIDE_BYTES = 6 << 30
 #: It tells so often; it waits for room until none has come for so long.
 TELL_SECONDS, PATIENCE_SECONDS = 0.1, 3.0
 #: Files that weights are in.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+#: All weights once more, as they were published at first.
+_AGAIN = "consolidated"
 
 
 def weights_bytes(folder: str | Path) -> int:
@@ -30,11 +32,10 @@ def weights_bytes(folder: str | Path) -> int:
     path = Path(folder)
     if path.is_file():
         return path.stat().st_size
-    sizes = dict.fromkeys(_WEIGHTS, 0)
-    for file in path.iterdir() if path.is_dir() else ():
-        if file.suffix in sizes:
-            sizes[file.suffix] += file.stat().st_size
-    return max(sizes.values())
+    files = [file for file in path.iterdir() if file.suffix in _WEIGHTS] if path.is_dir() else []
+    files = [file for file in files if not file.name.startswith(_AGAIN)] or files
+    sizes = [sum(file.stat().st_size for file in files if file.suffix == kind) for kind in _WEIGHTS]
+    return max(sizes)
 
 
 class Arrival:
@@ -47,6 +48,7 @@ class Arrival:
         self.neighbours = neighbours
         self._needed, self._held, self._free = needed, held, free
         self._over = threading.Event()
+        self._lock = threading.Lock()  # two threads have to do with the neighbours
         self._tell()
         self._thread = threading.Thread(target=self._keep_telling, name="vtensor-arrival", daemon=True)
         self._thread.start()
@@ -57,7 +59,8 @@ class Arrival:
         return max(0, self._needed - self._held())
 
     def _tell(self) -> None:
-        self.neighbours.tell(Record(wanted=self.wanted))
+        with self._lock:
+            self.neighbours.tell(Record(wanted=self.wanted))
 
     def _keep_telling(self) -> None:
         while not self._over.wait(TELL_SECONDS):
@@ -83,7 +86,8 @@ class Arrival:
 
     def others_hold(self) -> int:
         """Bytes that the KV caches of the others hold: they give them when this one needs them, as far as they can."""
-        return sum(other.backed for other in self.neighbours.others())
+        with self._lock:
+            return sum(other.backed for other in self.neighbours.others())
 
     def over(self) -> None:
         """It is up, or ends: it wants nothing any more."""

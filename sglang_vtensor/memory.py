@@ -34,6 +34,9 @@ from sglang_vtensor.vmm import VirtualMemory, VMMError
 from sglang_vtensor.worker import Worker, patience
 
 _T = TypeVar("_T")
+#: A server is idle if it has launched nothing for so long, and for so long as it keeps free pages. Health checks come
+#: more often.
+QUIET_SECONDS = 30.0
 
 
 class KVMemory(Room):
@@ -44,7 +47,7 @@ class KVMemory(Room):
     longest context. With `state_bytes` there are `state_slots` states beside them, of so many bytes each, in the same
     budget. `reserve_pages` are kept backed and free for what comes next, less what requests have left in the
     pages they are filling, and only `idle_reserve_pages` (None: as many) when no batch was launched for
-    `idle_seconds`. Free pages beyond them that nobody needed for so long go back to the driver.
+    `QUIET_SECONDS`. Free pages beyond them that nobody needed for `idle_seconds` go back to the driver.
     `num_frames` is for tests: so many, rounded to lanes.
     With `worker=False` nothing happens behind the caller's back: `housekeep` does one turn of the worker's.
     """
@@ -255,7 +258,7 @@ class KVMemory(Room):
         """Every batch is done, and none is to be launched now: what was given up since the last one is read by nobody,
         although no next one says so."""
         if self._given > self.launched:
-            self.launch()
+            self.launched += 1
         if self.launched > self.backing.completed:
             self.complete(self.launched)
 
@@ -278,7 +281,7 @@ class KVMemory(Room):
     @property
     def reserve_now(self) -> int:
         """Pages that are kept backed and free for what comes next, if all is well."""
-        if time.monotonic() - self._launched_at < self.idle_seconds:
+        if time.monotonic() - self._launched_at < max(self.idle_seconds, QUIET_SECONDS):
             return self.reserve_pages
         return min(self.reserve_pages, self.idle_reserve_pages)
 

@@ -55,8 +55,9 @@ class Record:
 
     `backed`: the memory that its KV cache holds. `idle`: the part of it that nobody uses. `cached`: the part that it
     could evict. `minimum`: it gives nothing away below this. `wanted`: memory that it lacks, and for which its requests
-    wait. `alone`: what it must hold for the first of these to run, where nothing runs; else 0. `since`: when that one
-    began to wait so, in microseconds of the machine's monotonic clock.
+    wait. `alone`: what it must hold for the first of these to run, where nothing runs; else 0. `since`: when it began
+    to wait so, in microseconds of the machine's monotonic clock. `headroom`: what it needs free on the device beside
+    its KV cache.
     """
 
     backed: int = 0
@@ -66,6 +67,7 @@ class Record:
     wanted: int = 0
     alone: int = 0
     since: int = 0
+    headroom: int = 0
 
     @property
     def least(self) -> int:
@@ -73,6 +75,8 @@ class Record:
         return max(self.backed - self.idle - self.cached, min(self.minimum, self.backed))
 
 
+#: No device has so much: what a file tells may be anything.
+_MOST = 1 << 60
 #: MAGIC, VERSION, and how often the record was told.
 _HEAD = "<3q"
 _RECORD = f"<{len(fields(Record))}q"
@@ -331,19 +335,19 @@ def _shares(takers: Sequence[Record], there: int) -> list[int]:
     left = there - sum(high)
     if left >= 0:
         return [most + left for most in high]
-    waiting = [n for n, taker in enumerate(takers) if taker.alone]
-    if waiting:
-        first = min(waiting, key=lambda n: (takers[n].since, takers[n].alone))
-        kept = sum(min(taker.minimum, taker.backed) for n, taker in enumerate(takers) if n != first)
-        if takers[first].alone + kept <= there:  # else it would wait for ever, and the others with it
-            low[first] = max(low[first], takers[first].alone)
-            high[first] = max(high[first], low[first])
+    kept = [min(taker.minimum, taker.backed) for taker in takers]
+    # Who can never have so much has no turn: the others would wait for ever with it.
+    able = [n for n, taker in enumerate(takers) if 0 < taker.alone <= there - sum(kept) + kept[n]]
+    if able:
+        first = min(able, key=lambda n: (takers[n].since, takers[n].alone))
+        low[first] = max(low[first], takers[first].alone)
+        high[first] = max(high[first], low[first])
 
     def held(share: int) -> list[int]:
         return [min(max(share, least), most) for least, most in zip(low, high, strict=True)]
 
     # The largest equal share that there is enough for.
-    share = bisect_right(range(there + 1), there, key=lambda share: sum(held(share))) - 1
+    share = bisect_right(range(min(there, _MOST) + 1), there, key=lambda share: sum(held(share))) - 1
     return held(max(0, share))
 
 

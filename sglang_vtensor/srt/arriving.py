@@ -12,8 +12,9 @@ from sglang_vtensor.vmm import device_identity, open_vmm
 
 
 def arrive(settings: Any, gpu_id: int) -> Arrival | None:
-    """Ask for room for the weights and what is beside them, and wait until it is there or no more comes. None where
-    nobody else is on the device, or this server is one of several ranks, which take no part in sharing."""
+    """Ask those on the device, and those that come to it meanwhile, for room for the weights and what is beside them,
+    and wait until it is there or no more comes. None where no device is shared, or this server is one of several ranks,
+    which take no part in that."""
     if settings.tp_size * settings.pp_size > 1:
         return None
     device = f"cuda:{gpu_id}" if settings.device == "cuda" else settings.device
@@ -24,9 +25,6 @@ def arrive(settings: Any, gpu_id: int) -> Arrival | None:
         neighbours = Neighbours(identity)
     except NoNeighbours:
         return None  # it is said when the KV cache is there
-    if not neighbours.others():
-        neighbours.close()
-        return None
     needed = weights_bytes(_folder_of(settings.model_path))
     vmm = open_vmm(device)
     if vmm.device.type == "cuda":

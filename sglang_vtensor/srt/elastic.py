@@ -56,8 +56,10 @@ class Demand:
     """Requests that memory is for: see `Elastic.tick`."""
 
     waiting: Sequence[Req]
-    running: Sequence[Req]
-    new_token_ratio: float
+    running: Sequence[Req] = ()
+    new_token_ratio: float = 0.0
+    #: Whose prompt is computed in part.
+    chunked: Req | None = None
 
 
 class Elastic:
@@ -88,9 +90,9 @@ class Elastic:
         #: Whether another server is on this device.
         self.beside_others = False
         self._emptied = False
-        #: The first waiting request where nothing runs, and since when: what the neighbours are told of it.
-        self._head: str | None = None
-        self._head_since = 0
+        #: Since when nothing runs and a request waits, as the neighbours are told; 0: that is not so.
+        self._alone_since = 0
+        self._left_headroom = 0
         #: Tokens of the pool's size that were not to be had when requests were last looked at.
         self._missing = 0
         self._expire_at = self._look_at = self._calm_at = 0.0
@@ -194,17 +196,17 @@ class Elastic:
 
     # Between two batches.
 
-    def tick(self, waiting: Sequence[Req], running: Sequence[Req] = (), new_token_ratio: float = 0.0) -> None:
+    def tick(self, demand: Demand) -> None:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
         want something, or nothing more. Most calls, of thousands a second, find nothing to do.
 
-        Of the answers that `running` requests may give, SGLang keeps the share `new_token_ratio` free before it admits
-        others.
+        Of the answers that the running requests may give, SGLang keeps the share `new_token_ratio` free before it
+        admits others.
         """
         memory, now = self.runtime.memory, time.monotonic()
         if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.capacity or self.holding:
             with memory.clock:
-                self._tick(Demand(waiting, running, new_token_ratio), now)
+                self._tick(demand, now)
         else:
             self._emptied = False
 
@@ -232,7 +234,7 @@ class Elastic:
         others = self.neighbours.others()
         mine = self.record(demand)
         self.neighbours.tell(mine)
-        memory.vmm.servers = 1 + len(others)
+        self._leave_headroom_to(others)
         if bool(others) != self.beside_others:
             self.beside_others = bool(others)
             memory.worker.retry_seconds = RETRY_SECONDS if others else WORKER_RETRY_SECONDS
@@ -251,6 +253,13 @@ class Elastic:
             self.pressure = pressure
             self.apply()
 
+    def _leave_headroom_to(self, others: Sequence[Record]) -> None:
+        """Each server on a device has the headroom that it asks for, unless all together ask for more than half."""
+        wanted = sum(other.headroom for other in others)
+        if wanted != self._left_headroom:
+            self._left_headroom, vmm = wanted, self.runtime.memory.vmm
+            vmm.others_headroom_bytes = max(0, min(wanted, vmm.memory()[1] // 2 - vmm.headroom_bytes))
+
     def record(self, demand: Demand) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
@@ -262,12 +271,15 @@ class Elastic:
             there = memory.budget.free + kept + evictable
             most = self.limit * memory.page_bytes
             wanted = min(max(0, self._demanded(demand) - there), max(0, most - memory.needed_bytes))
-            if demand.waiting and not demand.running:
-                alone = self._demanded(Demand(demand.waiting[:1], (), 0.0))
-                alone = 0 if alone > most else alone + memory.padding_bytes
-        head = demand.waiting[0].rid if alone else None
-        if head != self._head:
-            self._head, self._head_since = head, time.monotonic_ns() // 1000
+            next_one = self._next_alone(demand)
+            if next_one is not None:
+                # It may be admitted beyond the limit (`bars`).
+                alone = self._demanded(Demand([next_one])) + memory.padding_bytes
+                wanted = max(wanted, alone - memory.backed_bytes)
+        if not alone:
+            self._alone_since = 0
+        elif not self._alone_since:
+            self._alone_since = time.monotonic_ns() // 1000
         return Record(
             backed=memory.backed_bytes,
             idle=memory.budget.free,
@@ -275,8 +287,16 @@ class Elastic:
             minimum=self.minimum_bytes,
             wanted=wanted,
             alone=alone,
-            since=self._head_since,
+            since=self._alone_since,
+            headroom=memory.vmm.headroom_bytes,
         )
+
+    @staticmethod
+    def _next_alone(demand: Demand) -> Req | None:
+        """The request that is to run next, if nothing runs: whose prompt is computed in part, or the first one."""
+        if demand.running:
+            return None
+        return demand.chunked or next(iter(demand.waiting), None)
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
         """The waiting requests that may be admitted now, and whether they may have memory beyond the limit.
@@ -305,7 +325,8 @@ class Elastic:
         nothing runs: SGLang counts the longest answer that a request may give, and the limit has no room for that. The
         request is then to be admitted alone, and may grow beyond the limit."""
         limited = self.limit < self.runtime.memory.capacity
-        return bool(waiting) and not busy and limited and self.pressure is None and not self.holding
+        left = self.pressure is None or self.pressure >= self.limit  # by its neighbours
+        return bool(waiting) and not busy and limited and left and not self.holding
 
     @contextlib.contextmanager
     def beyond_the_limit(self, really: bool) -> Iterator[None]:
@@ -375,7 +396,7 @@ class Elastic:
             return max(0, min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
 
         tokens = float(sum(map(answer, heads)))
-        for req in demand.running:
+        for req in demand.running if demand.chunked is None else [*demand.running, demand.chunked]:
             if req.finished():  # there until SGLang decodes again, in some versions
                 continue
             tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)

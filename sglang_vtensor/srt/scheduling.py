@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from sglang_vtensor.srt.allocation import PutOff
-from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
+from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Demand, Elastic
 from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.metrics import Metrics
 from sglang_vtensor.srt.occupation import finish_release, unready
@@ -66,8 +66,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     """An extend batch for which there is no memory waits, and the running batch decodes meanwhile."""
     running_batch, elastic = kwargs["running_batch"], scheduler.vtensor_elastic
     chunked, last = scheduler.chunked_req, scheduler.last_batch
-    running = running_batch.reqs if chunked is None else [*running_batch.reqs, chunked]
-    elastic.tick(scheduler.waiting_queue, running, scheduler.new_token_ratio_tracker.current)
+    ratio = scheduler.new_token_ratio_tracker.current
+    elastic.tick(Demand(scheduler.waiting_queue, running_batch.reqs, ratio, chunked))
     send = scheduler.ipc_channels.send_to_tokenizer.send_output
     elastic.refuse_too_long(scheduler.waiting_queue, send)
     if elastic.holding:
@@ -198,7 +198,7 @@ def on_idle(original: Callable[..., None], scheduler: Any) -> None:
     if _copy(runtime, scheduler) and scheduler.device != "cpu":
         _forward_stream(scheduler).synchronize()
     finish_release(scheduler)
-    scheduler.vtensor_elastic.tick(scheduler.waiting_queue)
+    scheduler.vtensor_elastic.tick(Demand(scheduler.waiting_queue))
     runtime.idle()
     _tell(runtime)
     original(scheduler)
@@ -208,7 +208,10 @@ def on_idle(original: Callable[..., None], scheduler: Any) -> None:
 
 def while_paused(_: None, scheduler: Any) -> None:
     """A paused engine begins nothing, and so wants nothing of its neighbours; what it has cached it gives them."""
-    scheduler.vtensor_elastic.tick(())
+    runtime = runtime_of(scheduler)
+    scheduler.vtensor_elastic.tick(Demand(()))
+    if not runtime.copies:  # else the next batch begins with them, and reads what was given up before it
+        runtime.idle()
 
 
 def sleep_on_idle(original: Callable[..., None], scheduler: Any) -> None:

@@ -43,10 +43,10 @@ class VirtualMemory(abc.ABC):
     #: Kernels of this device load K and V in whole tiles of this many tokens, counted from a context's start: they
     #: touch what lies between the last token and the end of its tile, so that must be mapped too (invariant 5).
     tile_tokens: int = 1
-    #: What `create` leaves free on the device for whatever else this process needs there, such as activations; and how
-    #: many processes share the device, each of which needs that.
+    #: What `create` leaves free on the device for whatever else this process needs there, such as activations; and what
+    #: other processes need so.
     headroom_bytes: int = 0
-    servers: int = 1
+    others_headroom_bytes: int = 0
 
     @abc.abstractmethod
     def reserve(self, nbytes: int) -> int:
@@ -94,7 +94,7 @@ class VirtualMemory(abc.ABC):
     @property
     def kept_free(self) -> int:
         """The headroom of all."""
-        return self.headroom_bytes * self.servers
+        return self.headroom_bytes + self.others_headroom_bytes
 
     def low(self) -> bool:
         """Whether less than the headroom is free: somebody else, who may not know of us, took it."""

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sglang_vtensor.srt.elastic import LIMIT
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import share_device
@@ -175,15 +176,25 @@ def test_both_are_short_while_answers_of_many_lengths_end(two):
         assert all(got[request.rid].finish == "FINISH_LENGTH" for request in requests)
 
 
-def test_next_requests_that_need_more_than_a_share_have_their_turns(two, schedulers):
+def limit_to(scheduler, nbytes):
+    assert scheduler.vtensor_elastic.control({LIMIT: nbytes})
+
+
+@pytest.mark.parametrize("limit", [None, 44])
+def test_next_requests_that_need_more_than_a_share_have_their_turns(two, schedulers, limit):
     """Each server's last request needs more than half of what there is for both: it waits for the other server's
-    requests to end, and neither waits for ever."""
+    requests to end, and neither waits for ever. A limit of so many pages has room for its prompt, and not for its
+    answer beside it."""
     prompt = Prompts(8)
-    most = 42  # pages: less than each was promised
+    most, new = (42, 8) if limit is None else (38, 12 * 16 * S)
+    if limit is not None:
+        for server in two:
+            stats = server.stats()
+            server.call(limit_to, (limit + 1) * stats["page_bytes"])
     work = [
         [
             *(Request(f"s{n}r{i}", prompt(90 * S), 60 * S) for i in range(6)),
-            Request(f"s{n}big", prompt((most - 2) * 16 * S), 8),
+            Request(f"s{n}big", prompt((most - 2) * 16 * S), new),
         ]
         for n in range(2)
     ]

@@ -91,18 +91,19 @@ def test_the_files_of_one_kind_are_read(tmp_path):
     assert weights_bytes("some/model") == 0
 
 
-def test_alone_on_a_device_nothing_is_asked(tmp_path, monkeypatch):
+def test_who_comes_later_hears_it_too(tmp_path, monkeypatch):
     monkeypatch.setattr("sglang_vtensor.neighbours.default_folder", lambda: tmp_path / "shared")
     monkeypatch.setenv("VTENSOR_HOST_DEVICE", "gpu")
     settings = SimpleNamespace(tp_size=1, pp_size=1, device="cpu", model_path=str(tmp_path))
-    assert arriving.arrive(settings, 0) is None
-    assert not list((tmp_path / "shared").iterdir())
-    other = Neighbours("gpu", tmp_path / "shared")
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(5000))
     arrival = arriving.arrive(settings, 0)
-    other._listed_at = -1.0
+    other = Neighbours("gpu", tmp_path / "shared")
     assert other.others() == [Record(wanted=1000)]
     arrival.over()
     settings.tp_size = 2
     assert arriving.arrive(settings, 0) is None, "ranks would need to agree"
+    monkeypatch.delenv("VTENSOR_HOST_DEVICE")
+    settings.tp_size = 1
+    assert arriving.arrive(settings, 0) is None, "this device is nobody else's"
     other.close()

@@ -558,7 +558,11 @@ def test_the_reserve_is_smaller_when_nothing_has_run_for_long(monkeypatch):
     assert memory.ready == memory.reserve_now == 6
     memory.free(frames)
     done(memory)
-    now += 5.0
+    now += 29.0
+    while memory.housekeep():
+        pass
+    assert memory.ready == 6
+    now += 1.0
     while memory.housekeep():
         pass
     assert memory.ready == memory.reserve_now == 1

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 
 from sglang_vtensor import neighbours
-from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, _shares, allowed
 from sglang_vtensor.vmm.cuda import identity_of
 
 OTHER = """
@@ -166,8 +166,8 @@ def test_a_file_that_is_being_made_is_none_yet_and_of_no_other_version(folder, c
         for size in (0, 8, 56):
             made.truncate(size)
             assert one.others() == []
-        made.write(struct.pack("<10q", neighbours.MAGIC, neighbours.VERSION, *range(8)))
-        assert one.others() == [Record(1, 2, 3, 4, 5, 6, 7)]
+        made.write(struct.pack("<11q", neighbours.MAGIC, neighbours.VERSION, *range(9)))
+        assert one.others() == [Record(1, 2, 3, 4, 5, 6, 7, 8)]
     assert not caplog.records
     one.close()
 
@@ -326,7 +326,7 @@ def test_slices_of_one_gpu_are_told_apart():
 def test_stale_and_strange_files_are_no_neighbours(folder, caplog):
     one = Neighbours("gpu", folder)
     stale = folder / "gpu.1.0"
-    stale.write_bytes(struct.pack("<10q", neighbours.MAGIC, neighbours.VERSION, *range(8)))
+    stale.write_bytes(struct.pack("<11q", neighbours.MAGIC, neighbours.VERSION, *range(9)))
     (folder / "gpu.link").symlink_to("/etc/passwd")
     assert one.others() == []
     assert not stale.exists()
@@ -405,6 +405,9 @@ def test_a_request_that_needs_more_than_a_share_comes_first_when_it_has_waited_l
     busy = Record(35, cached=5, minimum=2, wanted=20)
     assert allowed(one, [busy], 0) == 45
     assert allowed(busy, [one], 0) == 30, "what it runs comes to its end"
+    assert _shares(
+        [Record(24, cached=24, wanted=9, alone=90), Record(24, cached=24, wanted=9, alone=33, since=5)], 48
+    ) == [15, 33]
     huge = Record(35, cached=35, minimum=2, wanted=40, alone=69, since=1)
     assert allowed(huge, [busy], 0) == allowed(busy, [huge], 0) == 35, "the minimum of the other one is in its way"
     assert allowed(Record(35, cached=35, wanted=40, alone=68, since=1), [busy], 0) == 68
@@ -456,3 +459,7 @@ def test_what_is_wanted_is_given_and_shared(all_of_them, free):
         _, alone, first = waiting[0]
         kept = sum(min(all_of_them[n].minimum, all_of_them[n].backed) for n in takers if n != first)
         assert held[first] >= alone or alone + kept > there
+        if alone + kept > there and len(waiting) == 2:
+            _, alone, second = waiting[1]
+            kept = sum(min(all_of_them[n].minimum, all_of_them[n].backed) for n in takers if n != second)
+            assert held[second] >= alone or alone + kept > there, "who can have its turn has it"
