@@ -67,9 +67,9 @@ class Arrival:
             self._tell()
 
     def wait(self) -> bool:
-        """Until there is room for what it wants; False where no more comes."""
+        """Until there is room for what it wants; False where no more comes. Alone on a device it does not look."""
         most, until = -1, 0.0
-        while (free := self._free()) < self.wanted:
+        while self._others() and (free := self._free()) < self.wanted:
             now = time.monotonic()
             if free > most:
                 most, until = free, now + PATIENCE_SECONDS
@@ -86,8 +86,11 @@ class Arrival:
 
     def others_hold(self) -> int:
         """Bytes that the KV caches of the others hold: they give them when this one needs them, as far as they can."""
+        return sum(other.backed for other in self._others())
+
+    def _others(self) -> list[Record]:
         with self._lock:
-            return sum(other.backed for other in self.neighbours.others())
+            return self.neighbours.others()
 
     def over(self) -> None:
         """It is up, or ends: it wants nothing any more."""

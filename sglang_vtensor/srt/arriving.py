@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,18 +26,16 @@ def arrive(settings: Any, gpu_id: int) -> Arrival | None:
         neighbours = Neighbours(identity)
     except NoNeighbours:
         return None  # it is said when the KV cache is there
-    needed = weights_bytes(_folder_of(settings.model_path))
-    vmm = open_vmm(device)
-    if vmm.device.type == "cuda":
-        needed += BESIDE_BYTES
-    arrival = Arrival(neighbours, needed, held=lambda: _taken(vmm.device), free=lambda: vmm.memory()[0])
+    needed = weights_bytes(_folder_of(settings.model_path)) + (BESIDE_BYTES if settings.device == "cuda" else 0)
+    opened = functools.cache(open_vmm)  # which makes a context, and only where somebody else is there
+    arrival = Arrival(neighbours, needed, held=lambda: _taken(device), free=lambda: opened(device).memory()[0])
     arrival.wait()
     return arrival
 
 
-def _taken(device: torch.device) -> int:
+def _taken(device: str) -> int:
     """Bytes that torch has of a device by now."""
-    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
+    return int(torch.cuda.memory_reserved(device)) if device != "cpu" else 0
 
 
 def _folder_of(model: str) -> str:

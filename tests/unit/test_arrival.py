@@ -83,6 +83,14 @@ def test_where_no_more_comes_it_goes_on_and_says_so(device, tmp_path, caplog):
     arrival.over()
 
 
+def test_alone_on_a_device_it_does_not_wait(tmp_path, caplog):
+    """Whatever it is that has the memory: nobody is there to give any."""
+    arrival = Arrival(Neighbours("gpu", tmp_path / "shared"), 50, held=lambda: 0, free=lambda: 1 / 0)
+    arrival.wait()
+    assert not caplog.records
+    arrival.over()
+
+
 def test_the_files_of_one_kind_are_read(tmp_path):
     for name, size in {"a-1.safetensors": 30, "a-2.safetensors": 20, "a.bin": 45, "tokenizer.json": 99}.items():
         (tmp_path / name).write_bytes(bytes(size))
