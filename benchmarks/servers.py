@@ -64,7 +64,6 @@ NEEDED, ALLOWED = 0.75, 0.8
 #: A cold start has none of what these name; all else that is kept is below HOME.
 CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
 
-
 QUICK = Sizes(prompt=40, answer=8, rate=2.0, seconds=2.0, every=2.0, quiet=0.5)
 QUICK_TOKENS = 2048
 
@@ -313,10 +312,10 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         if "held_bytes" in one and one["part"] == "both":
             summary["both_share"] = min(one["held_bytes"]) / max(one["held_bytes"])
     static = of("static", "fa3, all", "ttft_p99_ms")
-    for part, name, key in (("three", "vtensor", "three"), ("kvcached", "kvcached", "kvcached")):
+    for part, name in (("three", "vtensor"), ("kvcached", "kvcached")):
         elastic = of(part, f"{name}, all", "ttft_p99_ms")
         if elastic and static:
-            summary[f"{key}_ttft_p99_vs_static"] = static[0] / elastic[0]
+            summary[f"{part}_ttft_p99_vs_static"] = static[0] / elastic[0]
     idle = {one["what"]: one["without_pool_bytes"] for one in rows if one["part"] == "idle"}
     if len(idle) == 2:
         summary["idle_footprint"] = idle["vtensor"] / idle["fa3"]
