@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def _taken(device: str) -> int:
 
 def _folder_of(model: str) -> str:
     """The folder of a model, which may be named as on the hub; the name itself if nothing of it is here."""
+    if Path(model).exists():
+        return model
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

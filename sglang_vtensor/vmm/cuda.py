@@ -127,7 +127,7 @@ class CudaVirtualMemory(VirtualMemory):
 
     def create(self, nbytes: int) -> Handle:
         self.check_sizes("cuMemCreate", nbytes=nbytes)
-        if self.headroom_bytes and (free := self._headroom.lacks(nbytes, self.kept_free)) is not None:
+        if self.kept_free and (free := self._headroom.lacks(nbytes, self.kept_free)) is not None:
             raise OutOfMemory(
                 "cuMemCreate",
                 f"{nbytes} bytes would leave less than the {self.kept_free} bytes of headroom "
