@@ -79,6 +79,14 @@ def ask(server, prompt, count, *, name="r"):
     return requests, server.run([requests])
 
 
+def fill(server, prompt):
+    """It has cached a peak. Returns how many pages it holds."""
+    ask(server, prompt, 7)
+    backed = server.stats()["pages_backed"]
+    assert backed > 40
+    return backed
+
+
 def test_peaks_that_take_turns(two, schedulers):
     """Each in turn needs more than is left, and gets it from what the other has cached; with the right answers."""
     one, other = two
@@ -111,9 +119,7 @@ def test_one_whose_event_loop_sleeps_hears_the_other(two, schedulers):
     """--sleep-on-idle: nobody sends it a message, and yet it gives what it has cached."""
     one, other = two
     prompt = Prompts(4)
-    ask(one, prompt, 7)
-    before = one.stats()["pages_backed"]
-    assert before > 40
+    before = fill(one, prompt)
     requests = [Request(f"r{n}", prompt(90 * S), 20 * S) for n in range(21)]
     with Looping(one, seconds=3.0):
         got = other.run([requests])
@@ -129,8 +135,7 @@ def test_one_whose_event_loop_sleeps_hears_the_other(two, schedulers):
 def test_one_that_is_killed_leaves_everything_to_the_other(two, schedulers):
     one, other = two
     prompt = Prompts(2)
-    ask(one, prompt, 7)
-    assert one.stats()["pages_backed"] > 40
+    fill(one, prompt)
     one._process.kill()
     one._process.join()
     requests, got = ask(other, prompt, 7, name="after")
@@ -280,9 +285,7 @@ def _go_on(scheduler):
 def test_one_that_is_paused_gives_what_it_has_cached_and_wants_nothing(two, schedulers):
     one, other = two
     reference, prompt = schedulers(**LIMITS), Prompts(9)
-    ask(one, prompt, 7)
-    before = one.stats()["pages_backed"]
-    assert before > 40
+    before = fill(one, prompt)
     waiting = [Request(f"w{n}", prompt(90 * S), 20 * S) for n in range(12)]
     with ThreadPoolExecutor(1) as pool:
         paused = pool.submit(one.run, [waiting, [], [], [Do(_pause)], *([[Do(_nap)]] * 400), [Do(_go_on)]])
@@ -304,9 +307,7 @@ def _die_below(scheduler, pages):
 def test_one_is_killed_in_the_middle_of_giving(two, schedulers):
     one, other = two
     reference, prompt = schedulers(**LIMITS), Prompts(7)
-    ask(one, prompt, 7)
-    before = one.stats()["pages_backed"]
-    assert before > 40
+    before = fill(one, prompt)
     died = []
 
     def give_and_die():
