@@ -22,13 +22,13 @@ export VTENSOR_TEST_EXAMPLES = $(EXAMPLES)
 e2e = $(addprefix tests/e2e/test_,$(addsuffix .py,$(1)))
 QUICK := $(call e2e,same_tokens inert)
 BEHIND_CORE := $(call e2e,server page refusals settings admission fp8 shared_decode real_model)
-LONG := $(call e2e,elastic history rank_histories begun states large_states linear_host)
+LONG := $(call e2e,elastic history neighbours rank_histories begun states large_states linear_host)
 # Each benchmark once, small and on the host: a quarter of an hour by itself, for who changes one.
 BENCHMARKS := $(call e2e,benchmarks)
 LONGER := $(filter-out $(QUICK) $(BEHIND_CORE) $(LONG) $(BENCHMARKS),$(wildcard tests/e2e/test_*.py))
 # The other version of SGLang: the same answers, a server, its neighbours, what is refused, its table of seams, its tree.
 OTHER := 0.5.17
-OTHERS := $(call e2e,server page refusals settings inert neighbours) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
+OTHERS := $(call e2e,server page refusals settings inert neighbours fp8) tests/unit/test_seams.py tests/unit/test_patches.py tests/property/test_tree_machine.py
 
 .PHONY: browser demo test test-long test-e2e test-core test-behind-core test-long-1 test-long-2 test-benchmarks test-other-1 test-other-2 test-gpu test-gpu-kernels test-gpu-tokens test-gpu-scale test-gpu-memory test-gpu-sanitizer lint bench lock setup clean
 

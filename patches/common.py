@@ -289,7 +289,7 @@ class Patch(abc.ABC):
         return int((original(configurator, pre_model_load_memory) - sides.page_bytes) * (1 - sides.waste))
 
     def build_pool(self, configurator: Any, *, sizes: Any, req_to_token_pool: Any, **_: Any) -> Any:
-        from sglang_vtensor.srt.kv_pool import VTensorKVPool
+        from sglang_vtensor.srt.kv_pool import VTensorKVPool, complete_scales
         from sglang_vtensor.srt.options import Options, Refused
 
         sides = self.sides(configurator)
@@ -300,6 +300,7 @@ class Patch(abc.ABC):
                 f"and pages were chosen for {dtype} before: give --kv-cache-dtype with a type, or run with "
                 "--kv-backend default"
             )
+        complete_scales(configurator.model, configurator.device)
         states = self.states(configurator, req_to_token_pool)
         return VTensorKVPool(
             sizes.max_total_num_tokens,

@@ -301,9 +301,13 @@ class Patch0517(Patch):
         original(server_args, *args, **kwargs)
 
     def _choose_page_size(self, server_args: ServerArgs) -> None:
+        from sglang_vtensor.srt.attention_choice import choose_decode
+
         page_size = self.page_size(server_args)
         if page_size is not None:
             server_args.page_size = page_size
+            for name, value in choose_decode(server_args, self.model(server_args)).items():
+                setattr(server_args, name, value)
 
     def everywhere(self) -> list[Seam]:
         return [

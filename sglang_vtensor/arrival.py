@@ -1,7 +1,8 @@
 """A server that starts where others hold the device: before it has a KV cache, it asks them for what it needs.
 
 It tells of itself as they do (`neighbours`): what it wants is what it has not taken yet of what weights, graphs and
-activations need. So they give what is idle, and what is cached. When its KV cache is there, that tells instead.
+activations need. With less it cannot come up, so it has a turn as a request that is alone has: in that the others give
+what is idle, what is cached, and what their requests hold as these end. When its KV cache is there, that tells instead.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: For a context, graphs, activations and workspaces, beside weights.
 BESIDE_BYTES = 6 << 30
-#: It tells so often; it waits for room until none has come for so long.
-TELL_SECONDS, PATIENCE_SECONDS = 0.1, 3.0
+#: It tells so often; it waits for room until none has come for so long, or for so much longer where requests of the
+#: others hold what it needs.
+TELL_SECONDS, PATIENCE_SECONDS, ANSWER_SECONDS = 0.1, 3.0, 60.0
 #: Files that weights are in.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 #: All weights once more, as they were published at first.
@@ -32,7 +34,8 @@ def weights_bytes(folder: str | Path) -> int:
     path = Path(folder)
     if path.is_file():
         return path.stat().st_size
-    files = [file for file in path.iterdir() if file.suffix in _WEIGHTS] if path.is_dir() else []
+    # Not what points nowhere, as in a cache that was cleared in part.
+    files = [file for file in path.iterdir() if file.suffix in _WEIGHTS and file.is_file()] if path.is_dir() else []
     files = [file for file in files if not file.name.startswith(_AGAIN)] or files
     sizes = [sum(file.stat().st_size for file in files if file.suffix == kind) for kind in _WEIGHTS]
     return max(sizes)
@@ -47,6 +50,9 @@ class Arrival:
     ) -> None:
         self.neighbours = neighbours
         self._needed, self._held, self._free = needed, held, free
+        self._since = time.monotonic_ns() // 1000
+        #: What it had taken when that grew, or when it waited, and when that was.
+        self._had, self._moved_at = held(), time.monotonic()
         self._over = threading.Event()
         self._lock = threading.Lock()  # two threads have to do with the neighbours
         self._tell()
@@ -59,8 +65,15 @@ class Arrival:
         return max(0, self._needed - self._held())
 
     def _tell(self) -> None:
+        """It has its turn while it waits or takes memory: what it has not taken for long it may never need, or not yet,
+        as where weights are fetched first."""
+        now, held = time.monotonic(), self._held()
+        if held > self._had:
+            self._had, self._moved_at = held, now
         with self._lock:
-            self.neighbours.tell(Record(wanted=self.wanted))
+            wanted = self.wanted
+            alone = wanted if now < self._moved_at + ANSWER_SECONDS else 0
+            self.neighbours.tell(Record(wanted=wanted, alone=alone, since=self._since if alone else 0))
 
     def _keep_telling(self) -> None:
         while not self._over.wait(TELL_SECONDS):
@@ -68,12 +81,17 @@ class Arrival:
 
     def wait(self) -> bool:
         """Until there is room for what it wants; False where no more comes. Alone on a device it does not look."""
-        most, until = -1, 0.0
-        while self._others() and (free := self._free()) < self.wanted:
-            now = time.monotonic()
+        most, since, said = -1, 0.0, False
+        while (others := self._others()) and (free := self._free()) < self.wanted:
+            now = self._moved_at = time.monotonic()
+            may_come = sum(max(0, other.backed - other.minimum) for other in others)
+            patience = ANSWER_SECONDS if free + may_come >= self.wanted else PATIENCE_SECONDS
             if free > most:
-                most, until = free, now + PATIENCE_SECONDS
-            elif now >= until:
+                most, since = free, now
+            elif now >= since + PATIENCE_SECONDS and not said and patience > PATIENCE_SECONDS:
+                said = True
+                logger.info("waiting until requests of other servers on this device end: %d bytes wanted", self.wanted)
+            elif now >= since + patience:
                 logger.warning(
                     "weights and what is beside them need %d bytes of this device, %d are free, and the other servers "
                     "on it give no more: this one may not come up. End or limit one of them (sglang-vtensor limit)",

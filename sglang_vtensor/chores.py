@@ -56,7 +56,7 @@ class Chores:
 
     def turn(self) -> bool:
         """Do one thing. False if there was nothing to do, or it was refused."""
-        if any(map(self._back, self.memory.backings)):
+        if any(map(self._back, self.memory.stores)):
             return True
         now = time.monotonic()
         if now >= self._look_at:
@@ -71,7 +71,7 @@ class Chores:
             ahead = None if self._device_low else self._begin_ahead(backing)
             if ahead is None:
                 return False
-            self._ahead = ahead
+            self._ahead = ahead if backing in self.memory.backings else None
             self.worker.took()
 
         def let_go(_: bool, refusal: VMMError | None) -> None:
@@ -89,10 +89,16 @@ class Chores:
 
     def _begin_ahead(self, backing: Backing) -> Ahead | None:
         """While the reserve is not full, the next frame that is to have memory before it is needed: one that a running
-        request comes to next, or that a new one begins with."""
+        request comes to next, or that a new one begins with. Of states, which have no reserve, one slot while it is to
+        be seen whether the driver gives again."""
         memory = self.memory
         if not memory.wants_page(backing) or memory.budget.taken + backing.page_bytes > memory.allowed_bytes:
             return None
+        if backing not in memory.backings:  # any slot of a state is as good as another
+            slots = range(1, backing.placement.num_frames)
+            bare = (slot for slot in slots if backing.placement.is_vacant(slot) and not backing.has_page(slot))
+            slot = next(bare, None)
+            return None if slot is None else backing.begin_back(slot)
         placement = memory.placement
         while self._hints:
             frame = self._hints[0]

@@ -262,10 +262,12 @@ class KVMemory(Room):
         if self.launched > self.backing.completed:
             self.complete(self.launched)
 
-    def launch(self) -> int:
-        """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it."""
+    def launch(self, *, idle: bool = False) -> int:
+        """A batch was launched. Returns its epoch, to be given to `complete` when the device has done it. `idle`: it
+        was for nobody, as a health check's."""
         self.launched += 1
-        self._launched_at = time.monotonic()
+        if not idle:
+            self._launched_at = time.monotonic()
         return self.launched
 
     def complete(self, epoch: int) -> None:
@@ -293,14 +295,18 @@ class KVMemory(Room):
         return max(0, self.reserve_now - left)
 
     def wants_page(self, backing: Backing) -> bool:
-        """Whether one more page is to be created ahead of need."""
-        available = max(0, self.room() - len(self.tails))
-        wanted = min(self.kept_ready, available)
+        """Whether one more page is to be created ahead of need. States are created as requests begin; after the driver
+        refused one, it is asked for one more as it is for any other page: nobody may begin before it gives again."""
+        reserved, available = 0, max(0, self.room() - len(self.tails))
+        if backing in self.backings:
+            reserved = min(self.kept_ready, available)
+        elif self.states is not None:
+            available = self.states.room()
         if backing.refusal is None:
-            return backing.free < wanted
-        # One page more than there is tells whether the driver gives again.
-        wanted = min(max(wanted, backing.free + 1), available)
-        return backing.free < wanted and self.supply.asks_again
+            return backing.free < reserved
+        # One page more than there is tells whether the driver gives again. Also a side that lacks none is asked about:
+        # before that is known, nobody may begin with what another side lacks.
+        return available > 0 and self.supply.asks_again
 
     def kept_now(self, backing: Backing, *, device_low: bool) -> tuple[int, float]:
         """How many free pages do not go back to the driver now, and since when one must have been free to go."""

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 MAGIC, VERSION = 0x76_74_65_6E_73_6F_72, 2
 #: The folder is listed so often; known files are read whenever asked.
 LIST_SECONDS = 1.0
-#: Who has told nothing for so long stands still, in a long batch or for good: it holds what it holds, and is not given
-#: anything.
+#: Who has told nothing for so long stands still, in a long batch or for good: it holds what it holds, gives nothing,
+#: and is given nothing.
 STALE_SECONDS = 2.0
 #: A file that nobody has locked yet is being made by its owner, unless it is so old.
 MAKING_SECONDS = 60.0
@@ -55,9 +55,9 @@ class Record:
 
     `backed`: the memory that its KV cache holds. `idle`: the part of it that nobody uses. `cached`: the part that it
     could evict. `minimum`: it gives nothing away below this. `wanted`: memory that it lacks, and for which its requests
-    wait. `alone`: what it must hold for the first of these to run, where nothing runs; else 0. `since`: when it began
-    to wait so, in microseconds of the machine's monotonic clock. `headroom`: what it needs free on the device beside
-    its KV cache.
+    wait. `alone`: what it must hold to come up at all, or for the one request to end that comes first there, as nothing
+    runs, or only that; else 0. `since`: when that began to wait so, in microseconds of the machine's monotonic clock.
+    `headroom`: what it needs free on the device beside its KV cache.
     """
 
     backed: int = 0
@@ -129,7 +129,12 @@ class Neighbours:
         """Write this server's record, for the others to read."""
         self._record = record
         self._told += 1
-        self._write(self._file)
+        try:
+            self._write(self._file)
+        except OSError as error:  # somebody cut the file off, and there is no memory for it
+            self._warn_once(
+                "told", "other servers on this device are told nothing: cannot write %s: %s", self._path, error
+            )
 
     def _write(self, file: int) -> None:
         os.pwrite(file, struct.pack(f"<{_SIZE // 8}q", MAGIC, VERSION, self._told, *astuple(self._record)), 0)
@@ -150,7 +155,7 @@ class Neighbours:
             if count != heard:
                 self._heard[name] = count, now
             elif now - at > STALE_SECONDS:
-                record = replace(record, wanted=0, alone=0)
+                record = replace(record, wanted=0, alone=0, minimum=record.backed)
             records.append(record)
         return records
 
@@ -327,8 +332,8 @@ def _shares(takers: Sequence[Record], there: int) -> list[int]:
     for what nobody gives away. Where there is enough for all, each may have what the others leave.
 
     A server whose next request needs more than its share, and which runs nothing, would wait for ever, and so might two
-    for each other. So there is room for the request that has waited longest; the others run what they have to its
-    end, and begin no more before that one does.
+    for each other. So there is room for the request that has waited longest, until it ends; the others run what they
+    have to its end, and begin no more before that one does.
     """
     low = [taker.least for taker in takers]
     high = [max(taker.backed + taker.wanted, least) for taker, least in zip(takers, low, strict=True)]

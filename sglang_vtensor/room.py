@@ -28,6 +28,8 @@ class Room:
     #: The bytes of so many pages of each side may hold memory beside the padding pages: the capacity, or less
     #: (`KVMemory.allow`).
     allowance: int
+    #: Whoever begins now asks the driver itself: that it refused when it was last asked keeps nobody out.
+    asks: bool = False
 
     @property
     def owned(self) -> int:
@@ -96,7 +98,7 @@ class Room:
     def missing_bytes(self) -> int:
         """How much of the budget is not to be had now: beyond the allowance, or refused by the driver. Where that gives
         nothing, a side may have what another one gives back."""
-        if self.short:
+        if self.short and not self.asks:
             refused = self.budget.nbytes - self.budget.used - self.budget.free
         else:
             refused = sum(backing.stuck * backing.page_bytes for backing in self.stores)

@@ -82,7 +82,7 @@ class Do:
 
 @dataclass
 class Answer:
-    """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i, and
+    """What came of a request. `gaps[i]` is by how much (nats) the best token beat `seconds[i]` at position i, and
     `logprobs[i]` the best one's log-probability; `prompt_logprobs` are those of the prompt's tokens, if asked for."""
 
     tokens: list[int]
@@ -90,6 +90,7 @@ class Answer:
     retractions: int
     finish: str
     gaps: list[float] = field(default_factory=list)
+    seconds: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
 
@@ -376,6 +377,7 @@ def _answer(req: Any) -> Answer:
         retractions=req.retraction_count,
         finish=type(req.finished_reason).__name__,
         gaps=[float(values[0] - values[1]) for values in best],
+        seconds=[int(tokens[1]) for tokens in req.logprob.output_top_logprobs_idx or []],
         logprobs=[float(values[0]) for values in best],
         prompt_logprobs=[value for value in req.logprob.input_token_logprobs_val or [] if value is not None],
     )

@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_vtensor.patches.common import Patch
@@ -224,6 +223,8 @@ class Patch0523(Patch):
         """Before SGLang adjusts anything to the model."""
         from sglang.srt.arg_groups.overrides import declare_resolution
 
+        from sglang_vtensor.srt.attention_choice import choose_decode
+
         page_size = self.page_size(server_args)
         if page_size is None:
             previous(server_args)
@@ -237,13 +238,8 @@ class Patch0523(Patch):
             # without windows. The configuration that it made before says otherwise, and is made again.
             declare_resolution(server_args, _SOURCE, disable_hybrid_swa_memory=True)
             vars(server_args).pop("_model_config", None)
-        settings = self.settings(server_args)
-        given = settings.attention_backend or settings.decode_attention_backend
-        if settings.device == "cuda" and not given and self.model(server_args).hf_config.model_type == "gpt_oss":
-            # SGLang chooses by the GPU for gpt-oss, as few backends know its sinks, but only where nothing is given;
-            # what prefill takes is given here.
-            hopper = torch.cuda.get_device_capability()[0] == 9
-            declare_resolution(server_args, _SOURCE, decode_attention_backend="fa3" if hopper else "triton")
+        if chosen := choose_decode(self.settings(server_args), self.model(server_args)):
+            declare_resolution(server_args, _SOURCE, **chosen)
         with _known_to_gpt_oss():
             previous(server_args)
 

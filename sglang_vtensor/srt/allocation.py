@@ -187,7 +187,7 @@ def alloc_for_extend(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, 
         _slots(record.frames, start, stop, runtime.page_tokens)
         for record, start, stop in zip(records, prefix_lens, seq_lens, strict=True)
     ]
-    out_cache_loc = _to_device(np.concatenate(out), batch.device)
+    out_cache_loc = _to_device(torch.from_numpy(np.concatenate(out)), batch.device)
     slots_cpu = torch.tensor(slots, dtype=torch.int64)
     slots_device = slots_cpu.to(batch.device, non_blocking=True)
     prefix_lens_cpu = torch.tensor(prefix_lens, dtype=torch.int64)
@@ -234,7 +234,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     if token_per_req != 1:
         raise NotImplementedError(f"{token_per_req} tokens a decode step: speculative decoding is refused at start")
     runtime: Runtime = batch.token_to_kv_pool_allocator.runtime
-    lengths: np.ndarray = batch.seq_lens_cpu.numpy()
+    lengths: torch.Tensor = batch.seq_lens_cpu
     with runtime.memory.clock:
         places = runtime.decode.next(batch.reqs, lengths)
         if places is not None:
@@ -350,14 +350,13 @@ def _prefix_slots(records: list[RequestFrames], prefix_lens: list[int], tokens: 
     """The slots of what comes before the new tokens of each request (int64, on the device), made there of frames."""
     counts = [-(-prefix_len // tokens) for prefix_len in prefix_lens]
     frames = [frame for record, count in zip(records, counts, strict=True) for frame in record.frames[:count]]
-    first = _to_device(np.array(frames, dtype=np.int64) * tokens, device)
+    first = _to_device(torch.tensor(frames, dtype=torch.int64) * tokens, device)
     slots = (first[:, None] + torch.arange(tokens, device=device)).reshape(-1)
     of_each = slots.split([count * tokens for count in counts])
     return [own[:prefix_len] for own, prefix_len in zip(of_each, prefix_lens, strict=True)]
 
 
-def _to_device(array: np.ndarray, device: str) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
+def _to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
     if is_pin_memory_available(device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 
 from sglang_vtensor.arrival import BESIDE_BYTES, Arrival, weights_bytes
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours
-from sglang_vtensor.vmm import device_identity, open_vmm
+from sglang_vtensor.vmm import Unsupported, device_identity, free_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def arrive(settings: Any, gpu_id: int) -> Arrival | None:
@@ -28,9 +30,11 @@ def arrive(settings: Any, gpu_id: int) -> Arrival | None:
     except NoNeighbours:
         return None  # it is said when the KV cache is there
     needed = weights_bytes(_folder_of(settings.model_path)) + (BESIDE_BYTES if settings.device == "cuda" else 0)
-    opened = functools.cache(open_vmm)  # which makes a context, and only where somebody else is there
-    arrival = Arrival(neighbours, needed, held=lambda: _taken(device), free=lambda: opened(device).memory()[0])
-    arrival.wait()
+    arrival = Arrival(neighbours, needed, held=lambda: _taken(device), free=lambda: free_bytes(device))
+    try:
+        arrival.wait()
+    except Unsupported as error:
+        logger.warning("%s: this server asks the others on it for memory, and does not wait for that", error)
     return arrival
 
 

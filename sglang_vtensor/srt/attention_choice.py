@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 NAMES = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 #: SGLang's arguments that ask for sums whose order does not depend on what else is in a batch.
 DETERMINISTIC = ("enable_deterministic_inference", "rl_on_policy_target")
+#: Models that SGLang does not run on FlashInfer's attention.
+NOT_BY_FLASHINFER = ("gpt_oss", "olmo2", "olmo3", "exaone4", "exaone_moe", "llama4", "llama4_text")
 
 
 def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, str]:
@@ -76,6 +78,27 @@ def choose_attention(given: Mapping[str, Any], options: Options) -> dict[str, st
             f"--vtensor-prefill-kernel fa3 needs sm_90 (Hopper), and this GPU is sm_{major}{minor}: use triton, or auto"
         )
     return {"prefill_attention_backend": ATTENTION_BACKEND}
+
+
+def choose_decode(settings: Any, model: Any) -> dict[str, str]:
+    """What SGLang is to be told for a half of attention on a GPU that the user named no backend for, and that is not
+    ours; nothing where its own choice reads our memory. `settings` are SGLang's, and `model` is its `ModelConfig`.
+
+    For gpt-oss, whose sinks few backends know, SGLang chooses only where nothing is given. On sm_100 it takes
+    `trtllm_mha`, which has pages of at most 128 tokens.
+    """
+    prefill, decode = settings.prefill_attention_backend, settings.decode_attention_backend
+    deterministic = any(getattr(settings, name) for name in DETERMINISTIC)  # SGLang has a choice of its own for that
+    if settings.device != "cuda" or settings.attention_backend or deterministic:
+        return {}
+    major, _ = torch.cuda.get_device_capability()
+    kind, chosen = model.hf_config.model_type, {}
+    if major == 10 and not (prefill and decode):
+        chosen["attention_backend"] = "triton" if kind in NOT_BY_FLASHINFER else "flashinfer"
+    if kind == "gpt_oss" and prefill == ATTENTION_BACKEND and not decode:
+        fa3 = major == 9 and settings.kv_cache_dtype != "fp8_e5m2"  # which FlashAttention-3 does not read
+        chosen["decode_attention_backend"] = "fa3" if fa3 else "triton"
+    return chosen
 
 
 def _leave_to_sglang(option: str, options: Options, *, host: bool, ours_named: bool) -> None:

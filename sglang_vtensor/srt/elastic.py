@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, allowed
+from sglang_vtensor.srt.demand import Demand, Patience, Turn, bytes_to_go_on, demanded
 from sglang_vtensor.worker import RETRY_SECONDS as WORKER_RETRY_SECONDS
 
 if TYPE_CHECKING:
@@ -47,19 +48,6 @@ EXPIRE_EVERY_SECONDS = 1.0
 LOOK_EVERY_SECONDS, CALM_SECONDS = 0.05, 1.0
 #: Beside neighbours the driver is asked again sooner.
 RETRY_SECONDS = 0.1
-#: So many waiting requests are what a server wants memory for.
-WANTED_REQUESTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """Requests that memory is for: see `Elastic.tick`."""
-
-    waiting: Sequence[Req]
-    running: Sequence[Req] = ()
-    new_token_ratio: float = 0.0
-    #: Whose prompt is computed in part.
-    chunked: Req | None = None
 
 
 class Elastic:
@@ -89,13 +77,18 @@ class Elastic:
         self.neighbours = self._neighbours()
         #: Whether another server is on this device.
         self.beside_others = False
+        #: Who waits found no memory together, on one of the ranks, and none runs whose end would make room.
+        self.one_at_a_time = False
         self._emptied = False
-        #: Since when nothing runs and a request waits, as the neighbours are told; 0: that is not so.
-        self._alone_since = 0
+        self._turn = Turn()
         self._left_headroom = 0
         #: Tokens of the pool's size that were not to be had when requests were last looked at.
         self._missing = 0
         self._expire_at = self._look_at = self._calm_at = 0.0
+        #: Whether who was retracted waits for memory that is to come, and when that is counted again.
+        self._awaits_memory = False
+        self._count_at = 0.0
+        self.patience = Patience()
         if self.neighbours is None:
             self._look_at = math.inf
         if cache_idle_seconds is None:
@@ -199,9 +192,6 @@ class Elastic:
     def tick(self, demand: Demand) -> None:
         """What a request left in the tree as it ended may be beyond the limit; what is cached grows old; and neighbours
         want something, or nothing more. Most calls, of thousands a second, find nothing to do.
-
-        Of the answers that the running requests may give, SGLang keeps the share `new_token_ratio` free before it
-        admits others.
         """
         memory, now = self.runtime.memory, time.monotonic()
         if now >= self._look_at or now >= self._expire_at or memory.allowance < memory.capacity or self.holding:
@@ -238,10 +228,7 @@ class Elastic:
         if bool(others) != self.beside_others:
             self.beside_others = bool(others)
             memory.worker.retry_seconds = RETRY_SECONDS if others else WORKER_RETRY_SECONDS
-        free = 0
-        if any(other.wanted for other in others):
-            free = max(0, memory.vmm.memory()[0] - memory.vmm.kept_free)
-        holds = allowed(mine, others, free)
+        holds = allowed(mine, others, memory.vmm.left() if any(other.wanted for other in others) else 0)
         if holds is not None:
             self._calm_at = now + CALM_SECONDS
             pressure = max(0, self.pages_of(holds))
@@ -260,59 +247,79 @@ class Elastic:
             self._left_headroom, vmm = wanted, self.runtime.memory.vmm
             vmm.others_headroom_bytes = max(0, min(wanted, vmm.memory()[1] // 2 - vmm.headroom_bytes))
 
+    def _cached(self) -> int:
+        """Bytes that are given up where memory is short."""
+        memory = self.runtime.memory
+        return self.runtime.cached_bytes(self.tree.evictable_size()) + len(memory.tails) * memory.page_bytes
+
     def record(self, demand: Demand) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
-        evictable = self.runtime.cached_bytes(self.tree.evictable_size())
-        kept = len(memory.tails) * memory.page_bytes
+        cached = self._cached()
         wanted = alone = 0
-        if not self.holding and (memory.short or self.pressure is not None):
+        if self.sleeping:  # it brings to its end what it has begun
+            demand = replace(demand, waiting=[req for req in demand.waiting if req.is_retracted])
+        if (memory.short or self.pressure is not None or self._awaits_memory) and not self.asleep(demand.waiting):
             # What the requests that run and those at the head of the queue will take, beyond what it holds for them.
-            there = memory.budget.free + kept + evictable
+            there = memory.budget.free + cached
             most = self.limit * memory.page_bytes
-            wanted = min(max(0, self._demanded(demand) - there), max(0, most - memory.needed_bytes))
-            next_one = self._next_alone(demand)
-            if next_one is not None:
+            wanted = min(max(0, demanded(self.runtime, demand) - there), max(0, most - memory.needed_bytes))
+            first = self._turn.take(demand)
+            if first is not None:
                 # It may be admitted beyond the limit (`bars`).
-                alone = self._demanded(Demand([next_one])) + memory.padding_bytes
+                alone = demanded(self.runtime, Demand([first])) + memory.padding_bytes
                 wanted = max(wanted, alone - memory.backed_bytes)
-        if not alone:
-            self._alone_since = 0
-        elif not self._alone_since:
-            self._alone_since = time.monotonic_ns() // 1000
+        else:
+            self._turn.end()
         return Record(
             backed=memory.backed_bytes,
             idle=memory.budget.free,
-            cached=evictable + kept,
+            cached=cached,
             minimum=self.minimum_bytes,
             wanted=wanted,
             alone=alone,
-            since=self._alone_since,
+            since=self._turn.since if alone else 0,
             headroom=memory.vmm.headroom_bytes,
         )
-
-    @staticmethod
-    def _next_alone(demand: Demand) -> Req | None:
-        """The request that is to run next, if nothing runs: whose prompt is computed in part, or the first one."""
-        if demand.running:
-            return None
-        return demand.chunked or next(iter(demand.waiting), None)
 
     def offers(self, waiting: list[Req], *, busy: bool) -> tuple[list[Req], bool]:
         """The waiting requests that may be admitted now, and whether they may have memory beyond the limit.
 
         A request that was retracted comes to its end whatever the limit is. While others run (`busy`), it waits for
-        them within the limit. When none runs, it is admitted before the requests that have not begun.
+        them within the limit. When none runs, it is admitted before the requests that have not begun; all wait with it
+        while its memory is to come.
         """
         memory = self.runtime.memory
-        if self.released:  # also who was retracted, as the engine was paused
+        if self.released:  # also who was retracted waits, as the engine was paused
+            self._awaits_memory = False
             return [], False
-        if memory.allowance == memory.capacity:
-            return waiting, False
         begun = [] if busy else [req for req in waiting if req.is_retracted]
-        if begun or self.sleeping:
+        less = memory.allowance < memory.capacity
+        if not self.runtime.several_ranks:  # each would see the memory of another device
+            self.patience.look(begun, stuck=bool(waiting) and not busy, short=memory.short)
+            comes_next = bool(begun) and (less or begun[0] is waiting[0])
+            self._awaits_memory = comes_next and not self.patience.is_over and self._memory_is_to_come(begun[0])
+        if self._awaits_memory:
+            return [], False
+        if less and (begun or self.sleeping):
             return begun, True
         return waiting, False
+
+    def _memory_is_to_come(self, req: Req) -> bool:
+        """Whether `req`, which was retracted, waits although nothing runs, as there is no memory yet for all that
+        SGLang keeps room for. To go on with memory that others are yet to give would be to be retracted for each page
+        that they give, and each time its context is computed anew."""
+        now, memory = time.monotonic(), self.runtime.memory
+        if not (self._awaits_memory or self.beside_others or memory.short):
+            return False
+        if self._awaits_memory and now < self._count_at:
+            return True
+        self._count_at = now + LOOK_EVERY_SECONDS
+        with memory.clock:
+            there = memory.vmm.left() + memory.budget.free + self._cached()
+            if self.pressure is not None:  # what is free may be another one's turn
+                there = min(there, (self.pressure + 1) * memory.page_bytes)
+            return there < min(demanded(self.runtime, Demand([req])), memory.budget.nbytes)
 
     def has_more_room(self) -> bool:
         """Whether memory has come since this was last asked: SGLang is then to look again at requests that it found no
@@ -326,19 +333,22 @@ class Elastic:
         request is then to be admitted alone, and may grow beyond the limit."""
         limited = self.limit < self.runtime.memory.capacity
         left = self.pressure is None or self.pressure >= self.limit  # by its neighbours
-        return bool(waiting) and not busy and limited and left and not self.holding
+        return bool(waiting) and not busy and limited and left and not self.holding and not self._awaits_memory
 
     @contextlib.contextmanager
     def beyond_the_limit(self, really: bool) -> Iterator[None]:
-        """Within this, requests are admitted as if there were no limit, if `really`."""
+        """Within this, requests are admitted as if there were no limit, if `really`. They ask the driver themselves: it
+        may have refused, and beyond the limit the worker does not look whether it gives again. So do requests that are
+        tried with what there is."""
         memory = self.runtime.memory
         allowance = memory.allowance
+        memory.asks = self.patience.tries or (really and memory.supply.asks_again)
         if really:
             memory.allowance = memory.capacity
         try:
             yield
         finally:
-            memory.allowance = allowance
+            memory.allowance, memory.asks = allowance, False
 
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""
@@ -347,11 +357,13 @@ class Elastic:
             return
         page = memory.page_bytes
         with memory.clock:
-            too_long = [req for req in waiting if not req.is_retracted and self._wants(req) > self.limit * page]
-        for req in too_long:
+            needed = {req: bytes_to_go_on(self.runtime, req) for req in waiting if not req.is_retracted}
+        for req, nbytes in needed.items():
+            if nbytes <= self.limit * page:
+                continue
             message = (
-                f"this request needs {-(-self._wants(req) // page)} pages of KV cache, and the server is limited to "
-                f"{self.limit} ({(self.limit + 1) * page} bytes): raise the limit, or shorten the prompt"
+                f"this request needs {-(-nbytes // page)} pages of KV cache, and the server is limited to {self.limit} "
+                f"({(self.limit + 1) * page} bytes): raise the limit, or shorten the prompt"
             )
             self._refuse(
                 req, waiting, {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}, send
@@ -382,32 +394,6 @@ class Elastic:
         for check in checks:
             waiting.remove(check)
         return [check.http_worker_ipc for check in checks]
-
-    def _demanded(self, demand: Demand) -> int:
-        """Bytes that must be free for SGLang to admit what waits at the head of the queue, if anything does: it keeps
-        room also for the answers, for what runs as it estimates them, and for what is to begin whole, with a page."""
-        from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
-
-        heads = demand.waiting[:WANTED_REQUESTS]
-        if not heads:
-            return 0
-
-        def answer(req: Req) -> int:
-            return max(0, min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
-
-        tokens = float(sum(map(answer, heads)))
-        for req in demand.running if demand.chunked is None else [*demand.running, demand.chunked]:
-            if req.finished():  # there until SGLang decodes again, in some versions
-                continue
-            tokens += answer(req) * (1.0 if req.sampling_params.ignore_eos else demand.new_token_ratio)
-            # What chunks of its prompt are yet to come.
-            tokens += len(req.origin_input_ids) + len(req.output_ids) - self.runtime.sglang.allocated(req)
-        layout = self.runtime.memory.layout
-        return sum(map(self._wants, heads)) + (len(heads) + layout.pages_for(int(tokens))) * layout.page_bytes
-
-    def _wants(self, req: Req) -> int:
-        """Bytes that a request needs to begin or to go on."""
-        return self.runtime.bytes_for(len(req.origin_input_ids) + len(req.output_ids) + 1)
 
     def stats(self) -> dict[str, int]:
         memory = self.runtime.memory

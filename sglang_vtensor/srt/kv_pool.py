@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_vtensor.kernels.kv_store import store_kv
@@ -19,8 +20,6 @@ from sglang_vtensor.srt.window_side import SIDE, pages_within
 from sglang_vtensor.vmm import open_vmm
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
-
     from sglang_vtensor.srt.requests import Requests
     from sglang_vtensor.states import StateLayout
 
@@ -129,10 +128,6 @@ class VTensorKVPool(MHATokenToKVPool):
         SGLang's `set_kv_buffer` divides whatever it converts, to FP8 or not."""
         if layer.k_scale is None or self.dtype == computed:
             return None
-        if not isinstance(layer.k_scale, torch.Tensor):  # of --quantization-param-path; SGLang's kernels take tensors
-            layer.k_scale, layer.v_scale = (
-                torch.tensor(scale, dtype=torch.float32, device=self.device) for scale in (layer.k_scale, layer.v_scale)
-            )
         return layer.k_scale, layer.v_scale
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
@@ -167,6 +162,17 @@ class VTensorKVPool(MHATokenToKVPool):
 
     def set_kv_buffer_prefix_valid(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("speculative decoding is refused with --kv-backend vtensor")
+
+
+def complete_scales(model: torch.nn.Module, device: str) -> None:
+    """Of --quantization-param-path a layer has numbers. Some kernels take tensors, others numbers of another name: give
+    it both, as it has them of a checkpoint."""
+    for layer in model.modules():
+        if isinstance(layer, RadixAttention) and isinstance(layer.k_scale, (int, float)):
+            layer.k_scale_float, layer.v_scale_float = layer.k_scale, layer.v_scale
+            layer.k_scale, layer.v_scale = (
+                torch.tensor(scale, dtype=torch.float32, device=device) for scale in (layer.k_scale, layer.v_scale)
+            )
 
 
 def _shares(

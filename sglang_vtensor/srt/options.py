@@ -364,8 +364,13 @@ def refuse_unsupported(
             "its scales lie beside tokens, and pages hold keys and values only",
             "Use --kv-cache-dtype fp8_e4m3, or auto.",
         )
-    if args.device == "cuda" and args.prefill_attention_backend == ATTENTION_BACKEND:
-        refuse_types(kv_dtype(args, model), model.dtype, torch.cuda.get_device_capability())
+    if args.device == "cuda":
+        cache, capability = kv_dtype(args, model), torch.cuda.get_device_capability()
+        if args.prefill_attention_backend == ATTENTION_BACKEND:
+            refuse_types(cache, model.dtype, capability)
+        if takes_fa3(args, capability):
+            half = "fa3" in (args.prefill_attention_backend, args.decode_attention_backend)
+            refuse_types_of_fa3(cache, model.dtype, half=half)
 
 
 def refuse_types(cache: torch.dtype, computed: torch.dtype, capability: tuple[int, int]) -> None:
@@ -374,6 +379,11 @@ def refuse_types(cache: torch.dtype, computed: torch.dtype, capability: tuple[in
     instead = "or give --attention-backend flashinfer, which reads it by slot"
     if computed not in (torch.float16, torch.bfloat16):
         raise Refused(f"--dtype {computed}: our kernels compute in float16 and bfloat16. Use one of them, {instead}")
+    if cache == torch.float8_e4m3fn and computed == torch.float16 and capability == (9, 0):
+        raise Refused(
+            "a KV cache of fp8_e4m3 with a model of torch.float16: FlashAttention-3 reads it for torch.bfloat16 only. "
+            f"Use --dtype bfloat16, or --kv-cache-dtype fp8_e5m2, {instead}"
+        )
     if cache == torch.float8_e4m3fn and capability < (8, 9):
         raise Refused(
             f"a KV cache of fp8_e4m3 needs sm_89 for our kernels, and this GPU is sm_{capability[0]}{capability[1]}: "
@@ -384,6 +394,26 @@ def refuse_types(cache: torch.dtype, computed: torch.dtype, capability: tuple[in
             f"a KV cache of {cache} with a model of {computed}: our kernels read the model's own type, and FP8. Leave "
             f"--kv-cache-dtype out, {instead}"
         )
+
+
+def takes_fa3(args: Any, capability: tuple[int, int]) -> bool:
+    """Whether FlashAttention-3 is in one half of attention or in both by what was named, as SGLang fills it in on
+    Hopper where only one half was."""
+    halves, rest = (args.prefill_attention_backend, args.decode_attention_backend), args.attention_backend
+    if rest is None and any(halves) and capability == (9, 0):
+        rest = "fa3"
+    return "fa3" in [half or rest for half in halves]
+
+
+def refuse_types_of_fa3(cache: torch.dtype, computed: torch.dtype, *, half: bool) -> None:
+    """The same for FlashAttention-3, which was named for a `half` of attention, or else is in all that was not."""
+    if cache == torch.float8_e4m3fn and computed == torch.float16:
+        raise Refused(
+            "fa3 reads a KV cache of fp8_e4m3 for a model of torch.bfloat16 only, and this one is of torch.float16: "
+            "use --dtype bfloat16, or name flashinfer"
+        )
+    if cache == torch.float8_e5m2 and half:  # SGLang looks at --attention-backend itself, and takes triton
+        raise Refused("fa3 does not read a KV cache of fp8_e5m2: name triton, or use --kv-cache-dtype fp8_e4m3")
 
 
 def kv_dtype(args: Any, model: Any) -> torch.dtype:

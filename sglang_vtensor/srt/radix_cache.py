@@ -59,6 +59,9 @@ class PagedRadixCache(MatchingTree):
         self.runtime.use_group(params.tp_cache_group)
         #: Requests whose prompts are on their way into the tree: the extend batch in flight, and the chunked one.
         self.computing: list[Req] = []
+        #: Requests begin one at a time, and those that were tried alone oftener than so are passed over; None: they do
+        #: not.
+        self.fewest_tries: int | None = None
         #: Nodes with several children, by the tokens that these save together (`_rate`); sorted.
         self._shared: list[tuple[int, int, TreeNode]] = []
         super().__init__(params)

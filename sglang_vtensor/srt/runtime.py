@@ -259,12 +259,13 @@ class Runtime:
 
     # On a GPU: the batches in flight.
 
-    def launched(self, stream: torch.cuda.Stream) -> None:
-        """A batch was launched on `stream`. Batches that are done by now are told to the memory; nothing waits."""
+    def launched(self, stream: torch.cuda.Stream, *, idle: bool) -> None:
+        """A batch was launched on `stream`. Batches that are done by now are told to the memory; nothing waits. `idle`
+        as for `KVMemory.launch`."""
         with self.memory.clock:
             event = self._spare.pop() if self._spare else torch.cuda.Event()
             event.record(stream)
-            self._flying.append((self.memory.launch(), event))
+            self._flying.append((self.memory.launch(idle=idle), event))
             self.poll()
 
     def poll(self) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sglang_vtensor.srt.allocation import PutOff
-from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Demand, Elastic
+from sglang_vtensor.srt.demand import Demand
+from sglang_vtensor.srt.elastic import LOOK_EVERY_SECONDS, MAP, Elastic
 from sglang_vtensor.srt.memory_map import memory_map
 from sglang_vtensor.srt.metrics import Metrics
 from sglang_vtensor.srt.occupation import finish_release, unready
@@ -53,13 +55,21 @@ def equip(scheduler: Any, options: Options, metrics_of: str | None, *, tells_ref
 
 
 def passes_over(adder: Any, req: Req) -> bool:
-    """Whether a request is passed over, as its prefix is being computed for another one: the next batch finds it in the
-    tree."""
+    """Whether a request is passed over: its prefix is being computed for another one, and the next batch finds it in
+    the tree; or requests are tried one at a time, and another one is."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
+    fewest = adder.tree_cache.fewest_tries
+    if fewest is not None and (adder.can_run_list or _tries(req) > fewest):
+        return True
     # If others were preempted for it, it is to run now.
     may_wait = not adder.preempt_list and adder.budget_state() is AddReqResult.CONTINUE
     return may_wait and bool(adder.tree_cache.awaits(req, adder.can_run_list))
+
+
+def _tries(req: Any) -> int:
+    """How often a request was tried alone, and found no memory, since others were."""
+    return int(getattr(req, "vtensor_tries", 0))
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +99,9 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     tree.computing = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
     if chunked is not None:
         tree.computing.append(chunked)
+    # Alike on every rank, whichever it is whose driver refuses. Of who was tried least the first is tried next.
+    one_at_a_time = elastic.one_at_a_time and not busy
+    tree.fewest_tries = min(map(_tries, offered), default=0) if one_at_a_time else None
 
     def admit(offered: list[Any], beyond: bool) -> Any:
         waiting, scheduler.waiting_queue = scheduler.waiting_queue, offered
@@ -97,7 +110,14 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
             scheduler.grammar_manager.grammar_queue = []  # none is ready yet: it would begin with what is offered
         try:
             with elastic.beyond_the_limit(beyond):
-                return original(scheduler, *args, **kwargs)
+                made = original(scheduler, *args, **kwargs)
+            if made[0] is not None:
+                elastic.patience.begins()
+            if one_at_a_time:  # one of them found memory, or is not to begin now for another reason
+                elastic.one_at_a_time = made[0] is None
+                for req in offered:
+                    req.vtensor_tries = 0
+            return made
         except PutOff as put_off:
             _put_off(scheduler, put_off.reqs, chunked, alone=running_batch.is_empty())
             return None
@@ -121,6 +141,9 @@ def _put_off(scheduler: Any, reqs: list[Any], chunked: Any, alone: bool) -> None
     up and queues again, for what others can use and the tree keeps of it.
     """
     sglang = runtime_of(scheduler).sglang
+    scheduler.vtensor_elastic.one_at_a_time = alone
+    if alone and len(reqs) == 1:
+        reqs[0].vtensor_tries = _tries(reqs[0]) + 1
     if scheduler.chunked_req is not None:
         scheduler.chunked_req.inflight_middle_chunks -= 1
     scheduler.chunked_req = chunked
@@ -159,17 +182,18 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     _copy(runtime, scheduler)
     with runtime.memory.clock:
         runtime.batch = runtime.decode.slots(batch.reqs)
-    if runtime.sharing is not None and batch.forward_mode.is_decode():
-        contexts = batch.seq_lens_cpu
-        runtime.sharing.begin(runtime.batch, int(contexts.sum()), int(contexts.max()))
+        if runtime.sharing is not None and batch.forward_mode.is_decode():
+            contexts = batch.seq_lens_cpu
+            runtime.sharing.begin(runtime.batch, int(contexts.sum()), int(contexts.max()))
     try:
         result = original(scheduler, batch, *args, **kwargs)
     finally:
         runtime.batch = []
+    idle = all(map(is_health_check_generate_req, batch.reqs))
     if host:
-        runtime.memory.complete(runtime.memory.launch())  # the host computes in this very call: the batch is done
+        runtime.memory.complete(runtime.memory.launch(idle=idle))  # the host computes in this very call: it is done
     else:
-        runtime.launched(_forward_stream(scheduler))
+        runtime.launched(_forward_stream(scheduler), idle=idle)
     _count_tokens(runtime, scheduler, batch)
     _tell(runtime)
     return result

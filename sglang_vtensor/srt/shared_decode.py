@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_vtensor.kernels.compiling import Compiling, launches
-from sglang_vtensor.kernels.configs import capability
+from sglang_vtensor.kernels.configs import capability, shared_decode
 from sglang_vtensor.kernels.launch import DIMS
 from sglang_vtensor.kernels.shared_decode import SharedDecoder
 from sglang_vtensor.srt.attention_cuda import kinds_of_layers
@@ -110,6 +110,17 @@ class SharedDecodeBackend(AttentionBackend):
                 "prefix once a request",
                 ", ".join(map(str, DIMS)),
                 dim,
+            )
+            return inner
+        memory = runner.token_to_kv_pool.runtime.memory
+        layout, sm = memory.layout, capability(memory.vmm.device)
+        group = runner.model_config.num_attention_heads // get_parallel().attn_tp_size // layout.kv_heads
+        if group > (most := shared_decode(dim, sm, layout.dtype).block_m):
+            logger.warning(
+                "shared decode is off: it takes up to %d query heads a KV head, and this model has %d; decode reads a "
+                "shared prefix once a request",
+                most,
+                group,
             )
             return inner
         return cls(runner, inner)

@@ -13,6 +13,7 @@ __all__ = [
     "VMMError",
     "VirtualMemory",
     "device_identity",
+    "free_bytes",
     "open_vmm",
     "page_units",
 ]
@@ -45,6 +46,17 @@ def device_identity(device: str) -> str | None:
 
         return identity_here(int(index or 0))
     return open_vmm(device).identity
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that are free on a torch device, `"cuda:N"` or `"cpu"`. Opens nothing, as `page_units`: where a device is
+    full there may be no memory for a context. Raises `Unsupported` where the driver does not say it without one."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        from sglang_vtensor.vmm.cuda import free_here
+
+        return free_here(int(index or 0))
+    return open_vmm(device).memory()[0]
 
 
 def page_units(device: str) -> tuple[int, int]:

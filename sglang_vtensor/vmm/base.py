@@ -96,6 +96,10 @@ class VirtualMemory(abc.ABC):
         """The headroom of all."""
         return self.headroom_bytes + self.others_headroom_bytes
 
+    def left(self) -> int:
+        """Bytes that the device has free beyond the headroom."""
+        return max(0, self.memory()[0] - self.kept_free)
+
     def low(self) -> bool:
         """Whether less than the headroom is free: somebody else, who may not know of us, took it."""
         return self.memory()[0] < self.kept_free

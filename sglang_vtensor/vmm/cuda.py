@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import pynvml
 import torch
 
 from sglang_vtensor.vmm.base import Handle, OutOfMemory, Unsupported, VirtualMemory, VMMError
@@ -85,6 +86,23 @@ def identity_of(driver: Any, index: int) -> str:
 def identity_here(index: int) -> str:
     """`identity_of` without a context."""
     return identity_of(_driver(), index)
+
+
+def free_here(index: int) -> int:
+    """Bytes that are free on a GPU, or in the MIG slice that stands for one, by NVML: CUDA asks for a context first.
+    Raises `Unsupported` where NVML does not say it."""
+    name = identity_here(index).removeprefix("cuda-")
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{name}")
+        except pynvml.NVMLError_NotFound:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{name}")
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except pynvml.NVMLError as error:
+        raise Unsupported(
+            "nvmlDeviceGetMemoryInfo", f"NVML does not say what is free on GPU {name}: {error}"
+        ) from error
 
 
 class CudaVirtualMemory(VirtualMemory):

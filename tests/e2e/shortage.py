@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +15,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from sglang_vtensor.neighbours import Record
 from sglang_vtensor.vmm import OutOfMemory, VMMError
 from sglang_vtensor.worker import RETRY_SECONDS
 from tests.e2e.compare import TIE, Prompts, assert_same
@@ -119,7 +122,7 @@ def share_device(scheduler: Any, pages: int) -> None:
             return look()
 
     def free() -> int:
-        return pages * page - held * page - sum(other.backed for other in others())
+        return pages * page - held * page - sum(other.backed for other in neighbours.others())
 
     def hold(change: int) -> None:
         nonlocal held
@@ -140,6 +143,21 @@ def share_device(scheduler: Any, pages: int) -> None:
 
     memory.vmm.create, memory.vmm.release, neighbours.others = created, released, others
     memory.vmm.memory = lambda: (max(0, free()), pages * page)
+
+
+def neighbour_gives(scheduler: Any, pages: int, least: int, seconds: float, wanted: int = 0) -> None:
+    """Behind `share_device`: there is a neighbour that holds so many pages, and gives one every `seconds` down to
+    `least` of them when it is asked, as one does whose requests end. It wants so many itself."""
+    page, neighbours, asked_at = _memory(scheduler).layout.page_bytes, scheduler.vtensor_elastic.neighbours, math.inf
+
+    def others() -> list[Any]:
+        nonlocal asked_at
+        if neighbours._record.wanted:
+            asked_at = min(asked_at, time.monotonic())
+        given = int(max(0.0, time.monotonic() - asked_at) / seconds)
+        return [Record(backed=max(least, pages - given) * page, wanted=wanted * page)]
+
+    neighbours.others = others
 
 
 def _memory(scheduler: Any) -> Any:

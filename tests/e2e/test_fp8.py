@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_vtensor import tiny_model
+from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same, both
 from tests.e2e.shortage import leave_pages
 from tests.harness import Request, Scheduler
@@ -137,6 +138,7 @@ def asking(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.skipif(versions.HERE == "v0_5_17", reason="SGLang 0.5.17 does not listen to compressed-tensors here")
 def test_a_checkpoint_that_asks_for_it(models, tmp_path):
     """Nothing is given on the command line: the same as where the type is, and the scales."""
     common = {"kv_backend": "vtensor", "page_size": 16, "dtype": "bfloat16"}
@@ -158,3 +160,22 @@ def test_the_type_of_more_range(schedulers):
     both(reference, ours, [Request("stem", stem, 20)], tie=2 * TIE["fp8"])
     branches = [Request(f"b{n}", stem[: 30 + 20 * n] + prompt(25), 20) for n in range(3)]
     both(reference, ours, branches, tie=2 * TIE["fp8"], cached=[30, 50, 70])
+
+
+def _scales_of_layers(scheduler: Any) -> list[tuple[float, float, float]]:
+    layers = [layer.self_attn.attn for layer in scheduler.tp_worker.model_runner.model.model.layers]
+    return [(float(layer.k_scale), layer.k_scale_float, layer.v_scale_float) for layer in layers]
+
+
+def test_scales_of_a_file_are_those_of_every_kernel(models, tmp_path):
+    """Of --quantization-param-path. SGLang's kernels take them as tensors or as numbers, and must find both."""
+    config = json.loads((models["gqa"] / "config.json").read_text())
+    factors = {str(layer): 0.5 + 0.25 * layer for layer in range(config["num_hidden_layers"])}
+    cache = {"dtype": "float8_e4m3fn", "scaling_factor": {"0": factors}}
+    path = tmp_path / "scales.json"
+    path.write_text(json.dumps({"model_type": config["model_type"], "kv_cache": cache}))
+    common = {"kv_backend": "vtensor", "page_size": 16, "dtype": "bfloat16", **FP8}
+    with Scheduler(models["gqa"], quantization_param_path=str(path), **common) as server:
+        # Before the first request: graphs are captured with them.
+        assert server.call(_scales_of_layers) == [(scale, scale, scale) for scale in factors.values()]
+        server.generate(Request("r", Prompts(46)(50), 8))

@@ -8,14 +8,15 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from sglang_vtensor.srt.elastic import LIMIT
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.e2e.shortage import share_device
-from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, PAGES, S
+from tests.e2e.shortage import neighbour_gives, share_device
+from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, PAGES, SLEEP, WAKE, S
 from tests.harness import ON_GPU, Do, Request, Scheduler
 
 #: So much of a real GPU's memory for each; the host takes `max_total_tokens`.
@@ -298,6 +299,23 @@ def test_one_that_is_paused_gives_what_it_has_cached_and_wants_nothing(two, sche
     other.check()
 
 
+def test_one_that_is_told_to_sleep_gets_what_it_needs_to_end(two, schedulers):
+    """What it runs outgrows what it has as it falls asleep, and is retracted; an idle neighbour has all the rest."""
+    one, other = two
+    reference, prompt = schedulers(**LIMITS), Prompts(11)
+    before = fill(other, prompt)
+    long = [Request(f"long{n}", prompt(90 * S), 300 * S) for n in range(2)]
+    with Looping(other, seconds=20.0):
+        got = one.run([long, *([[]] * 10), [SLEEP]])
+    one.run([[WAKE]])
+    assert sum(answer.retractions for answer in got.values()) > 0, "it lacked nothing"
+    assert other.stats()["pages_backed"] < before, "the neighbour gave nothing"
+    for request, theirs in zip(long, reference.generate(*long), strict=True):
+        assert_same(theirs, got[request.rid], tie=TIE[DTYPE], what=request.rid)
+    one.check()
+    other.check()
+
+
 def _die_below(scheduler, pages):
     if scheduler.token_to_kv_pool_allocator.runtime.memory.backed < pages:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -326,3 +344,72 @@ def test_one_is_killed_in_the_middle_of_giving(two, schedulers):
     check_all(reference, requests, got)
     other.check()
     assert other.stats()["neighbours"] == 0
+
+
+def test_a_long_answer_beside_a_queue_is_not_retracted_again_and_again(two):
+    """It needs more than half of the memory, and nobody waits behind it: it has its turn until it ends."""
+    one, other = two
+    prompt = Prompts(31)
+    long, short = (
+        Request("long", prompt(64 * S), 800 * S),
+        [Request(f"s{n}", prompt(60 * S), 60 * S) for n in range(60)],
+    )
+    naps = [[Do(_nap)]] * 100  # two seconds: they know each other by then
+    with ThreadPoolExecutor(2) as beside:
+        asked = beside.submit(one.run, [*naps, [long], *naps[:20]])
+        behind = beside.submit(other.run, [*naps, *naps[:5], short, *naps[:20]])
+        answer, others = asked.result()["long"], behind.result()
+    assert answer.finish == "FINISH_LENGTH"
+    assert answer.retractions <= 2, "until its neighbour had made room"
+    assert all(other.finish == "FINISH_LENGTH" for other in others.values())
+    for server in two:
+        server.check()
+
+
+def test_who_was_retracted_begins_again_when_there_is_memory_for_all_of_it(start, schedulers):
+    """Its neighbour gives a page now and then. To begin again for each of them would be to be retracted for each."""
+    (one,) = start({})
+    prompt = Prompts(41)
+    long = Request("long", prompt(64 * S), 700 * S)
+    needed = 4 + 44 + 2  # its prompt, its answer, a page that SGLang counts beside them, and the padding page
+    one.call(neighbour_gives, DEVICE - 14, DEVICE - needed - 2, 0.1)
+    answer = one.run([[long]])["long"]
+    assert answer.retractions == 1, "as it began, before it was known what there was"
+    check_all(schedulers(**LIMITS), [long], {"long": answer})
+    assert one.stats()["pages_backed"] >= needed - 2
+    one.check()
+
+
+def _says_no_more(scheduler, tokens):
+    """No request has more to say after so many tokens, which nobody knew before."""
+    for req in scheduler.running_batch.reqs:
+        if len(req.output_ids) >= tokens:
+            req.sampling_params.max_new_tokens = len(req.output_ids) + 1
+    if scheduler.running_batch.is_empty():
+        _nap(scheduler)
+
+
+def test_who_was_retracted_is_tried_with_what_there_is_where_no_more_comes(start, schedulers):
+    """Its neighbour gives enough for what it comes to say, but never enough for all that it might say."""
+    (one,) = start({})
+    prompt, said = Prompts(43), 220 * S
+    long = Request("long", prompt(64 * S), 700 * S)
+    one.call(neighbour_gives, DEVICE - 14, DEVICE - 22, 0.25)
+    answer = one.run([[long], *([[Do(_says_no_more, (said,))]] * 1000)])["long"]
+    assert answer.retractions > 0, "there was memory for it from the beginning"
+    assert said <= len(answer.tokens) < said + 16 * S
+    check_all(schedulers(**LIMITS), [replace(long, new=len(answer.tokens))], {"long": answer})
+    one.check()
+
+
+def test_requests_are_tried_with_what_there_is_on_a_device_that_stays_full(start, schedulers):
+    """The neighbour holds what its own requests use, and wants more. What is left is enough for what requests say, but
+    not for what they might say; and in the end all of it is cached here."""
+    (one,) = start({})
+    prompt, reference = Prompts(45), schedulers(**LIMITS)
+    one.call(neighbour_gives, DEVICE - 24, DEVICE - 24, 1.0, 20)
+    requests = [Request(f"r{n}", prompt(64 * S), 700 * S) for n in range(8)]
+    got = one.run([requests, *([[Do(_says_no_more, (20 * S,))]] * 1000)])
+    check_all(reference, [replace(request, new=len(got[request.rid].tokens)) for request in requests], got)
+    assert max(len(answer.tokens) for answer in got.values()) < 40 * S
+    one.check()

@@ -208,6 +208,32 @@ def test_two_ranks_with_one_history_stay_alike(ranks, seed, arrivals, faults, or
         raise
 
 
+def _only_waits(scheduler: Any, rid: str) -> None:
+    assert [req.rid for req in scheduler.waiting_queue] == [rid]
+    assert scheduler.running_batch.is_empty()
+
+
+@pytest.mark.parametrize("ranks", ["gqa"], indirect=True)
+def test_who_finds_no_memory_together_begins_one_by_one(ranks):
+    """No rank knows what the other's driver refuses: they are admitted together again and again, and nothing runs that
+    would make room."""
+    prompt = Prompts(5)
+    requests = [Request(f"r{n}", prompt(20), 8) for n in range(3)]  # in one batch
+    one_alone = 3  # pages of 16 tokens: two, and the padding page
+    try:
+        scripts = [[requests], [[Do(leave_pages, (one_alone,)), *requests]]]
+        answers = at_once(ranks.both, lambda rank, number: rank.run(scripts[number]))
+        assert all(answer.finish == "FINISH_LENGTH" for told in answers for answer in told.values())
+        # The first one is too long for what one rank has: those behind it come to their end.
+        queue = [Request("long", prompt(90), 8), *(Request(f"s{n}", prompt(20), 8) for n in range(3))]
+        waits = Do(_only_waits, ("long",))
+        scripts = [[queue, *([[]] * 200), [waits]], [[Do(leave_pages, (one_alone,)), *queue], *([[]] * 200), [waits]]]
+        stays_alike(ranks.both, scripts)
+    except BaseException:
+        ranks.start()
+        raise
+
+
 def stays_alike(both: list[Scheduler], scripts: list[list[list[Any]]]) -> None:
     answers = at_once(both, lambda rank, number: rank.run([*scripts[number], END]))
     notes = at_once(both, lambda rank, _: rank.call(noted))
@@ -218,7 +244,7 @@ def stays_alike(both: list[Scheduler], scripts: list[list[list[Any]]]) -> None:
     for rid, one in answers[0].items():
         other = answers[1][rid]
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3), rid  # as in `TIE`
-        assert replace(one, logprobs=[], gaps=[]) == replace(other, logprobs=[], gaps=[]), rid
+        assert replace(one, logprobs=[], gaps=[], seconds=[]) == replace(other, logprobs=[], gaps=[], seconds=[]), rid
     for rank in both:
         rank.check()
     assert all(at_once(both, lambda rank, _: rank.flush()))

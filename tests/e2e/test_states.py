@@ -6,10 +6,10 @@ import pytest
 
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
-from tests.e2e.shortage import check_while_the_driver_fails
+from tests.e2e.shortage import check_while_the_driver_fails, leave_pages
 from tests.e2e.test_elastic import SLEEP, WAKE, limit
 from tests.effort import pairs_of
-from tests.harness import Abort, Request, side_by_side
+from tests.harness import Abort, Do, Request, side_by_side
 from tests.state_models import CHUNKS
 
 pytestmark = pytest.mark.parametrize(("model", "page"), pairs_of(versions.WITH_STATES, [16, 128]))
@@ -182,3 +182,19 @@ def test_while_the_driver_fails(schedulers, model, page):
     reference = schedulers(model, max_running_requests=8)
     ours = schedulers(model, kv_backend="vtensor", page_size=page, **limits)
     check_while_the_driver_fails(reference, ours, longest=250)
+
+
+def test_who_waited_for_a_state_begins_once_the_driver_gives_again(schedulers, model, page):
+    """Nothing runs and nothing is cached as the driver refuses a state: nobody who begins asks for one again."""
+    reference, ours = pair(schedulers, model, page, max_total_tokens=4096, max_running_requests=8)
+    prompt = Prompts(9)
+    requests = [Request(f"r{n}", prompt(60), 8) for n in range(2)]
+    expected = reference.run([requests])
+    assert ours.flush()
+    before = ours.stats()["shortages"]
+    ours.run([[SLEEP], *([[]] * 4), [Do(leave_pages, (2,)), WAKE]])
+    got = ours.run([requests, *([[]] * 20), [Do(leave_pages, (None,))]])
+    assert ours.stats()["shortages"] > before, "the driver refused nothing"
+    for request in requests:
+        assert_same(expected[request.rid], got[request.rid], tie=TIE["float32"], what=request.rid)
+    ours.check()

@@ -266,6 +266,25 @@ class MemoryMachine(RuleBasedStateMachine):
             self.memory.housekeep()
         self.vmm.fail_at = None
 
+    @rule()
+    @precondition(lambda self: self.memory.short)
+    def recover(self) -> None:
+        """The driver gives again. If it has room for a page of any kind more, it is soon known that it does."""
+        for _ in range(4 * CAPACITY):
+            self.memory.housekeep()
+        largest = max(store.page_bytes for store in self.memory.stores)
+        room = min(self.memory.room_bytes(), self.memory.allowed_bytes - self.memory.budget.taken)
+        possible = (
+            self.vmm.memory()[0] >= largest
+            and self.memory.available_pages() > 0
+            and (self.memory.states is None or self.memory.states.left > 0)
+            and all(side.most is None or side.held < side.most for side in self.memory.backings)
+            and not self.kept
+            and room >= self.memory.page_bytes + largest
+        )
+        SEEN["it is known that the driver gives again"] += possible
+        assert not (possible and self.memory.short)
+
     @rule(fail=st.none() | st.integers(1, 3))
     def trim(self, fail: int | None) -> None:
         self.vmm.fail_at = fail
@@ -418,6 +437,7 @@ def busy_history(rng: random.Random) -> None:
         lambda: machine.claim(data, rng.random() < 0.3): (2, lambda: machine.kept),
         lambda: machine.housekeep(fail(), rng.randint(1, 12)): (5, True),
         lambda: machine.trim(fail()): (1, True),
+        machine.recover: (3, lambda: machine.memory.short),
         lambda: machine.set_limit(rng.choice([CAPACITY, CAPACITY, rng.randint(1, CAPACITY)])): (2, True),
         lambda: machine.copy(rng.randint(1, 8), data): (1, lambda: len(machine.owned) > 1),
     }

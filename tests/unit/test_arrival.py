@@ -50,6 +50,7 @@ def device(tmp_path, monkeypatch):
     monkeypatch.setattr("sglang_vtensor.neighbours.LIST_SECONDS", 0.02)
     monkeypatch.setattr(arrival_module, "TELL_SECONDS", 0.01)
     monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 2.0)
     device = Device(tmp_path / "shared")
     yield device
     device.close()
@@ -73,6 +74,11 @@ def test_others_give_what_they_have_cached_until_there_is_room(device, tmp_path)
     assert arrival.others_hold() >= device.backed
     device.taken = 30
     until(lambda: device.seen[0].wanted == 20)
+    assert device.seen[0].alone == 20, "it can do with nothing less"
+    until(lambda: device.seen[0].alone == 0)
+    assert device.seen[0].wanted == 20, "it has taken no more for long, and has its turn no more"
+    device.taken = 40
+    until(lambda: device.seen[0].alone == 10)
     arrival.over()
     until(lambda: not device.seen)
 
@@ -82,6 +88,18 @@ def test_where_no_more_comes_it_goes_on_and_says_so(device, tmp_path, caplog):
     assert not arrival.wait()
     assert device.free() == 70, "all that was cached"
     assert "need 80 bytes of this device, 70 are free, and the other servers on it give no more" in caplog.text
+    arrival.over()
+
+
+def test_requests_of_the_others_come_to_their_end_first(device, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 30.0)
+    caplog.set_level("INFO")
+    device.cached = 0
+    arrival = arriving_on(device, tmp_path / "shared", 50)
+    threading.Timer(1.0, lambda: setattr(device, "cached", device.backed)).start()
+    assert arrival.wait()
+    assert "waiting until requests of other servers on this device end: 50 bytes wanted" in caplog.text
     arrival.over()
 
 
@@ -99,6 +117,8 @@ def test_the_files_of_one_kind_are_read(tmp_path):
     assert weights_bytes(tmp_path) == 50
     assert weights_bytes(tmp_path / "a.bin") == 45
     assert weights_bytes("some/model") == 0
+    (tmp_path / "b.safetensors").symlink_to("nowhere")
+    assert weights_bytes(tmp_path) == 50, "of a cache that was cleared in part"
 
 
 def test_who_comes_later_hears_it_too(tmp_path, monkeypatch):
@@ -109,7 +129,8 @@ def test_who_comes_later_hears_it_too(tmp_path, monkeypatch):
     (tmp_path / "consolidated.safetensors").write_bytes(bytes(5000))
     arrival = arriving.arrive(settings, 0)
     other = Neighbours("gpu", tmp_path / "shared")
-    assert other.others() == [Record(wanted=1000)]
+    (told,) = other.others()
+    assert told == Record(wanted=1000, alone=1000, since=told.since)
     arrival.over()
     settings.tp_size = 2
     assert arriving.arrive(settings, 0) is None, "ranks would need to agree"

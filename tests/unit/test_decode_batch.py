@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
 
 from sglang_vtensor.srt.decode_batch import DecodeBatch
 from sglang_vtensor.srt.runtime import RequestFrames
@@ -58,9 +58,10 @@ class Server:
             self.changes += 1
             if self.rng.random() < 0.1:
                 self.moved()
-            self.decode.grown(before)
+            if full is not None:
+                self.decode.grown(before)
         assert self.decode.slots(self.batch) == [req.slot for req in self.batch]
-        lengths = np.array([req.length for req in self.batch])
+        lengths = torch.tensor([req.length for req in self.batch])
         places = self.decode.next(self.batch, lengths)
         if places is None:
             self.looked += 1
@@ -105,7 +106,7 @@ def test_a_step_that_was_left_out_is_noticed():
     server.batch[0].record.frames, server.batch[0].length = [5], 1
     server.step()
     server.batch[0].length += 1
-    assert server.decode.next(server.batch, np.array([server.batch[0].length])) is None
+    assert server.decode.next(server.batch, torch.tensor([server.batch[0].length])) is None
 
 
 def test_windows_move_with_each_token():

@@ -327,6 +327,23 @@ def test_a_side_that_is_short_makes_pages_missing():
     assert memory.missing_pages() == 15, "four pages of the other side, given back, are one of each"
 
 
+def test_a_side_that_was_refused_and_lacks_none_is_asked_about_again():
+    """All that may be owned has memory there, and not on the other side: nobody could begin with what that lacks."""
+    vmm = FaultyVirtualMemory()
+    memory = make(vmm, [LAYOUT, WINDOW], idle_seconds=1000.0)
+    memory.worker.retry_seconds = 0.0
+    memory.allow(4)
+    memory.free(take(memory, 4))
+    memory.complete(memory.launch())
+    memory.backings[1].trim(0)
+    memory.backings[0].refusal = VMMError("create", "injected", "INJECTED")
+    assert (memory.backings[0].free, memory.backings[1].free, memory.room()) == (4, 0, 4)
+    assert memory.missing_pages() > 12
+    done(memory)
+    assert not memory.short
+    assert memory.missing_pages() == 12, "the others are beyond the allowance"
+
+
 def test_both_sides_get_memory_where_a_request_comes_to_next():
     memory = make(sides=[LAYOUT, WINDOW], reserve_pages=2, num_frames=8 * 40)
     frames = take(memory, 2)
@@ -563,6 +580,7 @@ def test_the_reserve_is_smaller_when_nothing_has_run_for_long(monkeypatch):
         pass
     assert memory.ready == 6
     now += 1.0
+    memory.complete(memory.launch(idle=True))  # for a health check
     while memory.housekeep():
         pass
     assert memory.ready == memory.reserve_now == 1

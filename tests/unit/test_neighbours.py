@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,40 +113,45 @@ def test_two_containers_with_one_folder(folder):
 
 
 FULL = """
+import os
 import sys
 from pathlib import Path
 from sglang_vtensor import neighbours
-from sglang_vtensor.neighbours import Neighbours, NoNeighbours
+from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record
 neighbours.LIST_SECONDS = 0.0
-root, running = Path(sys.argv[1]), sys.argv[2] == "running"
+root, when = Path(sys.argv[1]), sys.argv[2]
 folder = root / "shared"
 folder.mkdir(mode=0o700)
-if running:
+if when != "starting":
     server = Neighbours("gpu", folder)
-    server._path.unlink()
+    os.truncate(server._path, 0) if when == "cut off" else server._path.unlink()
 with (root / "rest").open("wb", buffering=0) as file:
     try:
         while True:
             file.write(bytes(4096))
     except OSError:
         pass
-if running:
+if when == "cut off":
+    server.tell(Record(1))
+elif when == "removed":
     assert server.others() == []
 else:
     try:
         Neighbours("gpu", folder)
     except NoNeighbours as error:
         print(error)
-assert list(folder.iterdir()) == []
+assert len(list(folder.iterdir())) == (when == "cut off")
 (root / "rest").unlink()
-if running:
+if when != "starting":
     server.others()
-    assert len(list(folder.iterdir())) == 1
+    server.tell(Record(2))
+    (path,) = folder.iterdir()
+    assert path.stat().st_size == neighbours._SIZE
 """
 
 
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine does not let processes make namespaces")
-@pytest.mark.parametrize("when", ["starting", "running"])
+@pytest.mark.parametrize("when", ["starting", "removed", "cut off"])
 def test_full_shared_memory_ends_no_server(tmp_path, when):
     """Containers have 64 MiB of it by default."""
     mount = 'mount -t tmpfs -o size=64k none "$0" && exec "$1" -c "$2" "$0" "$3"'
@@ -156,7 +162,8 @@ def test_full_shared_memory_ends_no_server(tmp_path, when):
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout + done.stderr
     assert "No space left on device" in said
-    assert ("other servers on this device do not know of this one" in said) == (when == "running")
+    assert ("other servers on this device do not know of this one" in said) == (when == "removed")
+    assert ("other servers on this device are told nothing" in said) == (when == "cut off")
 
 
 def test_a_file_that_is_being_made_is_none_yet_and_of_no_other_version(folder, caplog):
@@ -184,8 +191,8 @@ def test_a_file_that_is_cut_off_tells_nothing_until_its_owner_writes(folder):
     one.close()
 
 
-def test_who_has_told_nothing_for_long_wants_nothing(folder, monkeypatch):
-    """It is paused, in a call that does not return, or stopped, and nobody is to wait for it."""
+def test_who_has_told_nothing_for_long_wants_nothing_and_gives_nothing(folder, monkeypatch):
+    """It is paused, in a call that does not return, or stopped: nobody is to wait for it, or to count on it."""
     now = 1000.0
     monkeypatch.setattr(neighbours.time, "monotonic", lambda: now)
     one, other = Neighbours("gpu", folder), Neighbours("gpu", folder)
@@ -198,7 +205,11 @@ def test_who_has_told_nothing_for_long_wants_nothing(folder, monkeypatch):
     now += 1.9
     assert one.others() == [hungry]
     now += 0.2
-    assert one.others() == [Record(50, cached=10, since=7)], "what it holds it holds"
+    (stopped,) = one.others()
+    assert (stopped.wanted, stopped.alone, stopped.least) == (0, 0, 50), "what it holds it holds"
+    taker = Record(10, wanted=20)
+    assert allowed(taker, [stopped, taker], 5) == 12, "its half of what they hold and of what is free, and no more"
+    assert allowed(stopped, [taker], 5) == 50
     other.tell(hungry)
     assert one.others() == [hungry]
     one.close()
@@ -411,6 +422,17 @@ def test_a_request_that_needs_more_than_a_share_comes_first_when_it_has_waited_l
     huge = Record(35, cached=35, minimum=2, wanted=40, alone=69, since=1)
     assert allowed(huge, [busy], 0) == allowed(busy, [huge], 0) == 35, "the minimum of the other one is in its way"
     assert allowed(Record(35, cached=35, wanted=40, alone=68, since=1), [busy], 0) == 68
+
+
+def test_a_server_that_comes_up_has_a_turn_as_a_request_has():
+    """It needs more than an equal share, and cannot do with less. Whoever waited before it has its turn first."""
+    arriving = Record(wanted=40, alone=40, since=7)
+    busy = [Record(47, idle=40, minimum=5, wanted=20, alone=30, since=8), Record(48, idle=40, minimum=5, wanted=20)]
+    assert 95 - sum(allowed(one, [other, arriving], 0) for one, other in (busy, busy[::-1])) in (40, 41)
+    late = replace(arriving, since=9)
+    assert 95 - sum(allowed(one, [other, late], 0) for one, other in (busy, busy[::-1])) < 40
+    running = [replace(one, idle=5) for one in busy]
+    assert allowed(running[0], [running[1], arriving], 0) == 42, "what runs comes to its end"
 
 
 amounts = st.integers(0, 1000)

@@ -18,9 +18,19 @@ from hypothesis import given
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
 from sglang_vtensor.srt import scheduling
-from sglang_vtensor.srt.attention_choice import choose_attention, wants_shared_decode
+from sglang_vtensor.srt.attention_choice import choose_attention, choose_decode, wants_shared_decode
 from sglang_vtensor.srt.elastic import Elastic
-from sglang_vtensor.srt.options import Options, Refused, asks_for_fp8_kv, kv_dtype, parse_share_or_bytes, refuse_types
+from sglang_vtensor.srt.options import (
+    CUDA_ATTENTION_BACKENDS,
+    Options,
+    Refused,
+    asks_for_fp8_kv,
+    kv_dtype,
+    parse_share_or_bytes,
+    refuse_types,
+    refuse_types_of_fa3,
+    takes_fa3,
+)
 from tests import versions
 
 
@@ -207,6 +217,35 @@ def test_without_deterministic_inference_extends_read_segments(on_hopper):
     assert choose_attention(given, Options(kv_backend="vtensor")) == {"prefill_attention_backend": "vtensor"}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "capability", "given", "chosen"),
+    [
+        ("llama", (9, 0), {}, {}),
+        ("llama", (12, 0), {}, {}),
+        ("llama", (10, 0), {}, {"attention_backend": "flashinfer"}),
+        ("llama", (10, 0), {"attention_backend": "triton"}, {}),
+        ("llama", (10, 0), {"prefill_attention_backend": "triton"}, {"attention_backend": "flashinfer"}),
+        ("llama", (10, 0), {"prefill_attention_backend": None}, {"attention_backend": "flashinfer"}),
+        ("llama", (10, 0), {"decode_attention_backend": "triton"}, {}),
+        ("llama", (10, 0), {"prefill_attention_backend": None, "enable_deterministic_inference": True}, {}),
+        ("olmo2", (10, 0), {}, {"attention_backend": "triton"}),
+        ("gpt_oss", (9, 0), {}, {"decode_attention_backend": "fa3"}),
+        ("gpt_oss", (9, 0), {"kv_cache_dtype": "fp8_e5m2"}, {"decode_attention_backend": "triton"}),
+        ("gpt_oss", (9, 0), {"decode_attention_backend": "triton"}, {}),
+        ("gpt_oss", (8, 0), {}, {"decode_attention_backend": "triton"}),
+        ("gpt_oss", (10, 0), {}, {"attention_backend": "triton", "decode_attention_backend": "triton"}),
+    ],
+)
+def test_decode_is_by_a_kernel_that_reads_our_memory(monkeypatch, model_type, capability, given, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    settings = {"device": "cuda", "attention_backend": None, "decode_attention_backend": None, "kv_cache_dtype": "auto"}
+    settings |= {"enable_deterministic_inference": False, "rl_on_policy_target": None}
+    settings |= {"prefill_attention_backend": "vtensor"} | given
+    model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
+    assert choose_decode(SimpleNamespace(**settings), model) == chosen
+    assert all(name in CUDA_ATTENTION_BACKENDS for name in chosen.values())
+
+
 def test_a_pool_of_another_type_than_sglang_resolved_is_refused(monkeypatch):
     """SGLang learns of a checkpoint's FP8 KV cache when its weights are there; a pool of another type would be read as
     FP8 by its kernels."""
@@ -297,11 +336,50 @@ def test_a_checkpoint_that_sglang_cannot_read_is_left_to_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("both", "prefill", "decode", "taken"),
+    [
+        (None, None, None, False),  # SGLang's deterministic inference has a choice of its own
+        ("fa3", None, None, True),
+        ("triton", None, None, False),
+        (None, "fa3", "flashinfer", True),
+        (None, "flashinfer", "triton", False),
+        ("fa3", "flashinfer", "triton", False),
+        ("triton", "flashinfer", None, False),
+        (None, "flashinfer", None, "on Hopper"),
+        (None, None, "triton", "on Hopper"),
+        (None, "vtensor", None, "on Hopper"),
+    ],
+)
+def test_fa3_is_taken_where_it_was_named_or_is_filled_in(both, prefill, decode, taken):
+    args = SimpleNamespace(attention_backend=both, prefill_attention_backend=prefill, decode_attention_backend=decode)
+    assert takes_fa3(args, (9, 0)) is bool(taken)
+    assert takes_fa3(args, (8, 0)) is (taken is True)
+
+
+@pytest.mark.parametrize(
+    ("cache", "computed", "half", "why"),
+    [
+        (torch.float8_e4m3fn, torch.float16, False, "for a model of torch.bfloat16 only.*use --dtype bfloat16"),
+        (torch.float8_e5m2, torch.bfloat16, True, "fa3 does not read a KV cache of fp8_e5m2: name triton"),
+        (torch.float8_e5m2, torch.bfloat16, False, None),
+        (torch.float8_e4m3fn, torch.bfloat16, True, None),
+        (torch.float16, torch.float16, True, None),
+    ],
+)
+def test_types_that_a_named_fa3_does_not_read_are_refused(cache, computed, half, why):
+    with contextlib.nullcontext() if why is None else pytest.raises(Refused, match=why):
+        refuse_types_of_fa3(cache, computed, half=half)
+
+
+@pytest.mark.parametrize(
     ("cache", "computed", "capability", "why"),
     [
         (torch.bfloat16, torch.float32, (9, 0), r"--dtype torch.float32: our kernels compute in float16 and bfloat16"),
         (torch.float8_e4m3fn, torch.bfloat16, (8, 0), r"fp8_e4m3 needs sm_89 .* is sm_80: use --kv-cache-dtype fp8_e5"),
         (torch.bfloat16, torch.float16, (9, 0), r"a KV cache of torch.bfloat16 with a model of torch.float16"),
+        (torch.float8_e4m3fn, torch.float16, (9, 0), r"fp8_e4m3 with a model of torch.float16: .* --dtype bfloat16"),
+        (torch.float8_e4m3fn, torch.float16, (8, 9), None),
+        (torch.float8_e5m2, torch.float16, (9, 0), None),
         (torch.float8_e5m2, torch.float16, (8, 0), None),
         (torch.float8_e4m3fn, torch.bfloat16, (8, 9), None),
         (torch.float16, torch.float16, (8, 0), None),

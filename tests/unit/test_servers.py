@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from benchmarks import contestants, memory, peaks, report, servers, serving
+from benchmarks import contestants, peaks, report, servers, serving
 from benchmarks.contestants import Answer
 from benchmarks.peaks import Patient, Sizes, held_while_all_ask, intermittent, peak
 from benchmarks.servers import gaps, summarize
@@ -24,7 +24,7 @@ SIZES = Sizes(prompt=3, answer=2, rate=100.0, seconds=30.0, every=45.0, quiet=1.
 
 
 def two(turn, rate, changed=0, failed=0):
-    values = {"turn": turn, "tokens_per_second": rate, "changed_hands_bytes": changed, "failed": failed}
+    values = {"round": turn, "tokens_per_second": rate, "changed_hands_bytes": changed, "failed": failed}
     return {"part": "two", "what": "vtensor"} | values
 
 
@@ -85,7 +85,6 @@ def bench_with(folder, monkeypatch, *clients, quick=False):
     monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "RETURN_SECONDS", 0.0)
-    monkeypatch.setattr(memory, "STEADY_SECONDS", 0.1)
     return servers.Bench(folder, quick, SIZES, None)
 
 
@@ -98,7 +97,7 @@ class Told(Patient):
         return {"failed": self.failed, "failures": ["late"] * self.failed}
 
     def stats(self):
-        return {"backed_bytes": self.held, "pages_backed": self.held}
+        return {"backed_bytes": self.held + 20, "cached_bytes": self.held}
 
     def flush(self):
         pass
@@ -122,15 +121,14 @@ def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, m
         failed, looks = 1, 0
 
         def stats(self):
-            """Free pages go back after a few looks, and what is cached when the first one asks for it."""
+            """What it has ready goes back after a few looks, and what is cached when the first one asks for it."""
             self.looks += 1
-            held = 60 if asked.is_set() else 100 if self.looks < 3 else 80
-            return {"backed_bytes": held, "pages_backed": held}
+            cached = 60 if asked.is_set() and self.looks > 20 else 80
+            return {"backed_bytes": cached + (20 if self.looks < 10 else 0), "cached_bytes": cached}
 
     monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
     monkeypatch.setattr(servers, "kill", lambda url: killed.set())
     bench = bench_with(tmp_path, monkeypatch, First("", 400), Second("", 400), quick=True)
-    monkeypatch.setattr(memory, "STEADY_SECONDS", 0.5)
     bench.killed()
     (row,) = bench.rows
     assert (row["cached_bytes"], row["given_bytes"]) == (80, 20)
@@ -151,7 +149,6 @@ def test_a_neighbour_that_is_not_killed_as_it_gives_ends_the_part(tmp_path, monk
     killed = []
     monkeypatch.setattr(servers, "kill", killed.append)
     monkeypatch.setattr(servers, "WAIT_SECONDS", 1.0)
-    monkeypatch.setattr(servers, "wait_until_steady", lambda client: None)
     bench = bench_with(tmp_path, monkeypatch, Told("", 400), Second("", 400))
     with pytest.raises((RuntimeError, TimeoutError), match=f"gave nothing of 100 bytes within 1 s|{what}"):
         bench.killed()
@@ -172,19 +169,31 @@ def test_a_warm_up_that_fails_ends_the_part_and_a_request_of_an_idle_server_is_c
 
 def test_what_goes_back_by_itself_does_not_change_hands(tmp_path, monkeypatch):
     class Idle(Told):
-        """After its peak it holds 100 bytes, of which 20 are free, and go back while others wait for that."""
+        """Of what it holds, less is ready at each look, and the same is cached; but at the second turn it gives 30."""
 
+        looks, cached = 0, 70
+
+        def stats(self):
+            self.looks += 1
+            return {"backed_bytes": 100 - self.looks, "cached_bytes": self.cached}
+
+    class Taking(Idle):
         def measure(self, workload, seed):
-            self.held = 100
+            first.cached = 40
             return super().measure(workload, seed)
 
-    def wait(client):
-        client.held = min(client.held, 80)
-
-    monkeypatch.setattr(servers, "wait_until_steady", wait)
-    bench = bench_with(tmp_path, monkeypatch, Idle("a", 400), Idle("b", 400))
+    first = Idle("a", 400)
+    monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
+    bench = bench_with(tmp_path, monkeypatch, first, Taking("b", 400))
     bench.two()
-    assert [row["changed_hands_bytes"] for row in bench.rows] == [0] * 4
+    assert [row["changed_hands_bytes"] for row in bench.rows] == [0, 30, 0, 0]
+
+
+def test_a_request_that_was_given_up_counts_among_those_that_waited_longest():
+    answers = [Answer(0.0, 0.1, 5.0, 0.1, 10, 0, 10)] * 90
+    client = Patient("", 400, answers=answers, failures=["TimeoutError()"] * 10, given_up=[300.0] * 10)
+    told = client.told(400.0)
+    assert (told["requests"], told["failed"], told["ttft_p99_ms"]) == (90, 10, 300_000.0)
 
 
 def test_kvcached_is_measured_beside_the_static_thirds_of_its_own_sglang():
@@ -251,14 +260,14 @@ def test_what_servers_hold_is_looked_at_while_all_of_them_are_asked():
 
 
 @pytest.mark.parametrize("part", ["three", "static"])
-def test_each_of_three_servers_has_its_demand_in_its_row(tmp_path, monkeypatch, part):
+def test_each_of_several_servers_has_its_demand_in_its_row(tmp_path, monkeypatch, part):
     answer_after_a_while(monkeypatch)
     bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
     bench.sizes = Sizes(prompt=3, answer=2, rate=10.0, seconds=0.5, every=0.5, quiet=1.0)
     getattr(bench, part)()
     assert len(bench.rows) == 3
     assert {row["demand_bytes"] for row in bench.rows} == {bench.bytes_of(5 * 5)}
-    assert {row["kv_bytes"] for row in bench.rows} == {bench.bytes_of(bench.room(3))}
+    assert {row["kv_bytes"] for row in bench.rows} == {bench.bytes_of(bench.room(2))}
 
 
 def drive(workload, monkeypatch, waits=0.0, gap=0.0, error=None):

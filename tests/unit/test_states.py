@@ -96,6 +96,24 @@ def test_what_the_driver_refuses_no_slot_has():
     memory.check_integrity()
 
 
+def test_the_worker_asks_for_a_state_again_after_the_driver_refused_one():
+    """Nobody can begin before it gives again, and so nobody else asks for one."""
+    vmm = FaultyVirtualMemory()
+    memory = with_states(vmm)
+    memory.worker.retry_seconds = 0.0
+    vmm.fail_calls, vmm.fail_at = ("create",), 1
+    assert memory.states.take(1) is None
+    vmm.fail_at = 1
+    assert not memory.housekeep()
+    assert memory.short, "it refused again"
+    vmm.fail_at = None
+    done(memory)
+    assert not memory.short
+    assert memory.states.backing.pages - 1 == 1
+    assert memory.states.take(1) is not None
+    memory.check_integrity()
+
+
 @pytest.mark.parametrize("idle", [0.0, 1000.0])
 def test_the_worker_gives_idle_states_back(idle):
     memory = with_states(idle_seconds=idle)
