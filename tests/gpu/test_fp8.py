@@ -13,24 +13,31 @@ from tests.harness import Request
 pytest.importorskip("sgl_kernel.flash_attn")
 
 
-@pytest.mark.parametrize(("cache", "backend"), [("fp8_e4m3", "fa3"), ("fp8_e5m2", "triton")])
-def test_log_probabilities_are_as_near_to_those_of_bf16_as_sglangs_own(tmp_path, record_property, cache, backend):
-    """In prefill and in decode, which reads shared prefixes once. FlashAttention-3 takes no e5m2."""
+@pytest.mark.parametrize(
+    ("cache", "backend", "more"),
+    [("fp8_e4m3", "fa3", []), ("fp8_e5m2", "triton", ["--chunked-prefill-size", "128"])],
+    ids=["fp8_e4m3-fa3", "fp8_e5m2-triton"],
+)
+def test_log_probabilities_are_as_near_to_those_of_bf16_as_sglangs_own(tmp_path, record_property, cache, backend, more):
+    """In prefill, and in decode, which reads shared prefixes once. FlashAttention-3 takes no e5m2. SGLang's Triton
+    kernel reads the tokens of a chunk as they were before conversion, and only what is cached in FP8: chunks are small,
+    so that nearly all that both read is cached."""
     model = tiny_model.build(tmp_path / "model", **logprobs.GEOMETRY)
     size = logprobs.Size(4, 8, 2048, 32, 32)
     names = ["fa3", f"{backend}:{cache}", f"vtensor:{cache}"]
-    told = logprobs.summarize(logprobs.compared(model, tmp_path, names, size, host=False))
+    told = logprobs.summarize(logprobs.compared(model, tmp_path, names, size, host=False, more=more))
     record_property("log_probabilities", told)
     for what in ("", "_prefill"):
-        theirs = told[f"logprob_difference_mean_fp8_{backend}{what}"]
-        assert 0 < told[f"logprob_difference_mean_fp8{what}"] < 1.25 * theirs, (what, told)
+        theirs, ours = (told[f"logprob_difference_mean_fp8{who}{what}"] for who in (f"_{backend}", ""))
+        # Means over a thousand tokens of two equal caches differ by as much as a quarter.
+        assert 0 < ours < 1.4 * theirs, (what, told)
 
 
 def test_a_prefill_of_very_uneven_requests_is_ours(schedulers, record_property):
     """One adds a few tokens to a long prefix, and others are short: FlashAttention-3 is several times slower. What the
     prompts' log-probabilities lose beside bf16 is what SGLang's own FP8 loses."""
     long, short = 32000, 300
-    limits = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "chunked_prefill_size": 8192}
+    limits = {"dtype": "bfloat16", "mem_fraction_static": 0.2, "max_total_tokens": 65536, "chunked_prefill_size": 8192}
     fp8 = limits | {"kv_cache_dtype": "fp8_e4m3"}
     prompt = Prompts(61)
     text = prompt(long + 33)

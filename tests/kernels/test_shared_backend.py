@@ -260,6 +260,13 @@ def test_a_head_dimension_that_the_kernel_does_not_take(server, caplog):
     )
 
 
+def test_more_query_heads_than_the_kernel_takes(server, caplog):
+    server.runner.model_config.num_attention_heads = 71 * server.runtime.memory.layout.kv_heads
+    assert SharedDecodeBackend.around(server.runner, server.inner) is server.inner
+    assert "shared decode is off: it takes up to" in caplog.text
+    assert "query heads a KV head, and this model has 71; decode reads" in caplog.text
+
+
 def decode_batch(size):
     return SimpleNamespace(
         forward_mode=SimpleNamespace(is_decode=lambda: True),

@@ -133,7 +133,7 @@ def paths_of(rng: random.Random, requests: int, longest: int) -> list[list[int]]
     seed=st.integers(0, 10_000),
     requests=st.integers(1, 9),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (8, 2)]),
-    dim=st.sampled_from([64, 80, 128, 192]),
+    dim=st.sampled_from([64, 80, 96, 128, 192]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     soft_cap=st.sampled_from([0.0, 0.0, 5.0]),
     sinks=st.booleans(),
@@ -233,9 +233,10 @@ def test_requests_come_and_leave():
         assert_close(out, expected[at])
 
 
-def test_products_of_fp8():
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_products_of_fp8(dim):
     """With queries of the keys' type, as FlashAttention-3 has them."""
-    sizes = {"q_heads": 8, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16, "cache": FP8[0]}
+    sizes = {"q_heads": 8, "kv_heads": 2, "dim": dim, "dtype": torch.bfloat16, "cache": FP8[0]}
     batch = Batch.random([1] * 6, [5 * PAGE + n for n in range(6)], seed=9, **sizes)
     served = Served.of(batch, [[1, 2, 3, 4]] * 6)
     expected = batch.expected()

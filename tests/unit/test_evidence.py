@@ -19,6 +19,8 @@ RECORD = {"name": "x", "command": "python -m benchmarks.x", "commit": "012345678
         ({"rows": [{"round": 1}, {"round": 1}]}, "1 rounds"),
         ({"rows": [{"live_tokens": 1}, *({"round": n, "seconds": 1.0} for n in range(3))]}, ""),
         ({"rows": [{"seconds": 1.0}, *({"round": n, "seconds": 1.0} for n in range(3))]}, "no rounds"),
+        ({"rows": [{"part": part, "round": n, "seconds": 1.0} for part in "ab" for n in range(3)]}, ""),
+        ({"rows": [{"part": part, "round": n, "seconds": 1.0} for part in "ab" for n in range(3)][:-1]}, "2 rounds"),
         ({"rows": [], "comparisons": [{"rounds": 3}, {"rounds": 2}]}, "2 rounds"),
         ({"rows": [{}, {"rounds": 3}]}, "no rounds"),
         ({"rows": []}, "no rounds"),
