@@ -20,7 +20,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,9 +296,10 @@ class Plan:
     devices: tuple[str, ...] = ()
 
 
-def row(answers: list[Answer], seconds: float) -> dict[str, Any]:
-    """Throughput, times to the first token and between tokens (ms), and how much of the prompts was cached."""
-    first = sorted(1000 * (answer.first - answer.sent) for answer in answers)
+def row(answers: list[Answer], seconds: float, given_up: Sequence[float] = ()) -> dict[str, Any]:
+    """Throughput, times to the first token and between tokens (ms), and how much of the prompts was cached. Requests
+    that were `given_up` after so many seconds count among the times to the first token."""
+    first = sorted(1000 * one for one in [*(answer.first - answer.sent for answer in answers), *given_up])
     between = sorted(1000 * (answer.last - answer.first) / (answer.new - 1) for answer in answers if answer.new > 1)
     prompt, new = sum(answer.prompt for answer in answers), sum(answer.new for answer in answers)
 

@@ -94,7 +94,7 @@ GROUPS: dict[str, list[Command]] = {
     ],
     "servers": [
         Command("servers --parts cold --rows {folder}/cold.json", 6),
-        Command("servers --parts alone,two --rows {folder}/two.json", 8),
+        Command("servers --parts alone,two --rows {folder}/two.json", 9),
         Command("servers --parts both --rows {folder}/both.json", 5),
         Command("servers --parts killed,idle --rows {folder}/killed.json", 6),
         Command("servers --parts three,static --rows {folder}/three.json", 10),

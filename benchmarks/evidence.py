@@ -8,12 +8,17 @@ from benchmarks.results import Record
 
 ROUNDS = 3
 #: Files without clocks, in which something is counted once.
-COUNTED = ("hit_rates", "accuracy", "accuracy_fp8_e4m3", "logprobs", "logprobs_fp8_e4m3", "gpu_tests")
+COUNTED = (
+    *("hit_rates", "accuracy", "accuracy_fp8_e4m3", "logprobs", "logprobs_fp8_e4m3", "gpu_tests"),
+    *("servers_both", "servers_killed", "servers_idle"),
+)
 #: Files that do not meet this yet, and why. Their tables say so. An entry goes when its file is measured anew.
 NOT_YET = {
     "gpu_tests": "its tests ran at several commits",
     "memory": "its parts ran once each, at two commits",
-    "servers": "its parts run once or a few times each",
+    "servers": "the server alone had two peaks",
+    "servers_three": "its peaks ran once",
+    "servers_cold": "each cold start ran once",
     "prefill": "the spread of its rounds was not kept",
     "shared_decode": "the spread of its rounds was not kept",
     "plain_decode": "the spread of its rounds was not kept",
@@ -46,7 +51,8 @@ def fewest_rounds(record: Record) -> int:
         return min((int(row["rounds"]) for row in rows), default=0)
     timed = [row for row in rows if "round" in row or "seconds" in row]  # others count something, once
     if timed and all("round" in row for row in timed):
-        return len({row["round"] for row in timed})
+        parts = {row.get("part") for row in timed}
+        return min(len({row["round"] for row in timed if row.get("part") == part}) for part in parts)
     return 0
 
 

@@ -135,19 +135,20 @@ def shares(row: Row) -> bool:
 def summarize(rows: list[Row]) -> dict[str, float]:
     summary: dict[str, float] = {}
     for part in ("prefill", "decode"):
-        some = [row for row in rows if row["part"] == part]
-        if some:
-            ratios = [best(row) / row["server"] for row in some if not shares(row)]
-            summary[f"fp8_{part}_vs_fa3"] = statistics.geometric_mean(ratios)
-            summary[f"fp8_{part}_vs_fa3_min"] = min(ratios)
-            summary[f"fp8_{part}_own_vs_fa3"] = statistics.geometric_mean([best(row) / row["ours"] for row in some])
-            summary[f"fp8_{part}_taken"] = sum(row["taken"] for row in some) / len(some)
-            summary[f"fp8_{part}_error_vs_fa3_worst"] = max(
-                row["error_ours"] / row["error_fa3_page128"] for row in some
-            )
-    if shared := [best(row) / row["server"] for row in rows if shares(row)]:
-        summary["fp8_shared_decode_vs_fa3"] = statistics.geometric_mean(shared)
-        summary["fp8_shared_decode_vs_fa3_min"] = min(shared)
+        all_of_it = [row for row in rows if row["part"] == part]
+        for name, some in (
+            (f"fp8_{part}", [row for row in all_of_it if not shares(row)]),
+            (f"fp8_shared_{part}", [row for row in all_of_it if shares(row)]),
+        ):
+            if some:
+                ratios = [best(row) / row["server"] for row in some]
+                summary[f"{name}_vs_fa3"] = statistics.geometric_mean(ratios)
+                summary[f"{name}_vs_fa3_min"] = min(ratios)
+                summary[f"{name}_own_vs_fa3"] = statistics.geometric_mean([best(row) / row["ours"] for row in some])
+                summary[f"{name}_taken"] = sum(row["taken"] for row in some) / len(some)
+        if all_of_it:
+            errors = [row["error_ours"] / row["error_fa3_page128"] for row in all_of_it]
+            summary[f"fp8_{part}_error_vs_fa3_worst"] = max(errors)
     for row in rows:
         if row["part"] == "decode" and row["case"] == "Llama-3-8B, shared_8k_x64":
             summary["fp8_shared_decode_8k_x64"] = best(row) / row["ours"]

@@ -146,7 +146,8 @@ def fp8_decode(record: Record) -> str:
         f"Where nothing is shared, decode is {summary['fp8_decode_vs_fa3']:.2f} times as fast as FlashAttention-3 in "
         "the geometric mean over the geometries, and "
         f"{summary['fp8_shared_decode_vs_fa3']:.2f} times where prefixes are shared. The server "
-        f"takes our kernel in {summary['fp8_decode_taken']:.0%} of all cases. Beside attention in float32 "
+        f"takes our kernel in {summary['fp8_decode_taken']:.0%} of the former cases, and in "
+        f"{summary['fp8_shared_decode_taken']:.0%} of the latter. Beside attention in float32 "
         "over the same FP8 keys and values, the error of our kernel is at most "
         f"{summary['fp8_decode_error_vs_fa3_worst']:.2f} of FlashAttention-3's. " + rounds_of(record["rows"], _FP8)
     ).strip()

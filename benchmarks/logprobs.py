@@ -128,10 +128,17 @@ def row(name: str, one: Sequence[Said], other: Sequence[Said]) -> dict[str, Any]
 
 
 def compared(
-    model: Path, folder: Path, names: Sequence[str], size: Size, *, host: bool, rows_file: Path | None = None
+    model: Path,
+    folder: Path,
+    names: Sequence[str],
+    size: Size,
+    *,
+    host: bool,
+    more: Sequence[str] = (),
+    rows_file: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The first of `names` is the reference. Raises `RuntimeError` where ours is to share what it decodes, on a GPU,
-    and does not. Rows are written to `rows_file` as they come."""
+    """The first of `names` is the reference; each is given `more` arguments too. Raises `RuntimeError` where ours is to
+    share what it decodes, on a GPU, and does not. Rows are written to `rows_file` as they come."""
     rows: list[dict[str, Any]] = []
     prompts, together = size.prompts(), size.groups * size.samples
     decoded: list[Said] = []
@@ -145,7 +152,7 @@ def compared(
 
     for name in names:
         contestant, _, cache = name.partition(":")
-        arguments = [*(HOST if host else GPU)[contestant], *(["--kv-cache-dtype", cache] if cache else [])]
+        arguments = [*(HOST if host else GPU)[contestant], *(["--kv-cache-dtype", cache] if cache else []), *more]
         if not host:
             # Room for all of them at once, and no share of a GPU that others use too.
             room = len(prompts) * (begin + size.new + MARGIN)

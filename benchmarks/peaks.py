@@ -7,7 +7,7 @@ import random
 import statistics
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -28,7 +28,7 @@ class Sizes:
 
     prompt: int = 3072
     answer: int = 1024
-    rate: float = 5.0
+    rate: float = 2.5
     seconds: float = 30.0
     every: float = 45.0
     quiet: float = 0.3
@@ -37,31 +37,40 @@ class Sizes:
     def tokens(self) -> int:
         return self.prompt + self.answer
 
+    def with_shorter_answers(self) -> Sizes:
+        """Requests of as many tokens, of which half as many are answers."""
+        answer = self.answer // 2
+        return replace(self, prompt=self.tokens - answer, answer=answer)
+
 
 @dataclass
 class Patient(Client):
     """Goes on after a request that failed, and keeps why. Knows how many requests are not answered yet."""
 
     failures: list[str] = field(default_factory=list)
+    #: Seconds until it gave a request up.
+    given_up: list[float] = field(default_factory=list)
     unanswered: int = 0
 
     async def ask(self, http: aiohttp.ClientSession, tokens: list[int], new: int) -> list[int]:
         self.unanswered += 1
+        start = time.perf_counter()
         try:
             return await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
         except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, LookupError) as error:
             self.failures.append(repr(error)[:200])
+            self.given_up.append(time.perf_counter() - start)
             return []
         finally:
             self.unanswered -= 1
 
     def measure(self, workload: Workload, seed: int) -> dict[str, Any]:
-        self.failures = []
+        self.failures, self.given_up = [], []
         return self.told(self.drive(workload, seed))
 
     def told(self, seconds: float) -> dict[str, Any]:
         """A row of what came of the requests."""
-        measured = row(self.answers, seconds) if self.answers else {"requests": 0}
+        measured = row(self.answers, seconds, self.given_up) if self.answers else {"requests": 0}
         late = [answer.waited for answer in self.answers if answer.waited > WAIT_SECONDS]
         failures = [*self.failures, *(f"waited {waited:.0f} s" for waited in late)]
         return measured | {"failed": len(failures), "failures": failures[:5]}
@@ -106,7 +115,7 @@ def drive_at_once(clients: list[Patient], workloads: list[Workload], seed: int) 
     """Do a workload of each client, all of them at the same time. Returns seconds; each client has its `answers` and
     `failures`."""
     for client in clients:
-        client.answers, client.failures = [], []
+        client.answers, client.failures, client.given_up = [], [], []
 
     async def together() -> None:
         rngs = [random.Random(seed + number) for number in range(len(clients))]

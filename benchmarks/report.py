@@ -301,6 +301,11 @@ TABLES = {
     "hit_rates": hit_rates,
     "memory": memory,
     "servers": servers,
+    "servers_both": servers,
+    "servers_three": servers,
+    "servers_killed": servers,
+    "servers_idle": servers,
+    "servers_cold": servers,
     "gpu_tests": gpu_tests,
 }
 

@@ -4,23 +4,23 @@ and cold.
     python -m benchmarks.servers --parts alone,two      on a GPU, each server with Llama-3-8B's geometry
     python -m benchmarks.servers --quick                the host backend and a small model: does it run?
 
-Parts, each of which runs by itself, in less than 8 minutes on an H200, and is merged into servers.json:
+Parts, each of which runs by itself, in less than 8 minutes on an H200, and the results file that it is merged into:
 
-    alone      peaks of one server that has the GPU to itself
-    two        the same peaks of two servers in turn, which together need 1.5 times the memory that there is
-    both       the same peak of both servers at once, and what each of them holds meanwhile
-    three      three servers, each with quiet requests all the time and a peak of its own
-    static     the same of SGLang as it ships, where each server has a third of the memory for good
-    kvcached   the same of SGLang with kvcached, which is to be installed with an SGLang that it supports; by name only
-    killed     a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
-    idle       what a server holds when it is idle, beside SGLang's own without its KV pool
-    cold       starts with no kernel compiled: until the first answer, and until no kernel is left to compile
+    alone      servers         peaks of one server that has the GPU to itself
+    two        servers         the same peaks of two servers in turn, which need 1.5 times the memory that there is
+    both       servers_both    a peak of both servers at once, and what each of them holds meanwhile
+    three      servers_three   three servers, each with quiet requests all the time and a peak of its own
+    static     servers_three   the same of SGLang as it ships, where each server has a third of the memory for good
+    kvcached   --name          the same of SGLang with kvcached, to be installed with an SGLang that it supports
+    killed     servers_killed  a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
+    idle       servers_idle    what a server holds when it is idle, beside SGLang's own without its KV pool
+    cold       servers_cold    starts with no kernel compiled: until the first answer, and until all are compiled
 
 A request has failed if it waits longer than a minute, for its first token or between two chunks of its stream, and if
 it has an error or too few tokens. A part ends with an error if a request fails while a server warms up, or if its
 neighbour is not killed as it gives.
 kvcached's are measured beside the static thirds of its SGLang: `--parts static,kvcached --name servers_kvcached`.
-Rows have what each server's requests need at once (`demand_bytes`) and what there is for all (`kv_bytes`).
+Rows have what all requests of a server's peak need (`demand_bytes`), and what there is for all servers (`kv_bytes`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from rich.console import Console
 from benchmarks import results
 from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, capacity, compiled
 from benchmarks.geometries import LLAMA
-from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS, wait_until_steady
+from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS
 from benchmarks.memory import device_bytes as device_reader
 from benchmarks.peaks import WAIT_SECONDS, Patient, Sizes, drive_at_once, held_while_all_ask, intermittent, peak
 from benchmarks.prefix import large_model, small_model
@@ -56,8 +56,11 @@ from sglang_vtensor.demo import free_port
 from sglang_vtensor.memory import QUIET_SECONDS
 
 console = Console(width=150)
-PARTS = ("alone", "two", "both", "three", "static", "killed", "idle", "cold")
-#: What runs only where it is asked for.
+#: Where the rows of a part go, unless `--name` says.
+FILES = {"alone": "servers", "two": "servers", "both": "servers_both", "three": "servers_three"}
+FILES |= {"static": "servers_three", "killed": "servers_killed", "idle": "servers_idle", "cold": "servers_cold"}
+PARTS = tuple(FILES)
+#: What runs only where it is asked for, by name.
 MORE_PARTS = ("kvcached",)
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
@@ -106,9 +109,9 @@ class Bench:
             environment = {key: value for key, value in environment.items() if key not in CACHES}
             environment |= {"HOME": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
         with contextlib.ExitStack() as stack:
-            waits, clients = [], []
+            waits, clients, ports = [], [], set[int]()
             for number, name in enumerate(names):
-                port = free_port()
+                ports.add(port := free_port(ports))
                 arguments = list(table[name])
                 if tokens is not None:
                     arguments += ["--max-total-tokens", str(tokens)]
@@ -145,7 +148,7 @@ class Bench:
         return {"requests": count, "tokens": max(int(ALLOWED * self.room(2)), count * self.sizes.tokens)}
 
     def needs(self, requests: int, servers: int) -> dict[str, int]:
-        """What stands in a row: the most that a server's requests need at once, and what there is for all servers."""
+        """What stands in a row: what all requests of a server's peak need, and what there is for all servers."""
         demand = self.bytes_of(requests * self.sizes.tokens)
         return {"demand_bytes": demand, "kv_bytes": self.bytes_of(self.room(servers))}
 
@@ -155,10 +158,10 @@ class Bench:
         one = self.one_of_two()
         with self.servers(["vtensor"], one["tokens"]) as ((client,), _):
             self.warm_up([client])
-            for turn in range(2):
+            for turn in range(3):
                 client.flush()
                 measured = client.measure(peak(one["requests"], self.sizes), seed=10 + turn)
-                self.note("alone", "vtensor", turn=turn, **self.needs(one["requests"], 2), **measured)
+                self.note("alone", "vtensor", round=turn, **self.needs(one["requests"], 2), **measured)
 
     def two(self) -> None:
         one = self.one_of_two()
@@ -166,22 +169,24 @@ class Bench:
             self.warm_up(clients)
             for turn in range(4):
                 client, other = clients[turn % 2], clients[1 - turn % 2]
-                wait_until_steady(other)  # what it gives back by itself does not change hands
-                before = other.stats()["backed_bytes"]
+                before = other.stats()["cached_bytes"]  # what it has ready beside that, it gives back by itself
                 measured = client.measure(peak(one["requests"], self.sizes), seed=20 + turn)
                 held = [each.stats()["backed_bytes"] for each in (client, other)]
-                measured |= {"backed_bytes": held, "changed_hands_bytes": max(0, before - held[1])}
-                self.note("two", "vtensor", turn=turn, **self.needs(one["requests"], 2), **measured)
+                given = before - other.stats()["cached_bytes"]
+                measured |= {"backed_bytes": held, "changed_hands_bytes": max(0, given)}
+                self.note("two", "vtensor", round=turn, **self.needs(one["requests"], 2), **measured)
 
     def both(self) -> None:
-        one = self.one_of_two()
+        """Of as many tokens as in turn, but answers are half as long: two at once decode half as fast, and what there
+        is no room for waits until the first answers end."""
+        one, sizes = self.one_of_two(), self.sizes.with_shorter_answers()
         with self.servers(["vtensor"] * 2, one["tokens"]) as (clients, _):
             self.warm_up(clients)
             done = threading.Event()
             with ThreadPoolExecutor(1) as beside:
                 looking = beside.submit(held_while_all_ask, clients, done)
                 try:
-                    seconds = drive_at_once(clients, [peak(one["requests"], self.sizes)] * 2, seed=60)
+                    seconds = drive_at_once(clients, [peak(one["requests"], sizes)] * 2, seed=60)
                 finally:
                     done.set()
                 held = looking.result()
@@ -202,7 +207,7 @@ class Bench:
         with self.servers([name] * count, tokens) as (clients, _):
             self.warm_up(clients)
             seconds = drive_at_once(clients, [intermittent(n, count, self.sizes) for n in range(count)], seed=30)
-            needs = self.needs(int(self.sizes.rate * self.sizes.seconds), 3)
+            needs = self.needs(int(self.sizes.rate * self.sizes.seconds), count)
             self.note_each(part, name, clients, seconds, needs | {"tokens_each": tokens})
 
     def note_each(
@@ -213,6 +218,7 @@ class Bench:
         for number, client in enumerate(clients):
             everything.answers += client.answers
             everything.failures += client.failures
+            everything.given_up += client.given_up
             self.note(part, name, model=number, **values, **client.told(seconds))
         self.note(part, f"{name}, all", **values, **of_all, **everything.told(seconds))
 
@@ -222,13 +228,12 @@ class Bench:
         with self.servers(["vtensor"] * 2, one["tokens"]) as ((first, second), _):
             self.warm_up([first, second])
             earlier = second.measure(peak(one["requests"], self.sizes), seed=40)
-            wait_until_steady(second)  # what it gives back by itself, being idle, is not for the first one
-            cached = second.stats()["backed_bytes"]
+            cached = second.stats()["cached_bytes"]  # what it has ready beside that, it gives back by itself
 
             def kill_it_as_it_gives() -> dict[str, int]:
                 seconds = 2.0 if self.quick else WAIT_SECONDS
                 deadline = time.monotonic() + seconds
-                while (left := second.stats()["backed_bytes"]) >= cached and time.monotonic() < deadline:
+                while (left := second.stats()["cached_bytes"]) >= cached and time.monotonic() < deadline:
                     time.sleep(0.02)
                 if left >= cached and not self.quick:  # the host has memory for both
                     raise RuntimeError(f"the neighbour gave nothing of {cached} bytes within {seconds:.0f} s")
@@ -333,22 +338,25 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(
     parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
     rate: Annotated[float, typer.Option(help="Requests a second at a peak of three servers.")] = Sizes.rate,
-    name: Annotated[str, typer.Option(help="The results file: results/NAME.json.")] = "servers",
+    name: Annotated[str, typer.Option(help="One results file for all: results/NAME.json.")] = "",
     quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
     """Measure, print, and merge into the results file."""
     end_with_servers()
     chosen = parts_of(parts, [*PARTS, *MORE_PARTS], PARTS)
+    if not (name or quick) and set(chosen) & set(MORE_PARTS):
+        raise typer.BadParameter(f"give --name too: {', '.join(MORE_PARTS)} has no results file of its own")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file)
         for part in chosen:
             getattr(bench, part)()
-    rows = bench.rows
-    if not quick:
-        path, rows, dropped = results.add_parts(name, rows, lambda one: one["part"], summarize)
+    files = {name or FILES[part] for part in chosen} if not quick else set()
+    for file in sorted(files):
+        rows = [one for one in bench.rows if file in (name, FILES.get(one["part"]))]
+        path, _, dropped = results.add_parts(file, rows, lambda one: one["part"], summarize)
         console.print(results.written(path, dropped))
-    console.print(summarize(rows))
+    console.print(summarize(bench.rows))
 
 
 if __name__ == "__main__":
