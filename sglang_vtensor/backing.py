@@ -132,8 +132,8 @@ class Backing:
     @property
     def flying(self) -> int:
         """Free pages that a batch in flight may still read."""
-        # Copied at once: the worker may change it meanwhile.
-        return sum(count for epoch, count in tuple(self._free_epochs.items()) if epoch > self.completed)
+        # Copied in one step of the interpreter: the worker may change it meanwhile.
+        return sum(count for epoch, count in dict(self._free_epochs).items() if epoch > self.completed)
 
     @property
     def creatable(self) -> int:

@@ -379,6 +379,11 @@ class KVMemory(Room):
         scheduling thread, whose clock counts it."""
         return self._timed
 
+    def frames_left(self) -> list[int]:
+        """Frames that have memory and no owner, ascending. The worker creates and gives back pages all the time."""
+        with self._timed:
+            return self.backing.newest_vacant(self.backing.free)
+
     def ended(self, runs: int, own_runs: int) -> None:
         """A context ended that was so many runs, and its own part so many of them."""
         self.contexts += 1

@@ -30,8 +30,7 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
     @property
     def free_pages(self) -> torch.Tensor:
         """Frames that have memory and no owner, for SGLang's own invariant checks; those without are far too many."""
-        backing = self.runtime.memory.backing
-        return torch.tensor(backing.newest_vacant(backing.free), dtype=torch.int64, device=self.device)
+        return torch.tensor(self.runtime.memory.frames_left(), dtype=torch.int64, device=self.device)
 
     @property
     def release_pages(self) -> torch.Tensor:

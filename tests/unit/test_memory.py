@@ -590,6 +590,25 @@ def test_the_reserve_is_smaller_when_nothing_has_run_for_long(monkeypatch):
     assert memory.ready == memory.reserve_now == 6, "it is there again for the next one"
 
 
+def test_the_worker_gives_no_page_back_while_frames_are_listed(monkeypatch):
+    memory = make()
+    frames = take(memory, 4)
+    memory.free(frames)
+    done(memory)
+    worker, is_vacant = threading.Thread(target=memory.trim), memory.placement.is_vacant
+
+    def vacant(frame: int) -> bool:
+        if worker.ident is None:
+            worker.start()
+            worker.join(0.5)  # time enough to give all back, if nothing holds it up
+        return is_vacant(frame)
+
+    monkeypatch.setattr(memory.placement, "is_vacant", vacant)
+    assert memory.frames_left() == sorted(frames)
+    worker.join()
+    assert memory.frames_left() == []
+
+
 # Running out.
 
 
