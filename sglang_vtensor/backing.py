@@ -89,9 +89,9 @@ class Backing:
         #: Frames whose pages nobody uses, the longest so first.
         self._free: OrderedDict[int, Free] = OrderedDict()
         self._free_epochs: Counter[int] = Counter()  # how many of these have which epoch
-        #: Pages that are used. A number of its own, which the worker never touches: who hands frames out reads it
-        #: without the lock, and on several ranks it must say the same at the same point of a history.
-        self._used = 0
+        #: Frames whose pages are used. The worker never touches it: who hands frames out, and who matches what is
+        #: cached, reads it without the lock. On several ranks it says the same at the same point of a history.
+        self._used: set[int] = set()
         self._leaving: list[Leaving] = []  # the driver did not take them back when it was last asked to
         self._in_hand = 0  # pages that are created, moved or given back without the lock at this moment
         self._pages[0] = self._new_page(0)
@@ -108,7 +108,7 @@ class Backing:
     @property
     def used(self) -> int:
         """Pages that are used; the padding frame's is not among them."""
-        return self._used
+        return len(self._used)
 
     @property
     def stuck(self) -> int:
@@ -153,13 +153,15 @@ class Backing:
         return sum(frame in pages for frame in frames)
 
     def uses(self, frame: int) -> bool:
-        """Whether the frame's page is used."""
-        return frame in self._pages and frame not in self._free
+        """Whether the frame's page is used. It needs no lock in the thread that hands frames out."""
+        return frame in self._used
 
     def stays_until(self, frame: int, epoch: int) -> bool:
         """Whether the frame's page is used, or free but not to be given back before the batch of this epoch is done."""
+        if frame in self._used:
+            return True
         free = self._free.get(frame)
-        return frame in self._pages and (free is None or free.epoch >= epoch)
+        return free is not None and free.epoch >= epoch
 
     def free_frames(self) -> list[int]:
         """Frames whose pages nobody uses, ascending."""
@@ -200,7 +202,7 @@ class Backing:
     def claim(self, frames: Sequence[int]) -> Claim:
         """The first step of `take`: what these frames have is used from now on, and is not given back for others."""
         had = {frame: self._pop_free(frame) for frame in frames if frame in self._pages}
-        self._used += len(had)
+        self._used.update(had)
         return Claim(had, [frame for frame in frames if frame not in had], [])
 
     def fill(self, claim: Claim) -> bool:
@@ -212,8 +214,8 @@ class Backing:
             while waiting and (self.creatable or self.budget.make_room(self)):
                 try:
                     self._pages[waiting[0]] = self._new_page(waiting[0])
+                    self._used.add(waiting[0])
                     claim.created.append(waiting.popleft())
-                    self._used += 1
                 except OutOfMemory as error:
                     # A side that gives pages back makes room on the device as it does in the budget.
                     refusal = error
@@ -228,7 +230,7 @@ class Backing:
             refusal = error
             for frame in claim.created:
                 self._take_down(Leaving(self._pages.pop(frame), frame))
-            self._used -= len(claim.created)
+            self._used.difference_update(claim.created)
             claim.created.clear()
         self.creates += len(claim.created)
         if claim.created or refusal is not None:
@@ -240,7 +242,7 @@ class Backing:
         now = time.monotonic()
         for frame, free in (*claim.had.items(), *((frame, Free(0, now)) for frame in claim.created)):
             self._set_free(frame, free)
-            self._used -= 1
+            self._used.remove(frame)
 
     def _set_free(self, frame: int, free: Free) -> None:
         self._free[frame] = free
@@ -260,7 +262,7 @@ class Backing:
         for frame in frames:
             assert self.uses(frame), f"frame {frame} is not used"
             self._set_free(frame, free)
-            self._used -= 1
+            self._used.remove(frame)
 
     # The driver.
 
@@ -398,9 +400,9 @@ class Backing:
 
     def check_integrity(self, used: set[int]) -> None:
         """Invariants 1 to 4, as far as one side can see. `used` are the frames whose owners need this side."""
-        assert self._pages.keys() - self._free.keys() == used | {0}, "frames that are used, and pages that are"
+        assert self._used == used, f"frames that are used: {sorted(self._used)}, and that owners need: {sorted(used)}"
+        assert self._pages.keys() - self._free.keys() == used | {0}, "used frames, and pages that are not free"
         assert self._free.keys() <= self._pages.keys()
-        assert self._used == len(used), (self._used, len(used))
         assert self._free_epochs == Counter(free.epoch for free in self._free.values())
         held = [*self._pages.values(), *(leaving.page for leaving in self._leaving)]
         assert len(held) == len(set(held)) == self.pages, "a page is in two frames"

@@ -90,9 +90,26 @@ def elsewhere(frames: Frames) -> int:
     return next(frame for frame in range(40, 64) if not frames.backing.has_page(frame))
 
 
+def test_a_page_never_looks_used_as_the_worker_gives_it_back(frames):
+    """Who matches what is cached asks without the lock: what its side let go of is another one's in a moment."""
+    looked = []
+
+    class Pages(dict):
+        def pop(self, frame):
+            looked.append((frame, frames.backing.uses(frame)))
+            return super().pop(frame)
+
+    (frame,) = frames.take(1)
+    assert frames.backing.uses(frame)
+    frames.give([frame], 0)
+    frames.backing._pages = Pages(frames.backing._pages)
+    assert frames.backing.trim(0) == 1
+    assert looked == [(frame, False)]
+
+
 def test_nothing_has_memory_before_it_is_used_but_the_padding_frame(frames):
     assert frames.backing.pages == 1
-    assert frames.backing.uses(0)
+    assert frames.backing.has_page(0)
     there = frames.take(3)
     assert (frames.backing.pages, frames.backing.creates) == (4, 3)
     assert all(frames.byte(frame).item() == frame for frame in there)
