@@ -63,6 +63,8 @@ class Request:
     lora: str | None = None
     #: The prompt's own log-probabilities are told from this token on.
     logprobs_from: int = -1
+    #: At each position, the log-probabilities of so many of the best tokens are told.
+    best: int = 2
     #: Its embeddings, `(tokens, hidden)`, in place of the prompt's own.
     embeds: list[list[float]] | None = None
 
@@ -82,15 +84,16 @@ class Do:
 
 @dataclass
 class Answer:
-    """What came of a request. `gaps[i]` is by how much (nats) the best token beat `seconds[i]` at position i, and
-    `logprobs[i]` the best one's log-probability; `prompt_logprobs` are those of the prompt's tokens, if asked for."""
+    """What came of a request. `gaps[i]` is by how much (nats) the best token beat the second at position i, `behind[i]`
+    by how much it beat each of the best ones, and `logprobs[i]` its log-probability; `prompt_logprobs` are those of the
+    prompt's tokens, if asked for."""
 
     tokens: list[int]
     cached: int
     retractions: int
     finish: str
     gaps: list[float] = field(default_factory=list)
-    seconds: list[int] = field(default_factory=list)
+    behind: list[dict[int, float]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
 
@@ -361,7 +364,7 @@ def _tokenized(request: Request) -> Any:
         sampling_params=params,
         return_logprob=True,
         logprob_start_len=request.logprobs_from,
-        top_logprobs_num=2,
+        top_logprobs_num=request.best,
         token_ids_logprob=None,
         stream=False,
         priority=request.priority,
@@ -371,13 +374,17 @@ def _tokenized(request: Request) -> Any:
 
 def _answer(req: Any) -> Answer:
     best = req.logprob.output_top_logprobs_val or []
+    tokens = req.logprob.output_top_logprobs_idx or []
     return Answer(
         tokens=list(req.output_ids),
         cached=req.cached_tokens,
         retractions=req.retraction_count,
         finish=type(req.finished_reason).__name__,
         gaps=[float(values[0] - values[1]) for values in best],
-        seconds=[int(tokens[1]) for tokens in req.logprob.output_top_logprobs_idx or []],
+        behind=[
+            {int(token): float(values[0] - value) for token, value in zip(some, values, strict=True)}
+            for some, values in zip(tokens, best, strict=True)
+        ],
         logprobs=[float(values[0]) for values in best],
         prompt_logprobs=[value for value in req.logprob.input_token_logprobs_val or [] if value is not None],
     )

@@ -6,6 +6,7 @@ Run alone: what else runs on the GPU changes what is free.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -37,9 +38,9 @@ OURS = LIMITS | {"kv_backend": "vtensor", "page_size": PAGE_TOKENS, "vtensor_hea
 OURS |= {"vtensor_idle_seconds": 0.5}
 
 
-def requests_of(seed: int, count: int, new: int = NEW, tokens: int = PROMPT) -> list[Request]:
+def requests_of(seed: int, count: int, new: int = NEW, tokens: int = PROMPT, best: int = 2) -> list[Request]:
     prompt = Prompts(seed)
-    return [Request(f"s{seed}r{n}", prompt(tokens), new) for n in range(count)]
+    return [Request(f"s{seed}r{n}", prompt(tokens), new, best=best) for n in range(count)]
 
 
 @pytest.fixture
@@ -94,20 +95,26 @@ def check_all(expected, requests, got, tie=TIE["bfloat16"]):
 #: Nats by which rounding moves two tokens against each other, at most: logits near 16 are rounded to multiples of 1/16
 #: and 1/8, and an answer's prompt and its tokens are computed by different kernels on both sides.
 MOVED = 0.5
+#: So many tokens of random weights may lie so near to the best one.
+BEST = 20
 #: Where the best token leads by so many nats, rounding moves its log-probability by less than so many.
 CLEAR, AWAY = 2.0, 0.25
 
 
 def partings(expected, requests, got) -> list[dict[str, Any]]:
-    """Where answers first differ from the reference's, and how. The texts before are equal, so each side has said by
-    how much its own token led. `moved` (nats) is what lies between."""
+    """Where answers first differ from the reference's, and how. The texts before are equal, and each side has said by
+    how much its own token led the other's. `moved` (nats) is the sum: by so much the two tokens moved against each
+    other. It is infinite where one is not among the best of the other side."""
     found = []
     for request in requests:
         theirs, mine = expected[request.rid], got[request.rid]
         at = next((n for n, (a, b) in enumerate(zip(theirs.tokens, mine.tokens, strict=True)) if a != b), None)
         if at is not None:
-            moved, second = theirs.gaps[at] + mine.gaps[at], mine.seconds[at] == theirs.tokens[at]
-            found.append({"rid": request.rid, "at": at, "moved": moved, "second": second, "retr": mine.retractions})
+            behind = [
+                side.behind[at].get(other.tokens[at], math.inf) - side.behind[at].get(side.tokens[at], math.inf)
+                for side, other in ((theirs, mine), (mine, theirs))
+            ]
+            found.append({"rid": request.rid, "at": at, "moved": sum(behind), "retractions": mine.retractions})
     return sorted(found, key=lambda one: one["moved"])
 
 
@@ -255,7 +262,7 @@ def test_one_is_killed_in_the_middle_of_giving(expect, start, stranger):
 
 def test_a_stranger_takes_memory_at_the_peak(expect, start, stranger, record_property):
     """Requests wait, or are retracted; none fails; and when the memory is free again, it is used again."""
-    requests, later = requests_of(40, 64, new=600), requests_of(41, 32)
+    requests, later = requests_of(40, 64, new=600, best=BEST), requests_of(41, 32)
     expected = expect(requests, later)
     (server,) = start(1)
     got: dict = {}
@@ -276,7 +283,7 @@ def test_a_stranger_takes_memory_at_the_peak(expect, start, stranger, record_pro
     record_property("away_from_prefill", {"mean": means[len(means) // 2], "means": means[-1], "clear": clear[-1]})
     assert all(answer.finish == "FINISH_LENGTH" for answer in got.values())
     # Long answers come to more ties than short ones, and part at wider ones.
-    assert all(one["second"] and one["moved"] < MOVED for one in parted), parted
+    assert all(one["moved"] < MOVED for one in parted), parted
     assert clear[-1] < AWAY, away
     assert means[-1] < 3 * means[len(means) // 2], away
     assert short["shortages"] > before, "the device was never short"
