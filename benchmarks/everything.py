@@ -97,7 +97,7 @@ GROUPS: dict[str, list[Command]] = {
         Command("servers --parts alone,two --rows {folder}/two.json", 9),
         Command("servers --parts both --rows {folder}/both.json", 5),
         Command("servers --parts killed,idle --rows {folder}/killed.json", 6),
-        Command("servers --parts three,static --rows {folder}/three.json", 10),
+        Command("servers --parts three,static --rows {folder}/three.json", 18),
     ],
     "third_party": [
         Command(f"third_party --benchmarks gsp {_PAIR} {_ROWS}/gsp.json", 22),

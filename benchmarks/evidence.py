@@ -18,6 +18,7 @@ NOT_YET = {
     "memory": "its parts ran once each, at two commits",
     "servers": "the server alone had two peaks",
     "servers_three": "its peaks ran once",
+    "servers_kvcached": "its peaks ran once",
     "servers_cold": "each cold start ran once",
     "prefill": "the spread of its rounds was not kept",
     "shared_decode": "the spread of its rounds was not kept",

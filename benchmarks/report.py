@@ -21,7 +21,7 @@ import typer
 from benchmarks import evidence, plots, results, rounds
 from benchmarks.kernel_tables import fp8_decode, fp8_prefill, plain_decode, prefill, shared_decode
 from benchmarks.results import Record, source, where
-from benchmarks.server_tables import accuracy, gpu_tests, live_tokens, logprobs, rollout
+from benchmarks.server_tables import accuracy, gpu_tests, live_tokens, logprobs, rollout, servers
 
 #: What the workloads of the prefix suite are, in a few words.
 WORKLOADS = {
@@ -29,17 +29,6 @@ WORKLOADS = {
     "documents": "documents: many questions on each long text",
     "tree": "tree: prompts that branch",
     "chat_full": "chat, in a cache with room for half of it",
-}
-SERVERS = {
-    "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
-    "both_share": "{:.3f} times the other one's memory is what one of two servers holds, while both have a peak",
-    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
-    "kvcached_ttft_p99_vs_static": "1/{:.2f} of that by kvcached, beside static thirds of the SGLang that it runs with",
-    "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
-    "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile",
-    "requests_failed": "{:.0f} requests failed",
-    "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
-    "cold_full_speed_extra_s": "{:+.1f} s until no kernel is left to compile, beside SGLang's first answer",
 }
 ROOT = Path(__file__).parents[1]
 #: The pages that have marks.
@@ -267,14 +256,6 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def servers(record: Record) -> str:
-    """Several servers on one GPU: what was measured of it."""
-    told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
-    if any(row["part"] == "killed" and row["given_bytes"] > 0 for row in record["rows"]):
-        told.append("- a neighbour was killed as it gave memory, and its death is counted in")
-    return "\n".join([*told, "", source(record)])
-
-
 TABLES = {
     "host": host,
     "serving": serving,
@@ -303,6 +284,7 @@ TABLES = {
     "servers": servers,
     "servers_both": servers,
     "servers_three": servers,
+    "servers_kvcached": servers,
     "servers_killed": servers,
     "servers_idle": servers,
     "servers_cold": servers,

@@ -31,6 +31,45 @@ def rollout(record: Record) -> str:
     return "\n".join([*lines, "", source(record)])
 
 
+SERVERS = {
+    "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
+    "both_share": "{:.3f} times the other one's memory is what one of two servers holds, while both have a peak",
+    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
+    "kvcached_ttft_p99_vs_static": "1/{:.2f} of that by kvcached, beside static thirds of the SGLang that it runs with",
+    "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
+    "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile",
+    "requests_failed": "{:.0f} requests failed",
+    "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
+    "cold_full_speed_extra_s": "{:+.1f} s until no kernel is left to compile, beside SGLang's first answer",
+}
+#: Who is measured at intermittent peaks of three, by the part of its rows.
+OF_THREE = {"three": "three of ours", "kvcached": "three with kvcached", "static": "three of SGLang, static thirds"}
+
+
+def servers(record: Record) -> str:
+    """Several servers on one GPU: what was measured of it."""
+    rows = record["rows"]
+    told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
+    if any(row["part"] == "killed" and row["given_bytes"] > 0 for row in rows):
+        told.append("- a neighbour was killed as it gave memory, and its death is counted in")
+    lines = []
+    for whole in (row for row in rows if row["part"] in OF_THREE and row["what"].endswith(", all")):
+        beside = [row for row in rows if (row["part"], row.get("round")) == (whole["part"], whole.get("round"))]
+        each = [f"{row['ttft_p99_ms']:,.0f}" for row in beside if row is not whole]
+        lines.append(
+            f"| {OF_THREE[whole['part']]} | {whole.get('round', 0) + 1} | {whole['requests']} | {whole['failed']} | "
+            f"{whole['ttft_p99_ms']:,.0f} ms ({', '.join(each)}) | {whole['ttft_median_ms']:,.0f} ms | "
+            f"{whole['tpot_median_ms']:.1f} ms | {whole['tokens_per_second']:,.0f} |"
+        )
+    if lines:
+        told += [
+            "",
+            "| servers | round | answers | failed | p99 TTFT (of each server) | median TTFT | TPOT | tokens/s |",
+        ]
+        told += ["|---" * 8 + "|", *lines]
+    return "\n".join([*told, "", source(record)])
+
+
 def gpu_tests(record: Record) -> str:
     """How many tests passed on a GPU, and the names of those that did not."""
     summary = record["summary"]

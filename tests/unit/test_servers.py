@@ -45,6 +45,10 @@ def test_failures_of_ours_count_in_every_part_once():
     rows += [{"part": "static", "what": what, "failed": 5, "ttft_p99_ms": 250.0} for what in ("fa3", "fa3, all")]
     rows += [{"part": "killed", "what": "vtensor", "failed": 2}]
     assert summarize(rows) == {"three_ttft_p99_vs_static": 2.5, "requests_failed": 5}
+    for number in (1, 2):
+        rows += [{"part": "three", "what": "vtensor, all", "round": number, "ttft_p99_ms": 100.0}]
+        rows += [{"part": "static", "what": "fa3, all", "round": number, "ttft_p99_ms": 100.0 * number}]
+    assert summarize(rows)["three_ttft_p99_vs_static"] == 2.0, "the median of the rounds"
 
 
 def test_a_start_that_reads_from_the_disk_first_does_not_count():
@@ -67,7 +71,7 @@ def test_a_cold_start_that_leaves_kernels_uncompiled_ends_and_does_not_count(tmp
     monkeypatch.setattr(servers.Bench, "servers", up)
     monkeypatch.setattr(servers.precompile, "wait", lambda url: left if url == "http://vtensor" else 1 / 0)
     monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
-    bench = servers.Bench(tmp_path, False, SIZES, None)
+    bench = servers.Bench(tmp_path, False, SIZES, None, 1)
     bench.cold()
     told = [(row["what"], row["counts"], row["kernels_left"]) for row in bench.rows]
     assert told == [("fa3", False, 0), ("vtensor", not left, left), ("fa3", True, 0)]
@@ -85,7 +89,7 @@ def bench_with(folder, monkeypatch, *clients, quick=False):
     monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "RETURN_SECONDS", 0.0)
-    return servers.Bench(folder, quick, SIZES, None)
+    return servers.Bench(folder, quick, SIZES, None, 1)
 
 
 class Told(Patient):
@@ -213,6 +217,9 @@ class Asked(Patient):
         self.looks += 1
         return {"backed_bytes": self.looks * self.more}
 
+    def flush(self):
+        pass
+
 
 def answer_after_a_while(monkeypatch):
     async def ask(client, http, tokens, new):
@@ -264,8 +271,9 @@ def test_each_of_several_servers_has_its_demand_in_its_row(tmp_path, monkeypatch
     answer_after_a_while(monkeypatch)
     bench = bench_with(tmp_path, monkeypatch, Asked("a", 400), Asked("b", 400), quick=True)
     bench.sizes = Sizes(prompt=3, answer=2, rate=10.0, seconds=0.5, every=0.5, quiet=1.0)
+    bench.rounds = 2
     getattr(bench, part)()
-    assert len(bench.rows) == 3
+    assert [row.get("round") for row in bench.rows] == ([None] * 3 if part == "both" else [0, 0, 0, 1, 1, 1])
     assert {row["demand_bytes"] for row in bench.rows} == {bench.bytes_of(5 * 5)}
     assert {row["kv_bytes"] for row in bench.rows} == {bench.bytes_of(bench.room(2))}
 
@@ -375,3 +383,13 @@ def test_the_page_says_what_was_measured_and_no_more():
     for given in (0, 1):
         record["rows"] = [{"part": "killed", "given_bytes": given}]
         assert (killed in report.servers(record).splitlines()) is (given > 0)
+    told = {"requests": 9, "failed": 1, "ttft_median_ms": 5.0, "tpot_median_ms": 2.0, "tokens_per_second": 1e4}
+    peaks = [{"ttft_p99_ms": 10.0}, {"ttft_p99_ms": 1234.0}, {"ttft_p99_ms": 900.0}]
+    record["rows"] = [
+        {"part": "static", "what": what, "round": number} | told | peak
+        for number in (0, 1)
+        for what, peak in zip(("fa3", "fa3", "fa3, all"), peaks, strict=True)
+    ]
+    said = [line for line in report.servers(record).splitlines() if line.startswith("| three of SGLang")]
+    assert said[1] == "| three of SGLang, static thirds | 2 | 9 | 1 | 900 ms (10, 1,234) | 5 ms | 2.0 ms | 10,000 |"
+    assert len(said) == 2
