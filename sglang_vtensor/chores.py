@@ -92,7 +92,7 @@ class Chores:
         request comes to next, or that a new one begins with. Of states, which have no reserve, one slot while it is to
         be seen whether the driver gives again."""
         memory = self.memory
-        if not memory.wants_page(backing) or memory.budget.taken + backing.page_bytes > memory.allowed_bytes:
+        if not memory.wants_page(backing) or memory.budget.taken + backing.page_bytes > memory.allowance_bytes:
             return None
         if backing not in memory.backings:  # any slot of a state is as good as another
             slots = range(1, backing.placement.num_frames)

@@ -37,6 +37,8 @@ _T = TypeVar("_T")
 #: A server is idle if it has launched nothing for so long, and for so long as it keeps free pages. Health checks come
 #: more often.
 QUIET_SECONDS = 30.0
+#: So long another thread waits for the lock: nobody holds it longer, unless the driver does not return.
+LOCKED_SECONDS = 1.0
 
 
 class KVMemory(Room):
@@ -297,11 +299,11 @@ class KVMemory(Room):
     def wants_page(self, backing: Backing) -> bool:
         """Whether one more page is to be created ahead of need. States are created as requests begin; after the driver
         refused one, it is asked for one more as it is for any other page: nobody may begin before it gives again."""
-        reserved, available = 0, max(0, self.room() - len(self.tails))
+        reserved, available = 0, max(0, self.room(ahead=True) - len(self.tails))
         if backing in self.backings:
             reserved = min(self.kept_ready, available)
         elif self.states is not None:
-            available = self.states.room()
+            available = self.states.room(ahead=True)
         if backing.refusal is None:
             return backing.free < reserved
         # One page more than there is tells whether the driver gives again. Also a side that lacks none is asked about:
@@ -379,10 +381,15 @@ class KVMemory(Room):
         scheduling thread, whose clock counts it."""
         return self._timed
 
-    def frames_left(self) -> list[int]:
-        """Frames that have memory and no owner, ascending. The worker creates and gives back pages all the time."""
-        with self._timed:
+    def frames_left(self) -> list[int] | None:
+        """Frames that have memory and no owner, ascending. Any thread may ask; None if another one does not let go of
+        the lock within `LOCKED_SECONDS`, as it may stand in a call of the driver."""
+        if not self._lock.acquire(timeout=LOCKED_SECONDS):
+            return None
+        try:
             return self.backing.newest_vacant(self.backing.free)
+        finally:
+            self._lock.release()
 
     def ended(self, runs: int, own_runs: int) -> None:
         """A context ended that was so many runs, and its own part so many of them."""

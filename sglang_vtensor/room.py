@@ -28,6 +28,9 @@ class Room:
     #: The bytes of so many pages of each side may hold memory beside the padding pages: the capacity, or less
     #: (`KVMemory.allow`).
     allowance: int
+    #: Who begins now may take all of the capacity. It is for the thread that hands frames out: what the worker makes
+    #: ahead stays within the allowance.
+    beyond: bool = False
     #: Whoever begins now asks the driver itself: that it refused when it was last asked keeps nobody out.
     asks: bool = False
 
@@ -75,18 +78,25 @@ class Room:
         return self.budget.used - len(self.tails) * self.page_bytes
 
     @property
-    def allowed_bytes(self) -> int:
-        """Bytes that pages may take now, beside the padding pages."""
+    def allowance_bytes(self) -> int:
+        """Bytes that pages may take, beside the padding pages."""
         return self.allowance * self.page_bytes
 
-    def room_bytes(self, *, growing: bool = False) -> int:
-        """Bytes that owners may take beyond what they have; below 0 where the allowance was lowered meanwhile."""
-        return (self.budget.nbytes if growing else self.allowed_bytes) - self.needed_bytes
+    @property
+    def allowed_bytes(self) -> int:
+        """The same for who begins now."""
+        return self.budget.nbytes if self.beyond else self.allowance_bytes
 
-    def room(self, *, growing: bool = False) -> int:
+    def room_bytes(self, *, growing: bool = False, ahead: bool = False) -> int:
+        """Bytes that owners may take beyond what they have; below 0 where the allowance was lowered meanwhile. `ahead`:
+        for the worker."""
+        allowed = self.budget.nbytes if growing else self.allowance_bytes if ahead else self.allowed_bytes
+        return allowed - self.needed_bytes
+
+    def room(self, *, growing: bool = False, ahead: bool = False) -> int:
         """How many frames may be owned beyond those that are, with memory on all sides; below 0 where the allowance was
-        lowered meanwhile."""
-        rooms = [self.room_bytes(growing=growing) // self.page_bytes, self.limit - self.owned]
+        lowered meanwhile. `ahead`: for the worker."""
+        rooms = [self.room_bytes(growing=growing, ahead=ahead) // self.page_bytes, self.limit - self.owned]
         rooms += [side.most - side.used + len(self.tails) for side in self.backings if side.most is not None]
         return max(0, min(rooms)) if growing else min(rooms)
 
@@ -116,4 +126,4 @@ class Room:
     def over_bytes(self) -> int:
         """Bytes of backed pages beyond the allowance."""
         backed = sum((backing.pages - 1) * backing.page_bytes for backing in self.stores)
-        return max(0, backed - self.allowed_bytes)
+        return max(0, backed - self.allowance_bytes)

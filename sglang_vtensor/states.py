@@ -87,9 +87,10 @@ class States:
         """How many slots nobody owns."""
         return self.placement.num_frames - 1 - self.owned
 
-    def room(self) -> int:
-        """How many more may be owned, with what is kept of unfinished pages given up for them."""
-        return min(self.memory.room_bytes() // self.page_bytes, self.left)
+    def room(self, *, ahead: bool = False) -> int:
+        """How many more may be owned, with what is kept of unfinished pages given up for them. `ahead`: for the
+        worker."""
+        return min(self.memory.room_bytes(ahead=ahead) // self.page_bytes, self.left)
 
     def take(self, count: int) -> list[int] | None:
         """So many slots with memory, or None where the limit or the device has no room for all of them. What was in

@@ -62,13 +62,9 @@ class Counts:
 
     def available(self, evictable_tokens: int) -> float:
         """Tokens that there is memory for beside what requests need now: what is cached and may be evicted (of the
-        first side `evictable_tokens`) is given up for it, but for what was promised. What a batch in flight reads yet
-        is not there; ranks do not count that, as each has other batches in flight."""
-        memory = self.memory
-        needed = memory.needed_bytes - self.runtime.cached_bytes(evictable_tokens)
-        if self.runtime.several_ranks:
-            return self.tokens(memory.allowed_bytes - needed)
-        return self.tokens(memory.budget.nbytes - memory.missing_bytes() - memory.budget.flying - needed)
+        first side `evictable_tokens`) is given up for it, but for what was promised."""
+        needed = self.memory.needed_bytes - self.runtime.cached_bytes(evictable_tokens)
+        return self.tokens(self.memory.budget.nbytes - self.runtime.lacking_bytes() - needed)
 
 
 class Windows(Counts):

@@ -28,9 +28,11 @@ class VTensorAllocator(BaseTokenToKVPoolAllocator):
         self.runtime = kvcache.runtime
 
     @property
-    def free_pages(self) -> torch.Tensor:
-        """Frames that have memory and no owner, for SGLang's own invariant checks; those without are far too many."""
-        return torch.tensor(self.runtime.memory.frames_left(), dtype=torch.int64, device=self.device)
+    def free_pages(self) -> torch.Tensor | None:
+        """Frames that have memory and no owner, for SGLang's own invariant checks; those without are far too many. None
+        for the watchdog of a server that hangs in a call of the driver: SGLang counts none then."""
+        frames = self.runtime.memory.frames_left()
+        return None if frames is None else torch.tensor(frames, dtype=torch.int64, device=self.device)
 
     @property
     def release_pages(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How much memory a server may hold, changed while it serves: a limit, sleep, neighbours, and prefixes that grow old.
 
 SGLang's sums stay as they are: the pool keeps its size, and what is not to be had is counted as spent when requests are
-admitted (`Runtime.missing_tokens`). Requests that run come to their end whatever the limit, those that were retracted
+admitted (`Runtime.lacking_bytes`). Requests that run come to their end whatever the limit, those that were retracted
 meanwhile too; what is cached is evicted.
 
     awake --sleep--> drowsy: what runs comes to its end, what arrives waits --nothing runs--> asleep --wake--> awake
@@ -82,9 +82,7 @@ class Elastic:
         self._emptied = False
         self._turn = Turn()
         self._left_headroom = 0
-        #: Tokens of the pool's size that were not to be had when requests were last looked at.
-        self._missing = 0
-        self._expire_at = self._look_at = self._calm_at = 0.0
+        self._expire_at = self._look_at = self._calm_at = self._more_at = 0.0
         #: Whether who was retracted waits for memory that is to come, and when that is counted again.
         self._awaits_memory = False
         self._count_at = 0.0
@@ -322,10 +320,16 @@ class Elastic:
             return there < min(demanded(self.runtime, Demand([req])), memory.budget.nbytes)
 
     def has_more_room(self) -> bool:
-        """Whether memory has come since this was last asked: SGLang is then to look again at requests that it found no
-        room for, which it does otherwise only when one that runs has ended."""
-        before, self._missing = self._missing, self.runtime.missing_tokens()
-        return self._missing < before
+        """Whether memory has come since admission last counted: SGLang is then to look again at requests that it found
+        no room for, which it does otherwise only when one that runs has ended."""
+        runtime, now = self.runtime, time.monotonic()
+        if not runtime.several_ranks:  # which have no clock in common, and count nothing that changes by itself
+            if now < self._more_at:  # what batches in flight read changes with each of them
+                return False
+            self._more_at = now + LOOK_EVERY_SECONDS
+            runtime.poll()
+        before, runtime.lacked = runtime.lacked, 0
+        return runtime.lacking_bytes() < before
 
     def bars(self, waiting: list[Req], *, busy: bool) -> bool:
         """Whether the limit keeps the first waiting request out. To be asked when no request was admitted although
@@ -341,14 +345,11 @@ class Elastic:
         may have refused, and beyond the limit the worker does not look whether it gives again. So do requests that are
         tried with what there is."""
         memory = self.runtime.memory
-        allowance = memory.allowance
-        memory.asks = self.patience.tries or (really and memory.supply.asks_again)
-        if really:
-            memory.allowance = memory.capacity
+        memory.beyond, memory.asks = really, self.patience.tries or (really and memory.supply.asks_again)
         try:
             yield
         finally:
-            memory.allowance, memory.asks = allowance, False
+            memory.beyond = memory.asks = False
 
     def refuse_too_long(self, waiting: list[Req], send: Any) -> None:
         """Take requests from the queue that the limit has no room for even alone, and answer them with the reason."""

@@ -253,6 +253,11 @@ class PagedRadixCache(MatchingTree):
     def mamba_protected_size(self) -> int:
         return 0
 
+    def all_mamba_values_flatten(self) -> torch.Tensor:
+        """The slots of the states that nodes keep: SGLang's watchdog counts them when a server hangs."""
+        kept = [] if self.runtime.states is None else self.runtime.states.nodes.values()
+        return torch.tensor([node.state for node in kept], dtype=torch.int64)
+
     # What there is.
 
     def tree_stats(self) -> dict[str, int]:

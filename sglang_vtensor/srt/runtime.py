@@ -126,6 +126,8 @@ class Runtime:
         self.sharing: BatchSharing | None = None
         #: Kernels that are compiled while the server starts, and behind that.
         self.compiling: list[Compiling] = []
+        #: The most bytes that admission counted as lacking since memory was last found to have come.
+        self.lacked = 0
         #: Requests that waited for a prefix that another one was computing.
         self.awaited_prefixes = 0
         #: Tokens that launched batches computed for answers: what requests were given, and for each that ended at most
@@ -169,16 +171,25 @@ class Runtime:
             torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=self._group)
         return bool(vote)
 
-    def missing_tokens(self) -> int:
-        """How many tokens of the pool's size cannot be had now, because of the limit or of the driver. Admission counts
-        without them.
+    def lacking_bytes(self) -> int:
+        """How much of the budget cannot be had now, because of the limit or of the driver, or, where it has pages of
+        several kinds, as a batch in flight reads it yet: pages of one kind cannot go for those of another then.
+        Admission counts without it, and `lacked` keeps the most that it did.
 
         With several ranks only the limit counts, as it is the same for all; what one rank's driver refuses, the others
-        learn by `agree`.
+        learn by `agree`, and each has other batches in flight.
         """
         memory = self.memory
-        pages = memory.missing_pages() if self._group is None else memory.capacity - memory.allowance
-        return pages * self.page_tokens
+        if self.several_ranks:
+            lacking = memory.budget.nbytes - memory.allowed_bytes
+        else:
+            lacking = memory.missing_bytes() + (0 if self.ends is None else memory.budget.flying)
+        self.lacked = max(self.lacked, lacking)
+        return lacking
+
+    def missing_tokens(self) -> int:
+        """The same in tokens of the pool's size."""
+        return -(-self.lacking_bytes() // self.memory.page_bytes) * self.page_tokens
 
     def bytes_for(self, tokens: int) -> int:
         """What a request of so many tokens takes at most, on all sides."""

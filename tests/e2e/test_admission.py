@@ -1,6 +1,8 @@
-"""How long the batches are that prompts are computed in."""
+"""Which batches prompts are computed in: how long they are, and when who waits begins."""
 
 from __future__ import annotations
+
+import pytest
 
 from tests.e2e.compare import Prompts
 from tests.harness import Do, Request
@@ -53,3 +55,53 @@ def test_what_prompts_leave_free_is_counted_while_they_are_there(schedulers):
     assert max(tokens for tokens, _ in seen) > 0
     assert all(tokens <= 15 * requests for tokens, requests in seen), seen
     ours.check()
+
+
+def as_beside_a_gpu(scheduler):
+    """The host computes a batch in the very call that launches it. Here that is told as a GPU has it in SGLang's
+    overlapped loop: a batch is done between the launches of the next two. Notes who ran in which batch."""
+    runtime = scheduler.token_to_kv_pool_allocator.runtime
+    memory, launched = runtime.memory, []
+    launch, complete, run_batch = memory.launch, memory.complete, scheduler.run_batch
+    scheduler.batches = []
+
+    def launches(**kwargs):
+        launched.append(launch(**kwargs))
+        return launched[-1]
+
+    def completes(epoch):
+        """Called behind a launch, and by who waits until nothing is in flight."""
+        complete(epoch - 2 if launched and launched.pop() == epoch else epoch)
+
+    def runs(batch, *args, **kwargs):
+        scheduler.batches.append([req.rid for req in batch.reqs])
+        return run_batch(batch, *args, **kwargs)
+
+    memory.launch, memory.complete, scheduler.run_batch = launches, completes, runs
+    runtime.poll = lambda: complete(memory.launched - 1)
+
+
+def batches(scheduler):
+    return scheduler.batches
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "server_args"),
+    [
+        ("gemma3", {"long": (400, 300), "short": (700, 12)}, {"max_total_tokens": 1024, "disable_radix_cache": True}),
+        ("qwen3_5_deep", {"long": (40, 260), "short": (40, 12)}, {"max_total_tokens": 2048}),
+    ],
+)
+def test_who_waits_for_what_a_batch_in_flight_reads_begins_when_that_is_done(schedulers, model, sizes, server_args):
+    """There is room for two. The third one waits for the second one's end; as that is seen, a batch in flight still
+    reads its pages. It does not wait for the end of the first one too."""
+    server_args |= {"max_running_requests": 8, "chunked_prefill_size": 64 if model == "gemma3" else 2048}
+    ours = schedulers(model, kv_backend="vtensor", page_size=16, **server_args)
+    prompt = Prompts(1)
+    of = {"first": "long", "second": "short", "third": "short"}
+    asked = [Request(name, prompt(sizes[size][0]), sizes[size][1], fixed=True) for name, size in of.items()]
+    ours.run([[Do(as_beside_a_gpu)]])
+    ours.run([[asked[0]], [], [asked[1]], [], [asked[2]]])
+    ran = {name: [n for n, names in enumerate(ours.call(batches)) if name in names] for name in of}
+    assert ran["third"][0] > ran["second"][-1], "there was room for all three"
+    assert ran["third"][0] < ran["first"][-1] - 100, {name: (those[0], those[-1]) for name, those in ran.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests import versions
@@ -197,4 +199,24 @@ def test_who_waited_for_a_state_begins_once_the_driver_gives_again(schedulers, m
     assert ours.stats()["shortages"] > before, "the driver refused nothing"
     for request in requests:
         assert_same(expected[request.rid], got[request.rid], tie=TIE["float32"], what=request.rid)
+    ours.check()
+
+
+def dump(scheduler):
+    """What SGLang's watchdog says of a server that hangs, in a thread of its own."""
+    look = scheduler.invariant_checker._check_all_pools
+    with ThreadPoolExecutor(1) as watchdog:
+        scheduler.dumped = watchdog.submit(look, scheduler.pool_stats_observer.get_pool_stats()).result(30)[1]
+
+
+def dumped(scheduler):
+    return scheduler.dumped
+
+
+def test_sglangs_watchdog_can_say_what_there_is(schedulers, model, page):
+    ours = schedulers(model, kv_backend="vtensor", page_size=page)
+    prompt = Prompts(10)
+    ours.generate(Request("cached", prompt(300), 4))
+    ours.run([[Request("running", prompt(100), 30)], [], [], [Do(dump)], []])
+    assert any("mamba" in line for line in ours.call(dumped))
     ours.check()

@@ -542,6 +542,24 @@ def test_what_is_idle_goes_back_when_somebody_else_needs_the_device(monkeypatch)
     assert memory.stats()["pages_backed"] == 8, "and comes back"
 
 
+def test_what_begins_beyond_the_allowance_takes_the_worker_nowhere():
+    """Who is alone may begin with more than the limit. The reserve stays within it, also meanwhile."""
+    memory = make(reserve_pages=4, idle_seconds=0.0)
+    memory.allow(2)
+    memory.beyond = True
+    assert memory.missing_bytes() == 0
+    frames = take(memory, 3)
+    assert frames is not None
+    while memory.housekeep():
+        pass
+    assert (memory.backed - 1, memory.ready) == (3, 0)
+    memory.beyond = False
+    assert take(memory, 1) is None
+    memory.free(frames[1:])
+    done(memory)
+    assert memory.backed - 1 == 2, "of which one is ready"
+
+
 def test_free_pages_beyond_the_reserve_stay_until_they_are_idle(monkeypatch):
     now = 1000.0
     clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now)

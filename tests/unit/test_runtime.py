@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sglang_vtensor import memory as memory_module
 from sglang_vtensor import patches
 from sglang_vtensor.handout import Ask
 from sglang_vtensor.layout import KVLayout
+from sglang_vtensor.srt import elastic as elastic_module
 from sglang_vtensor.srt.allocation import _attempt
 from sglang_vtensor.srt.allocator import VTensorAllocator
 from sglang_vtensor.srt.batch_sharing import BatchSharing
+from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
 from tests.unit.faults import FaultyVirtualMemory
 from tests.unit.test_memory import make, take
@@ -161,6 +165,43 @@ def test_admission_counts_without_what_is_not_to_be_had(runtime):
     assert runtime.missing_tokens() == 0
     runtime.memory.allow(10)
     assert runtime.missing_tokens() == 6 * TOKENS
+
+
+def test_memory_has_come_where_there_is_more_than_admission_counted_with(monkeypatch):
+    """What the driver refused meanwhile counts, although it gives again before anybody looks the next time."""
+    now = 100.0
+    monkeypatch.setattr(elastic_module, "time", SimpleNamespace(monotonic=lambda: now))
+    vmm = FaultyVirtualMemory()
+    runtime = Runtime(make(vmm, capacity_pages=16, reserve_pages=4), 4, patches.load().requests)
+    runtime.memory.worker.retry_seconds = 0.0
+    elastic = Elastic(runtime, None, cache_idle_seconds=None, minimum_bytes=0)
+    take(runtime.memory, 2)
+    assert not elastic.has_more_room()
+    vmm.fail_calls, vmm.fail_at = ("create",), 1
+    runtime.memory.housekeep()
+    counted = runtime.missing_tokens()
+    assert counted > 0
+    while runtime.memory.housekeep():
+        pass
+    assert runtime.missing_tokens() == 0
+    assert not elastic.has_more_room(), "it has looked just now"
+    now += 1.0
+    assert elastic.has_more_room()
+    now += 1.0
+    assert not elastic.has_more_room()
+
+
+def test_a_watchdog_is_not_held_up_by_who_hangs_in_the_driver(runtime, monkeypatch):
+    monkeypatch.setattr(memory_module, "LOCKED_SECONDS", 0.05)
+    pool = SimpleNamespace(page_size=TOKENS, dtype=torch.float32, device="cpu", runtime=runtime)
+    allocator = VTensorAllocator(16 * TOKENS, pool)
+    told = []
+    watchdog = threading.Thread(target=lambda: told.append(allocator.get_all_free_pages()))
+    with runtime.memory.held_still():
+        watchdog.start()
+        watchdog.join(20)
+        assert told == [None]
+    assert allocator.get_all_free_pages().tolist() == []
 
 
 def test_sglangs_allocator_counts_tokens_of_the_capacity_and_hands_out_slots_of_frames():
