@@ -266,14 +266,14 @@ def vllm_command(plan: Plan, port: int) -> list[str]:
     vllm += ["--enable-prompt-tokens-details", "--uvicorn-log-level", "warning"]
     interval = plan.stream_interval if plan.text else STREAM_INTERVAL
     vllm += ["--stream-interval", str(interval), *([] if plan.text else ["--skip-tokenizer-init"])]
-    return in_vllm(plan, vllm)
+    return in_vllm(plan, ["-m", *vllm])
 
 
-def in_vllm(plan: Plan, module: list[str]) -> list[str]:
-    """The command that runs a module, with arguments, where vLLM is."""
+def in_vllm(plan: Plan, arguments: list[str]) -> list[str]:
+    """The command that runs Python with these arguments where vLLM is."""
     if plan.vllm_boot is None:
-        return [sys.executable, "-m", *module]
-    return ["bash", "-c", '. "$0" && exec "$@"', str(plan.vllm_boot.resolve()), "python3", "-m", *module]
+        return [sys.executable, *arguments]
+    return ["bash", "-c", '. "$0" && exec "$@"', str(plan.vllm_boot.resolve()), "python3", *arguments]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,20 @@
     python -m benchmarks.third_party --benchmarks mooncake --trace conversation_trace.jsonl --extra \\
         "--num-prompts 300 --mooncake-slowdown-factor 0.25 --goodput ttft:2000 tpot:50"    where a round must be short
     python -m benchmarks.third_party --benchmarks prefix_repetition --compare fa3,fa3-page128,vllm --vllm-boot boot-vllm
+    python -m benchmarks.third_party --benchmarks multi_turn --multi-turn multi_turn --vllm-boot boot-vllm
     python -m benchmarks.third_party --quick                the host backend and a small model: does it run?
 
     gsp                 python -m sglang.bench_serving --dataset-name generated-shared-prefix
     mooncake            python -m sglang.bench_serving --dataset-name mooncake, with the file given by --trace
     prefix_repetition   vllm bench serve --dataset-name prefix_repetition, where vLLM is installed or has a --vllm-boot
+    multi_turn          benchmark_serving_multi_turn.py of vLLM's repository, whose folder --multi-turn names
 
 Sizes are upstream's defaults. What is added is what needs no network (the server's address, a tokenizer that is made
 here, a file of the trace), an empty cache at the start of a round, and what makes vLLM's client ask for as many tokens
-as it says and no sampling, as SGLang's does by itself. `--extra` goes to the end of upstream's command line.
+as it says and no sampling, as SGLang's does by itself. multi_turn has upstream's 24 conversations, whose text is made
+of the tokenizer's words, where upstream's example downloads a book. Eight clients have one of them at a time, and all
+come to their end: a client of upstream's that has several leaves the last ones unfinished.
+`--extra` goes to the end of upstream's command line.
 
 Servers and rounds are as in `benchmarks.prefix`, but servers read and write text, and stream every token unless
 `--stream-interval` says otherwise. With 1,024 streams of single tokens the HTTP servers and the client, which are equal
@@ -31,7 +36,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
+import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,8 +60,8 @@ from sglang_vtensor.demo import end_with_parent
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of other people's: its client (`sglang` or `vllm`), its arguments, those of a shorter run that warms a server
-    up, and the KV tokens that it comes back to or holds at once."""
+    """One of other people's: its client (`sglang`, `vllm` or `multi_turn`), its arguments, those of a shorter run that
+    warms a server up, and the KV tokens that it comes back to or holds at once."""
 
     client: str
     arguments: tuple[str, ...]
@@ -73,7 +81,17 @@ BENCHMARKS = {
         ("--dataset-name", "prefix_repetition", "--ignore-eos", "--temperature", "0"),
         tokens=10 * 256 + 1000 * (256 + 128),
     ),
+    "multi_turn": Benchmark(
+        "multi_turn",
+        ("--input-file", "multi_turn.json", "--num-clients", "8", "--no-early-stop"),
+        ("--max-turns", "2"),
+        tokens=24 * (500 + 5000 + 9 * (160 + 120)),
+    ),
 }
+#: Of vLLM's repository: the script of `multi_turn`, and what upstream's example generates.
+SCRIPT, CONVERSATIONS = "benchmark_serving_multi_turn.py", "generate_multi_turn.json"
+#: Words of the text that conversations are made of: each is a token, and no two conversations have the same ones.
+TEXT_WORDS = 1 << 17
 #: What makes them small.
 QUICK = {
     "gsp": "--gsp-num-groups 2 --gsp-prompts-per-group 3 --gsp-system-prompt-len 64 --gsp-question-len 16 "
@@ -81,6 +99,7 @@ QUICK = {
     "mooncake": "--num-prompts 3",
     "prefix_repetition": "--num-prompts 6 --prefix-repetition-num-prefixes 2 --prefix-repetition-prefix-len 64 "
     "--prefix-repetition-suffix-len 16 --prefix-repetition-output-len 8",
+    "multi_turn": "--max-turns 4 --limit-min-tokens 8 --limit-max-tokens 8",
 }
 #: A round that takes longer has hung.
 ROUND_SECONDS = 600
@@ -95,7 +114,11 @@ def command(benchmark: Benchmark, client: Client, plan: Plan, out: Path) -> list
         at = ["--backend", "openai", "--base-url", client.url, "--endpoint", "/v1/completions"]
         save = ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
         module = ["vllm.entrypoints.cli.main", "bench", "serve", *at, *model, *benchmark.arguments]
-        return in_vllm(plan, [*module, *save, "--disable-tqdm"])
+        return in_vllm(plan, ["-m", *module, *save, "--disable-tqdm"])
+    if benchmark.client == "multi_turn":
+        script, *arguments = benchmark.arguments
+        at = ["--url", client.url, "--model", str(plan.model), "--served-model-name", name]
+        return in_vllm(plan, [script, *at, *arguments, "--stats-json-output", str(out)])
     at = ["--backend", "vllm" if vllm else "sglang", "--base-url", client.url]
     save = ["--flush-cache", "--output-file", str(out), "--output-details", *([] if vllm else ["--cache-report"])]
     module = ["sglang.bench_serving", *at, *model, *benchmark.arguments]
@@ -134,6 +157,39 @@ def read(text: str) -> dict[str, Any]:
     return row | {f"{what}_target_ms": target for what, target in (told.get("goodput_slos_ms") or {}).items()}
 
 
+def read_turns(text: str, said: str) -> dict[str, Any]:
+    """The same of the client of `multi_turn`, which writes what came of each request that it has an answer of, and says
+    how many conversations came to their end."""
+    turns = json.loads(text)
+    ended = re.search(r"finished (\d+) out of (\d+) conversations\)", said)
+    if not turns or ended is None or ended[1] != ended[2]:
+        raise RuntimeError(f"conversations did not come to their end: {ended[0] if ended else said[-1000:]}")
+    seconds = (max(t["start_time_ms"] + t["latency_ms"] for t in turns) - min(t["start_time_ms"] for t in turns)) / 1e3
+    prompt, new = (sum(turn[f"{what}_num_tokens"] for turn in turns) for what in ("input", "output"))
+    row = {
+        "seconds": round(seconds, 3),
+        "requests": len(turns),
+        "requests_per_second": round(len(turns) / seconds, 3),
+        "tokens_per_second": round((prompt + new) / seconds, 1),
+        "output_tokens_per_second": round(new / seconds, 1),
+        "prompt_tokens": prompt,
+        "output_tokens": new,
+    }
+    for what in ("ttft", "tpot"):
+        values = sorted(turn[f"{what}_ms"] for turn in turns)
+        row[f"{what}_median_ms"] = round(statistics.median(values), 2)
+        row[f"{what}_p99_ms"] = round(values[int(0.99 * (len(values) - 1))], 2)
+    return row
+
+
+def write_conversations(upstream: Path, folder: Path) -> None:
+    """What `multi_turn` reads, in the folder that it runs in: upstream's example, with a text of ours."""
+    example = json.loads((upstream / CONVERSATIONS).read_text())
+    (folder / "multi_turn.json").write_text(json.dumps(example | {"text_files": ["multi_turn.txt"]}))
+    words = random.Random(0).choices(tokenizer.WORDS, k=TEXT_WORDS)
+    (folder / "multi_turn.txt").write_text("".join(f" {word}" for word in words))
+
+
 class ThirdParty(Suite):
     """Rounds of upstream's clients, in turn."""
 
@@ -153,7 +209,7 @@ class ThirdParty(Suite):
         before = client.stats()
         row = self._upstream(self.benchmarks[kind], name, client)
         row |= client.counted(before, row["seconds"])
-        return row | {"upstream": shlex.join(["python", "-m", *shown(self.benchmarks[kind])])}
+        return row | {"upstream": shlex.join(["python", *shown(self.benchmarks[kind])])}
 
     def _upstream(self, benchmark: Benchmark, name: str, client: Client) -> Row:
         """Upstream's process. It keeps the prompts that it makes below HOME, which is ours: they belong to one
@@ -176,20 +232,26 @@ class ThirdParty(Suite):
         )
         if done.returncode or not out.exists():
             raise RuntimeError(f"{shlex.join(shown(benchmark))} against {name} failed:\n{done.stdout[-4000:]}")
-        return read(out.read_text())
+        written = out.read_text()
+        return read_turns(written, done.stdout) if benchmark.client == "multi_turn" else read(written)
 
 
 def shown(benchmark: Benchmark) -> list[str]:
     """What stands in results of upstream's command line: which module, and what is not about where the server is."""
-    module = ["vllm.entrypoints.cli.main", "bench", "serve"] if benchmark.client == "vllm" else ["sglang.bench_serving"]
-    return [*module, *(Path(one).name if os.sep in one else one for one in benchmark.arguments)]
+    module = {"vllm": ["-m", "vllm.entrypoints.cli.main", "bench", "serve"], "sglang": ["-m", "sglang.bench_serving"]}
+    named = (Path(one).name if os.sep in one else one for one in benchmark.arguments)
+    return [*module.get(benchmark.client, []), *named]
 
 
-def choose(kinds: str, trace: Path | None, extra: str, quick: bool, vllm: bool) -> dict[str, Benchmark]:
+def choose(
+    kinds: str, trace: Path | None, extra: str, quick: bool, vllm: bool, multi_turn: Path | None = None
+) -> dict[str, Benchmark]:
     """The benchmarks of these names (with commas), or those that can run. Raises `typer.BadParameter` for one that is
     unknown, or that cannot run."""
     missing = {} if trace else {"mooncake": "needs --trace FILE"}
     missing |= {} if vllm else {"prefix_repetition": "needs vLLM: --vllm-boot FILE"}
+    if multi_turn is None or not (multi_turn / SCRIPT).exists():
+        missing["multi_turn"] = f"needs --multi-turn FOLDER: vLLM's benchmarks/multi_turn, with {SCRIPT}"
     chosen = kinds.split(",") if kinds else [kind for kind in BENCHMARKS if kind not in missing]
     for kind in chosen:
         if kind not in BENCHMARKS or kind in missing:
@@ -202,7 +264,8 @@ def choose(kinds: str, trace: Path | None, extra: str, quick: bool, vllm: bool) 
         more = [*(QUICK[kind].split() if quick else []), *shlex.split(extra)]
         if kind == "mooncake":
             more = ["--dataset-path", str(trace.resolve()) if trace else "", *more]
-        made[kind] = replace(BENCHMARKS[kind], arguments=(*BENCHMARKS[kind].arguments, *more))
+        script = [str((multi_turn / SCRIPT).resolve())] if kind == "multi_turn" and multi_turn else []
+        made[kind] = replace(BENCHMARKS[kind], arguments=(*script, *BENCHMARKS[kind].arguments, *more))
     return made
 
 
@@ -218,6 +281,9 @@ def main(
     ] = 1,
     tokens: Annotated[int, typer.Option(help="KV tokens of each server; 0 for what the device has room for.")] = 0,
     trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace.")] = None,
+    multi_turn: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="The folder benchmarks/multi_turn of vLLM.")
+    ] = None,
     extra: Annotated[str, typer.Option(help="Further arguments of upstream's command line.")] = "",
     vllm_boot: Annotated[
         Path | None,
@@ -233,7 +299,8 @@ def main(
     known = HOST if quick else GPU
     if unknown := set(names) - set(known):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} unknown: there are {', '.join(known)}")
-    chosen = choose(kinds, trace, extra, quick, vllm_boot is not None or importlib.util.find_spec("vllm") is not None)
+    vllm = vllm_boot is not None or importlib.util.find_spec("vllm") is not None
+    chosen = choose(kinds, trace, extra, quick, vllm, multi_turn)
     if "mooncake" in chosen and "vllm" in names:
         raise typer.BadParameter("sglang.bench_serving replays mooncake's times only against SGLang: leave vllm out")
     on = devices_of(devices, names, alone=in_turn or quick)
@@ -246,6 +313,8 @@ def main(
         model, vocabulary = small_model(Path(folder)) if quick else large_model(Path(folder))
         if not quick:
             tokenizer.write(model, vocabulary, LLAMA.config["bos_token_id"], LLAMA.config["eos_token_id"])
+        if multi_turn and "multi_turn" in chosen:
+            write_conversations(multi_turn, model.parent)
         streamed: dict[str, Any] = {"text": True, "stream_interval": stream_interval}
         plan = Plan(model, vocabulary, CONTEXT, room, quick, vllm_boot, **streamed, devices=on)
         suite = ThirdParty(names, chosen, plan, results.head(), rows_file)

@@ -20,6 +20,8 @@ DIGITS = [one + other for one, other in itertools.product(string.digits, repeat=
 #: Enough for 169,455 words of up to three.
 SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnp" for vowel in "aeiou"]
 ROLES = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+#: Words of two syllables: every vocabulary of a real model's size has them as tokens.
+WORDS = ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)]
 
 
 def write(folder: Path, vocabulary: int, bos: int, eos: int) -> None:

@@ -125,11 +125,53 @@ def test_servers_of_text_have_their_tokenizer_and_stream_as_they_ship(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "why"), [("mooncake", "needs --trace"), ("prefix_repetition", "needs vLLM"), ("x", "unknown")]
+    ("kinds", "why"),
+    [
+        *[("mooncake", "needs --trace"), ("prefix_repetition", "needs vLLM"), ("x", "unknown")],
+        ("multi_turn", f"needs --multi-turn .* with {third_party.SCRIPT}"),
+    ],
 )
-def test_what_cannot_run_is_refused(kinds, why):
-    with pytest.raises(typer.BadParameter, match=why):
-        third_party.choose(kinds, None, "", True, False)
+def test_what_cannot_run_is_refused(tmp_path, kinds, why):
+    for folder in (None, tmp_path):
+        with pytest.raises(typer.BadParameter, match=why):
+            third_party.choose(kinds, None, "", True, False, folder)
+
+
+CLIENT = """
+import json, sys
+given = dict(zip(sys.argv[1:-2:2], sys.argv[2::2]))
+read = json.load(open("multi_turn.json"))
+assert all(len(open(name).read().split()) > 60_000 for name in read["text_files"]), read
+turn = {"ttft_ms": 10.0, "tpot_ms": 2.0, "latency_ms": 500.0, "input_num_tokens": 90, "output_num_tokens": 10}
+turns = [turn | {"start_time_ms": 1000.0 + 500.0 * n} for n in range(3)]
+turns[2]["ttft_ms"] = 40.0
+json.dump(turns, open(sys.argv[-1], "w"))
+ended = 2 if given["--url"].endswith("1") else 1
+print(f"All clients exited (successfully finished {ended} out of {read['num_conversations']} conversations)")
+"""
+
+
+@pytest.fixture
+def multi_turn(tmp_path):
+    """A folder with a client that does as upstream's of many turns: three turns of two conversations."""
+    folder = tmp_path / "multi_turn"
+    folder.mkdir()
+    (folder / third_party.CONVERSATIONS).write_text('{"num_conversations": 2, "text_files": ["book.txt"]}')
+    (folder / third_party.SCRIPT).write_text(CLIENT)
+    return folder
+
+
+def test_conversations_run_by_upstreams_client(tmp_path, multi_turn):
+    plan = contestants.Plan(tmp_path / "model", 400, 4096, 8192, host=True, text=True)
+    chosen = third_party.choose("multi_turn", None, "", False, False, multi_turn)
+    third_party.write_conversations(multi_turn, tmp_path)
+    suite = third_party.ThirdParty(["vtensor"], chosen, plan, {}, None)
+    row = suite._upstream(chosen["multi_turn"], "vtensor", contestants.Client("http://127.0.0.1:1", 400))
+    assert (row["seconds"], row["requests"], row["tokens_per_second"]) == (1.5, 3, 200.0)
+    assert (row["ttft_median_ms"], row["tpot_p99_ms"]) == (10.0, 2.0)
+    assert third_party.shown(chosen["multi_turn"])[:3] == [third_party.SCRIPT, "--input-file", "multi_turn.json"]
+    with pytest.raises(RuntimeError, match="did not come to their end: finished 1 out of 2"):
+        suite._upstream(chosen["multi_turn"], "vtensor", contestants.Client("http://127.0.0.1:2", 400))
 
 
 def test_what_can_run_is_chosen():
