@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_vtensor.neighbours import Neighbours, Record
+from sglang_vtensor.neighbours import Neighbours, Record, allowed
 
 logger = logging.getLogger(__name__)
 
 #: For a context, graphs, activations and workspaces, beside weights.
 BESIDE_BYTES = 6 << 30
-#: It tells so often; it waits for room until none has come for so long, or for so much longer where requests of the
-#: others hold what it needs.
+#: It tells so often; it waits for room until none has come for so long, or for so much longer where the others hold
+#: what it needs.
 TELL_SECONDS, PATIENCE_SECONDS, ANSWER_SECONDS = 0.1, 3.0, 60.0
 #: Files that weights are in.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -67,25 +67,29 @@ class Arrival:
     def _tell(self) -> None:
         """It has its turn while it waits or takes memory: what it has not taken for long it may never need, or not yet,
         as where weights are fetched first."""
-        now, held = time.monotonic(), self._held()
+        held = self._held()
         if held > self._had:
-            self._had, self._moved_at = held, now
+            self._had, self._moved_at = held, time.monotonic()
         with self._lock:
-            wanted = self.wanted
-            alone = wanted if now < self._moved_at + ANSWER_SECONDS else 0
-            self.neighbours.tell(Record(wanted=wanted, alone=alone, since=self._since if alone else 0))
+            self.neighbours.tell(self._record())
+
+    def _record(self) -> Record:
+        wanted = self.wanted
+        alone = wanted if time.monotonic() < self._moved_at + ANSWER_SECONDS else 0
+        return Record(wanted=wanted, alone=alone, since=self._since if alone else 0)
 
     def _keep_telling(self) -> None:
         while not self._over.wait(TELL_SECONDS):
             self._tell()
 
     def wait(self) -> bool:
-        """Until there is room for what it wants; False where no more comes. Alone on a device it does not look."""
+        """Until there is room for what it wants, and no other one's turn; False where no more comes. Alone on a device
+        it does not look."""
         most, since, said = -1, 0.0, False
-        while (others := self._others()) and (free := self._free()) < self.wanted:
+        while (others := self._others()) and not self._has_room(others, free := self._free()):
             now = self._moved_at = time.monotonic()
-            may_come = sum(max(0, other.backed - other.minimum) for other in others)
-            patience = ANSWER_SECONDS if free + may_come >= self.wanted else PATIENCE_SECONDS
+            # Also what one holds that tells nothing now: it may be in a long batch.
+            patience = ANSWER_SECONDS if free + self._held_by(others) >= self.wanted else PATIENCE_SECONDS
             if free > most:
                 most, since = free, now
             elif now >= since + PATIENCE_SECONDS and not said and patience > PATIENCE_SECONDS:
@@ -94,17 +98,26 @@ class Arrival:
             elif now >= since + patience:
                 logger.warning(
                     "weights and what is beside them need %d bytes of this device, %d are free, and the other servers "
-                    "on it give no more: this one may not come up. End or limit one of them (sglang-vtensor limit)",
+                    "on it %s: this one may not come up. End or limit one of them (sglang-vtensor limit)",
                     self.wanted,
                     free,
+                    "give no more" if free < self.wanted else "have waited for these longer",
                 )
                 return False
             time.sleep(TELL_SECONDS)
         return True
 
+    def _has_room(self, others: list[Record], free: int) -> bool:
+        holds = allowed(self._record(), others, free)
+        return free >= self.wanted and (holds is None or holds >= self.wanted)
+
     def others_hold(self) -> int:
         """Bytes that the KV caches of the others hold: they give them when this one needs them, as far as they can."""
-        return sum(other.backed for other in self._others())
+        return self._held_by(self._others())
+
+    @staticmethod
+    def _held_by(others: list[Record]) -> int:
+        return sum(other.backed for other in others)
 
     def _others(self) -> list[Record]:
         with self._lock:

@@ -39,6 +39,8 @@ LIST_SECONDS = 1.0
 #: Who has told nothing for so long stands still, in a long batch or for good: it holds what it holds, gives nothing,
 #: and is given nothing.
 STALE_SECONDS = 2.0
+#: The same of who has no KV cache yet: a server that reads weights may not come to tell anything meanwhile.
+ARRIVING_SECONDS = 60.0
 #: A file that nobody has locked yet is being made by its owner, unless it is so old.
 MAKING_SECONDS = 60.0
 #: Why a file cannot be opened now, whatever file it is.
@@ -154,7 +156,7 @@ class Neighbours:
             heard, at = self._heard.get(name, (-1, now))
             if count != heard:
                 self._heard[name] = count, now
-            elif now - at > STALE_SECONDS:
+            elif now - at > (STALE_SECONDS if record.backed else ARRIVING_SECONDS):
                 record = replace(record, wanted=0, alone=0, minimum=record.backed)
             records.append(record)
         return records
@@ -305,6 +307,9 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
     Who wants nothing gives what is idle first, each in proportion to what it has idle; then what is cached, likewise,
     down to its minimum. What these give, what is free, and what they hold themselves, those share that want something
     (`_shares`). What is free, and more than all want, is anybody's.
+
+    Where that is not enough for whose turn it is (`_first`), the others keep what is live, also who wants nothing, and
+    begin nothing until it is enough.
     """
     if not any(other.wanted for other in others):
         return None
@@ -319,12 +324,26 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
     ]
     from_idle = min(max(0, wanted), sum(idle))
     from_cached = min(max(0, wanted - from_idle), sum(cached))
+    there = free + sum(taker.backed for taker in takers) + from_idle + from_cached
+    first = _first(everybody, free + sum(one.backed for one in everybody))
+    if first is not None:
+        turn = everybody[first]
+        # Requests that begin elsewhere would take what others leave as they end, and it might never be enough.
+        if turn.alone > there - sum(one.least for one in takers if one is not turn):
+            return turn.alone if first == 0 else mine.least
     if mine.wanted:
-        there = free + sum(taker.backed for taker in takers) + from_idle + from_cached
         return _shares(takers, there)[0]
     if wanted <= 0:
         return mine.backed - wanted
     return mine.backed - _portion(from_idle, idle[0], sum(idle)) - _portion(from_cached, cached[0], sum(cached))
+
+
+def _first(sharers: Sequence[Record], there: int) -> int | None:
+    """Whose turn it is, by number, of those that share `there`: the one that has waited longest. Who can never have so
+    much, beside the minimums of the others, has no turn: they would wait for ever with it."""
+    kept = [min(one.minimum, one.backed) for one in sharers]
+    able = [n for n, one in enumerate(sharers) if 0 < one.alone <= there - sum(kept) + kept[n]]
+    return min(able, key=lambda n: (sharers[n].since, sharers[n].alone), default=None)
 
 
 def _shares(takers: Sequence[Record], there: int) -> list[int]:
@@ -340,11 +359,8 @@ def _shares(takers: Sequence[Record], there: int) -> list[int]:
     left = there - sum(high)
     if left >= 0:
         return [most + left for most in high]
-    kept = [min(taker.minimum, taker.backed) for taker in takers]
-    # Who can never have so much has no turn: the others would wait for ever with it.
-    able = [n for n, taker in enumerate(takers) if 0 < taker.alone <= there - sum(kept) + kept[n]]
-    if able:
-        first = min(able, key=lambda n: (takers[n].since, takers[n].alone))
+    first = _first(takers, there)
+    if first is not None:
         low[first] = max(low[first], takers[first].alone)
         high[first] = max(high[first], low[first])
 

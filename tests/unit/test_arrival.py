@@ -138,3 +138,48 @@ def test_who_comes_later_hears_it_too(tmp_path, monkeypatch):
     settings.tp_size = 1
     assert arriving.arrive(settings, 0) is None, "this device is nobody else's"
     other.close()
+
+
+def test_of_two_that_come_up_the_later_one_has_what_the_first_one_leaves(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 0.5)
+    taken = [0, 0]
+    neighbours = [Neighbours("gpu", tmp_path / "shared") for _ in taken]
+    first, second = (
+        Arrival(one, 22, held=lambda n=n: taken[n], free=lambda: 30 - sum(taken)) for n, one in enumerate(neighbours)
+    )
+    assert first.wait()
+    assert not second.wait()
+    assert "need 22 bytes of this device, 30 are free, and the other servers on it have waited for these longer" in (
+        caplog.text
+    )
+    taken[0] = 8
+    until(lambda: second._has_room([Record(50), *second._others()], 22 + 14))
+    first.over()
+    second.over()
+
+
+def test_a_neighbour_that_is_in_a_long_batch_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_vtensor.neighbours.STALE_SECONDS", 0.05)
+    monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 20.0)
+    busy = Neighbours("gpu", tmp_path / "shared")
+    busy.tell(Record(60, cached=60))
+    free = [5]
+    arrival = Arrival(Neighbours("gpu", tmp_path / "shared"), 22, held=lambda: 0, free=lambda: free[0])
+    threading.Timer(1.0, lambda: free.__setitem__(0, 30)).start()
+    assert arrival.wait()
+    arrival.over()
+    busy.close()
+
+
+def test_who_reads_weights_may_be_silent_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang_vtensor.neighbours.STALE_SECONDS", 0.05)
+    arriving, serving, other = (Neighbours("gpu", tmp_path / "shared") for _ in range(3))
+    arriving.tell(Record(wanted=22, alone=22, since=1))
+    serving.tell(Record(50, wanted=9))
+    assert sorted(one.wanted for one in other.others()) == [9, 22]
+    time.sleep(0.1)
+    assert sorted(one.wanted for one in other.others()) == [0, 22]
+    for one in (arriving, serving, other):
+        one.close()
