@@ -95,9 +95,10 @@ class Staged:
     answers: Workload
 
 
-def capacity(device_bytes: int, servers: int, geometry: Geometry = LLAMA) -> int:
-    """KV tokens for each of so many servers on one device; 0 or less if they do not fit."""
-    free = int(device_bytes * (1 - SPARE)) - servers * geometry.server_bytes
+def capacity(device_bytes: int, servers: int, geometry: Geometry = LLAMA, server_bytes: int | None = None) -> int:
+    """KV tokens for each of so many servers on one device, each of which needs `server_bytes` beside them; 0 or less if
+    they do not fit."""
+    free = int(device_bytes * (1 - SPARE)) - servers * (server_bytes or geometry.server_bytes)
     return free // servers // geometry.token_bytes // ROUND_TOKENS * ROUND_TOKENS
 
 
@@ -316,7 +317,7 @@ def row(answers: list[Answer], seconds: float, given_up: Sequence[float] = ()) -
         "ttft_p99_ms": at(first, 0.99),
         "tpot_median_ms": at(between, 0.5),
         "tpot_p99_ms": at(between, 0.99),
-        "cached_share": round(sum(answer.cached for answer in answers) / prompt, 4),
+        "cached_share": round(sum(answer.cached for answer in answers) / prompt, 4) if prompt else 0.0,
     }
 
 

@@ -93,9 +93,10 @@ GROUPS: dict[str, list[Command]] = {
         Command("memory --parts live --trace {trace} --rows {folder}/live.json", 5),
     ],
     "servers": [
-        Command("servers --parts cold --rows {folder}/cold.json", 6),
+        Command("servers --parts cold --rows {folder}/cold.json", 13),
         Command("servers --parts alone,two --rows {folder}/two.json", 9),
-        Command("servers --parts both --rows {folder}/both.json", 5),
+        Command("servers --parts both --rows {folder}/both.json", 7),
+        Command("servers --parts third,stranger --rows {folder}/third.json", 25),
         Command("servers --parts killed,idle --rows {folder}/killed.json", 6),
         Command("servers --parts three,static --rows {folder}/three.json", 18),
     ],

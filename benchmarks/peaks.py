@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import statistics
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +51,7 @@ class Patient(Client):
     """Goes on after a request that failed, and keeps why. Knows how many requests are not answered yet."""
 
     failures: list[str] = field(default_factory=list)
-    #: Seconds until it gave a request up.
+    #: Seconds until it gave a request up, or until it would have where the server refused it at once.
     given_up: list[float] = field(default_factory=list)
     unanswered: int = 0
 
@@ -59,7 +62,7 @@ class Patient(Client):
             return await asyncio.wait_for(super().ask(http, tokens, new), WHOLE_SECONDS)
         except (aiohttp.ClientError, TimeoutError, RuntimeError, ValueError, LookupError) as error:
             self.failures.append(repr(error)[:200])
-            self.given_up.append(time.perf_counter() - start)
+            self.given_up.append(max(WAIT_SECONDS, time.perf_counter() - start))
             return []
         finally:
             self.unanswered -= 1
@@ -70,7 +73,7 @@ class Patient(Client):
 
     def told(self, seconds: float) -> dict[str, Any]:
         """A row of what came of the requests."""
-        measured = row(self.answers, seconds, self.given_up) if self.answers else {"requests": 0}
+        measured = row(self.answers, seconds, self.given_up)
         late = [answer.waited for answer in self.answers if answer.waited > WAIT_SECONDS]
         failures = [*self.failures, *(f"waited {waited:.0f} s" for waited in late)]
         return measured | {"failed": len(failures), "failures": failures[:5]}
@@ -127,13 +130,43 @@ def drive_at_once(clients: list[Patient], workloads: list[Workload], seed: int) 
     return time.perf_counter() - start
 
 
-def held_while_all_ask(clients: list[Patient], done: threading.Event) -> list[float]:
+def held_now(clients: list[Patient]) -> list[int]:
+    """The bytes that the KV cache of each server holds."""
+    return [client.stats()["backed_bytes"] for client in clients]
+
+
+def held_while_all_ask(clients: list[Patient], done: threading.Event) -> dict[str, Any]:
     """The median of the bytes that each server holds while all of them have requests, which wait or run. Raises
     `RuntimeError` if they never have at once until `done` is set."""
-    held: list[list[int]] = []
+    held = []
     while not done.wait(SAMPLE_SECONDS):
         if all(client.unanswered for client in clients):
-            held.append([client.stats()["backed_bytes"] for client in clients])
+            held.append(held_now(clients))
     if not held:
         raise RuntimeError("the servers' peaks were not at the same time")
-    return [statistics.median(of_one) for of_one in zip(*held, strict=True)]
+    return {"held_bytes": [statistics.median(of_one) for of_one in zip(*held, strict=True)]}
+
+
+def held_between(clients: list[Patient], done: threading.Event) -> dict[str, Any]:
+    """The least and the most bytes that each server held until `done` is set, and the most that all held at once."""
+    held = [held_now(clients)]
+    while not done.wait(SAMPLE_SECONDS):
+        held.append(held_now(clients))
+    each = list(zip(*held, strict=True))
+    return {
+        "held_least_bytes": [min(of_one) for of_one in each],
+        "held_most_bytes": [max(of_one) for of_one in each],
+        "held_together_bytes": max(map(sum, held)),
+    }
+
+
+@contextlib.contextmanager
+def looking(look: Callable[[threading.Event], dict[str, Any]]) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Run `look` in a thread beside what happens within. Behind that, what is yielded says what it saw."""
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        saw = beside.submit(look, done)
+        try:
+            yield saw.result
+        finally:
+            done.set()

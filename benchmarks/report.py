@@ -285,6 +285,7 @@ TABLES = {
     "servers_both": servers,
     "servers_three": servers,
     "servers_kvcached": servers,
+    "servers_third": servers,
     "servers_killed": servers,
     "servers_idle": servers,
     "servers_cold": servers,

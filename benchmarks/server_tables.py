@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import results
 from benchmarks.results import Record, source
 
 
@@ -32,15 +33,18 @@ def rollout(record: Record) -> str:
 
 
 SERVERS = {
-    "two_short_vs_alone": "{:.3f} times the throughput of a server alone, at the worst peak of two that take turns",
-    "both_share": "{:.3f} times the other one's memory is what one of two servers holds, while both have a peak",
-    "three_ttft_p99_vs_static": "1/{:.2f} of the p99 TTFT of three SGLang servers with static thirds",
-    "kvcached_ttft_p99_vs_static": "1/{:.2f} of that by kvcached, beside static thirds of the SGLang that it runs with",
-    "idle_footprint": "{:.2f} times the memory that SGLang holds without its KV pool, idle",
-    "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile",
-    "requests_failed": "{:.0f} requests failed",
-    "cold_start_extra_s": "{:+.1f} s until the first answer, beside SGLang, with no kernel compiled",
-    "cold_full_speed_extra_s": "{:+.1f} s until no kernel is left to compile, beside SGLang's first answer",
+    "two_short_vs_alone": "The worst peak of two that take turns has {:.3f} times the throughput of a server alone.",
+    "both_share": "While both have a peak, one holds {:.3f} times the other one's memory.",
+    "three_ttft_p99_vs_static": "The p99 TTFT of three SGLang servers with static thirds is {:.2f} times that of ours.",
+    "kvcached_ttft_p99_vs_static": "With static thirds of its SGLang it is {:.2f} times that of kvcached.",
+    "idle_footprint": "An idle server holds {:.2f} times what SGLang's holds without its KV pool.",
+    "kvcached_idle_footprint": "An idle server with kvcached holds {:.2f} times that.",
+    "third_first_answer_s": "A third server answers {:.0f} s after its start.",
+    "behind_a_stranger": "A peak behind the stranger's has {:.3f} times the throughput of one before.",
+    "two_short_changed_hands_bytes": "{:,.0f} bytes changed hands meanwhile.",
+    "requests_failed": "{:.0f} requests failed.",
+    "cold_start_extra_s": "The first answer comes {:+.1f} s after SGLang's, with no kernel compiled.",
+    "cold_full_speed_extra_s": "No kernel is left to compile {:+.1f} s after SGLang's first answer.",
 }
 #: Who is measured at intermittent peaks of three, by the part of its rows.
 OF_THREE = {"three": "three of ours", "kvcached": "three with kvcached", "static": "three of SGLang, static thirds"}
@@ -51,7 +55,12 @@ def servers(record: Record) -> str:
     rows = record["rows"]
     told = [f"- {text.format(record['summary'][key])}" for key, text in SERVERS.items() if key in record["summary"]]
     if any(row["part"] == "killed" and row["given_bytes"] > 0 for row in rows):
-        told.append("- a neighbour was killed as it gave memory, and its death is counted in")
+        told.append("- Among them are those of a server whose neighbour was killed as it gave memory.")
+    gain, theirs = "three_ttft_p99_vs_static", "kvcached_ttft_p99_vs_static"
+    ours = results.read("servers_three")
+    if theirs in record["summary"] and ours is not None and gain in ours["summary"]:
+        ratio = ours["summary"][gain] / record["summary"][theirs]
+        told.append(f"- Over static thirds of its own SGLang, ours gains {ratio:.2f} times what kvcached does.")
     lines = []
     for whole in (row for row in rows if row["part"] in OF_THREE and row["what"].endswith(", all")):
         beside = [row for row in rows if (row["part"], row.get("round")) == (whole["part"], whole.get("round"))]

@@ -1,32 +1,42 @@
-"""Several servers on one GPU: peaks in turn and at once, intermittent peaks of three, a neighbour that is killed, idle,
-and cold.
+"""Several servers on one GPU: peaks in turn and at once, intermittent peaks of three, one that comes up beside others,
+a stranger, a neighbour that is killed, idle, and cold.
 
-    python -m benchmarks.servers --parts alone,two      on a GPU, each server with Llama-3-8B's geometry
-    python -m benchmarks.servers --quick                the host backend and a small model: does it run?
+    python -m benchmarks.servers --parts alone,two                     on a GPU, servers with Llama-3-8B's geometry
+    python -m benchmarks.servers --parts three --rounds 1 --first 2    one round more of a part that has rounds
+    python -m benchmarks.servers --quick                               the host backend and a small model: does it run?
 
-Parts, each of which runs by itself, in 10 minutes at most on an H200, and the results file that it is merged into:
+Parts, each of which runs by itself, and the results file that it is merged into. Those with rounds have 3 of them:
 
     alone      servers         peaks of one server that has the GPU to itself
     two        servers         the same peaks of two servers in turn, which need 1.5 times the memory that there is
-    both       servers_both    a peak of both servers at once, and what each of them holds meanwhile
-    three      servers_three   three servers, each with quiet requests all the time and a peak of its own
+    both       servers_both    rounds: a peak of both servers at once, and what each of them holds meanwhile
+    three      servers_three   rounds: three servers, each with quiet requests all the time and a peak of its own
     static     servers_three   the same of SGLang as it ships, where each server has a third of the memory for good
     kvcached   --name          the same of SGLang with kvcached, to be installed with an SGLang that it supports
+    third      servers_third   rounds: a server that comes up beside two that hold everything and have requests
+    stranger   servers_third   rounds: peaks, while a process that knows nothing of them takes what is free for a while
     killed     servers_killed  a peak, for which a neighbour gives what it has cached until it is killed (SIGKILL)
     idle       servers_idle    what a server holds when it is idle, beside SGLang's own without its KV pool
-    cold       servers_cold    starts with no kernel compiled: until the first answer, and until all are compiled
+    cold       servers_cold    rounds: a start of each with no kernel compiled: the first answer, and when all are
 
-A request has failed if it waits longer than a minute, for its first token or between two chunks of its stream, and if
-it has an error or too few tokens. A part ends with an error if a request fails while a server warms up, or if its
-neighbour is not killed as it gives.
-kvcached's are measured beside the static thirds of its SGLang: `--parts static,kvcached --name servers_kvcached`.
-Rows have what all requests of a server's peak need (`demand_bytes`), and what there is for all servers (`kv_bytes`).
+A start takes one to three minutes, a round of three servers two and a half, and others up to five: a call that may not
+last so long does one round.
+
+A request has failed if it waits longer than a minute, for its first token or between two chunks of its stream, if its
+answer takes five minutes, and if it has an error or too few tokens. Among the times to a first token, one that failed
+counts as a minute at least. A part ends with an error if a request fails while a server warms up, or if its neighbour
+is not killed as it gives.
+
+kvcached's are measured beside the static thirds of its SGLang: `--parts static,kvcached --name servers_kvcached`. So is
+what it holds when it is idle: `kvcached_idle`. It sizes its servers itself; the others are told their room. Rows have
+what all requests of a server's peak need (`demand_bytes`), and what there is for all servers (`kv_bytes`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import statistics
@@ -36,6 +46,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,13 +55,25 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, capacity, compiled
-from benchmarks.geometries import LLAMA
+from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, compiled
+from benchmarks.geometries import GIB, LLAMA
 from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS
 from benchmarks.memory import device_bytes as device_reader
-from benchmarks.peaks import WAIT_SECONDS, Patient, Sizes, drive_at_once, held_while_all_ask, intermittent, peak
+from benchmarks.peaks import (
+    WAIT_SECONDS,
+    Patient,
+    Sizes,
+    drive_at_once,
+    held_between,
+    held_now,
+    held_while_all_ask,
+    intermittent,
+    looking,
+    peak,
+)
 from benchmarks.prefix import large_model, small_model
 from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, started
+from benchmarks.stranger import Stranger
 from sglang_vtensor import precompile
 from sglang_vtensor.demo import free_port
 from sglang_vtensor.memory import QUIET_SECONDS
@@ -58,12 +81,20 @@ from sglang_vtensor.memory import QUIET_SECONDS
 console = Console(width=150)
 #: Where the rows of a part go, unless `--name` says.
 FILES = {"alone": "servers", "two": "servers", "both": "servers_both", "three": "servers_three"}
-FILES |= {"static": "servers_three", "killed": "servers_killed", "idle": "servers_idle", "cold": "servers_cold"}
+FILES |= {"static": "servers_three", "third": "servers_third", "stranger": "servers_third"}
+FILES |= {"killed": "servers_killed", "idle": "servers_idle", "cold": "servers_cold"}
 PARTS = tuple(FILES)
 #: What runs only where it is asked for, by name.
-MORE_PARTS = ("kvcached",)
+MORE_PARTS = ("kvcached", "kvcached_idle")
+#: What one of these servers holds beside its KV cache at a peak: two of ours held 107.8 GB for their caches then, of
+#: 150.8 GB that the device has. Idle, SGLang's own holds 19.9 GB without its pool (`idle`).
+SERVER_BYTES = 20 * GIB
+#: A stranger takes all but this; so long after a peak began, and for so long.
+LEFT_BYTES, BEFORE_SECONDS, TAKEN_SECONDS = 256 << 20, 5.0, 15.0
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
+#: A neighbour of one that comes up has requests for so long.
+BUSY_SECONDS = 150.0
 #: A cold start has none of what these name; all else that is kept is below HOME.
 CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
 
@@ -74,7 +105,7 @@ QUICK_TOKENS = 2048
 class Bench:
     """Starts servers, drives them, and keeps rows: `(part, what, ...)`."""
 
-    def __init__(self, folder: Path, quick: bool, sizes: Sizes, rows_file: Path | None, rounds: int) -> None:
+    def __init__(self, folder: Path, quick: bool, sizes: Sizes, rows_file: Path | None, rounds: range) -> None:
         self.folder, self.quick, self.sizes, self.rows_file, self.rounds = folder, quick, sizes, rows_file, rounds
         self.model, self.vocabulary = small_model(folder) if quick else large_model(folder)
         self.run = {"commit": results.commit(), "run": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"}
@@ -90,7 +121,9 @@ class Bench:
 
     def room(self, servers: int) -> int:
         """KV tokens that the device has for so many servers, all together."""
-        return servers * (QUICK_TOKENS if self.quick else capacity(int(self.device_bytes), servers))
+        if self.quick:
+            return servers * QUICK_TOKENS
+        return servers * capacity(int(self.device_bytes), servers, server_bytes=SERVER_BYTES)
 
     def bytes_of(self, tokens: int) -> int:
         return tokens * LLAMA.token_bytes
@@ -110,7 +143,7 @@ class Bench:
             environment |= {"HOME": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
         with contextlib.ExitStack() as stack:
             waits, clients, ports = [], [], set[int]()
-            for number, name in enumerate(names):
+            for name in names:
                 ports.add(port := free_port(ports))
                 arguments = list(table[name])
                 if tokens is not None:
@@ -118,8 +151,8 @@ class Bench:
                     arguments += [] if self.quick else ["--mem-fraction-static", "0.98"]
                 own = environment | (kvcached_environment(port) if name == "kvcached" else {})
                 what = command(self.model, port, arguments, own, host=self.quick)
-                url, log = f"http://127.0.0.1:{port}", self.folder / f"{name}-{number}.log"
-                waits.append(stack.enter_context(started(name, what, url, log, own, patience=START_SECONDS)))
+                url = f"http://127.0.0.1:{port}"
+                waits.append(stack.enter_context(started(name, what, url, self.log(url), own, patience=START_SECONDS)))
                 clients.append(Patient(url, self.vocabulary))
             seconds = [wait() for wait in waits]
             if home is None:  # else it is measured how long that takes
@@ -131,6 +164,10 @@ class Bench:
                     if abs(client.kv_tokens() - tokens) > ROUND_TOKENS:
                         raise RuntimeError(f"a server has room for {client.kv_tokens()} tokens, and not for {tokens}")
             yield clients, seconds
+
+    def log(self, url: str) -> Path:
+        """What the server at `url` says."""
+        return self.folder / f"{url.rpartition(':')[2]}.log"
 
     def warm_up(self, clients: list[Patient]) -> None:
         """What is compiled, captured or made at first use; and then everything is given back. Raises `RuntimeError` if
@@ -171,7 +208,7 @@ class Bench:
                 client, other = clients[turn % 2], clients[1 - turn % 2]
                 before = other.stats()["cached_bytes"]  # what it has ready beside that, it gives back by itself
                 measured = client.measure(peak(one["requests"], self.sizes), seed=20 + turn)
-                held = [each.stats()["backed_bytes"] for each in (client, other)]
+                held = held_now([client, other])
                 given = before - other.stats()["cached_bytes"]
                 measured |= {"backed_bytes": held, "changed_hands_bytes": max(0, given)}
                 self.note("two", "vtensor", round=turn, **self.needs(one["requests"], 2), **measured)
@@ -182,15 +219,13 @@ class Bench:
         one, sizes = self.one_of_two(), self.sizes.with_shorter_answers()
         with self.servers(["vtensor"] * 2, one["tokens"]) as (clients, _):
             self.warm_up(clients)
-            done = threading.Event()
-            with ThreadPoolExecutor(1) as beside:
-                looking = beside.submit(held_while_all_ask, clients, done)
-                try:
-                    seconds = drive_at_once(clients, [peak(one["requests"], sizes)] * 2, seed=60)
-                finally:
-                    done.set()
-                held = looking.result()
-            self.note_each("both", "vtensor", clients, seconds, self.needs(one["requests"], 2), held_bytes=held)
+            for turn in self.rounds:
+                for client in clients:
+                    client.flush()
+                with looking(partial(held_while_all_ask, clients)) as saw:
+                    seconds = drive_at_once(clients, [peak(one["requests"], sizes)] * 2, seed=60 + turn)
+                needs = self.needs(one["requests"], 2) | {"round": turn}
+                self.note_each("both", "vtensor", clients, seconds, needs, **saw())
 
     def three(self) -> None:
         self._three("three", "vtensor", int(0.9 * self.room(3)))
@@ -206,13 +241,15 @@ class Bench:
         count = 2 if self.quick else 3
         with self.servers([name] * count, tokens) as (clients, _):
             self.warm_up(clients)
-            needs = self.needs(int(self.sizes.rate * self.sizes.seconds), count)
-            for turn in range(self.rounds):
+            needs = self.needs(int(self.sizes.rate * self.sizes.seconds), count) | {"tokens_each": tokens}
+            for turn in self.rounds:
                 for client in clients:
                     client.flush()
                 work = [intermittent(n, count, self.sizes) for n in range(count)]
-                seconds = drive_at_once(clients, work, seed=30 + 1000 * turn)
-                self.note_each(part, name, clients, seconds, needs | {"tokens_each": tokens, "round": turn})
+                look = partial(held_between, clients) if name == "vtensor" else nothing
+                with looking(look) as saw:
+                    seconds = drive_at_once(clients, work, seed=30 + 1000 * turn)
+                self.note_each(part, name, clients, seconds, needs | {"round": turn}, **saw())
 
     def note_each(
         self, part: str, name: str, clients: list[Patient], seconds: float, values: dict[str, Any], **of_all: Any
@@ -225,6 +262,83 @@ class Bench:
             everything.given_up += client.given_up
             self.note(part, name, model=number, **values, **client.told(seconds))
         self.note(part, f"{name}, all", **values, **of_all, **everything.told(seconds))
+
+    def third(self) -> None:
+        """Two servers have cached all that there is, and have requests all the time, for a third of that. The one that
+        comes up has random weights, and a file of the size of real ones: by that it knows what it needs."""
+        requests = max(2, self.room(2) // 2 // self.sizes.tokens)
+        with self.servers(["vtensor"] * 2, int(ALLOWED * self.room(2))) as (clients, _), self._weights():
+            self.warm_up(clients)
+            for turn in self.rounds:
+                for client in clients:
+                    client.measure(peak(requests, self.sizes), seed=70 + 3 * turn)
+                before = held_now(clients)
+                with ThreadPoolExecutor(1) as beside:
+                    work = [self._steady(requests // 3)] * 2
+                    busy = beside.submit(drive_at_once, clients, work, 71 + 3 * turn)
+                    with self.servers(["vtensor"], self.room(3) // 3) as ((third,), (up,)):
+                        told = third.measure(peak(max(2, requests // 3), self.sizes), seed=72 + 3 * turn)
+                        after = held_now(clients)
+                    seconds = busy.result()
+                values = {"round": turn, "first_answer_s": up, "held_before_bytes": before, "held_after_bytes": after}
+                self.note_each("third", "vtensor", clients, seconds, values)
+                self.note("third", "vtensor", model=len(clients), **values, **told)
+
+    @contextlib.contextmanager
+    def _weights(self) -> Iterator[None]:
+        if self.quick:  # which has real ones
+            yield
+            return
+        file = self.model / "model.safetensors"
+        file.touch()
+        os.truncate(file, LLAMA.weights * GIB)
+        try:
+            yield
+        finally:
+            file.unlink()
+
+    def _steady(self, requests: int) -> Workload:
+        """So many requests, again as soon as all have been answered, for as long as a start may take."""
+
+        async def run(client: Client, rng: random.Random) -> None:
+            end = time.monotonic() + (self.sizes.seconds if self.quick else BUSY_SECONDS)
+            while time.monotonic() < end:
+                await peak(requests, self.sizes)(client, rng)
+
+        return run
+
+    def stranger(self) -> None:
+        """A peak before, one with the stranger there, and one behind that."""
+        one = self.one_of_two()
+        with contextlib.ExitStack() as stack:
+            (client,), _ = stack.enter_context(self.servers(["vtensor"], one["tokens"]))
+            self.warm_up([client])
+            stranger = None if self.quick else stack.enter_context(contextlib.closing(Stranger()))
+            for turn in self.rounds:
+                for when in ("before", "beside", "behind"):
+                    client.flush()
+                    with contextlib.ExitStack() as taking, looking(partial(held_between, [client])) as saw:
+                        if stranger is not None and when == "beside":  # on the host nothing is short
+                            taking.enter_context(self._taking(stranger))
+                        told = client.measure(peak(one["requests"], self.sizes), seed=80 + turn)
+                    values = {"round": turn, "when": when, "shortages": client.stats()["shortages"]}
+                    self.note("stranger", "vtensor", **values, **saw(), **told)
+
+    @contextlib.contextmanager
+    def _taking(self, stranger: Stranger) -> Iterator[None]:
+        """It has all that is free for a while, from a little later on."""
+
+        def take() -> None:
+            stranger.take(LEFT_BYTES)
+            time.sleep(TAKEN_SECONDS)
+            stranger.let_go()
+
+        timer = threading.Timer(BEFORE_SECONDS, take)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
 
     def killed(self) -> None:
         """The second server has cached a peak, and gives of that to the first one, until it is killed."""
@@ -254,30 +368,49 @@ class Bench:
             self.note("killed", "vtensor", backed_bytes=held, **said, **self.needs(one["requests"], 2), **measured)
 
     def idle(self) -> None:
+        self._idle("idle", "vtensor")
+
+    def kvcached_idle(self) -> None:
+        self._idle("kvcached_idle", "kvcached")
+
+    def _idle(self, part: str, name: str) -> None:
+        """Of SGLang and of this one: first with what it has cached, and then without."""
         before = self.used()
-        for name in ("fa3", "vtensor"):
-            with self.servers([name], None) as ((client,), _):
+        for one in ("fa3", name):
+            with self.servers([one], None) as ((client,), _):
                 told = client.measure(peak(4, self.sizes), seed=50)
-                client.flush()
                 time.sleep(QUIET_SECONDS + 2 * RETURN_SECONDS)
-                pool = 0 if name == "vtensor" else self.bytes_of(client.kv_tokens())
+                cached = self.used() - before
+                client.flush()
+                time.sleep(2 * RETURN_SECONDS)
+                pool = self.bytes_of(client.kv_tokens()) if one == "fa3" else 0
                 held = self.used() - before
+                values = {"held_bytes": held, "held_with_cache_bytes": cached, "pool_bytes": pool}
                 failed = {key: told[key] for key in ("failed", "failures")}
-                self.note("idle", name, held_bytes=held, pool_bytes=pool, without_pool_bytes=held - pool, **failed)
+                self.note(part, one, without_pool_bytes=held - pool, **values, **failed)
 
     def cold(self) -> None:
-        """SGLang's own first, once more than it counts: files are read from the disk at the first start. A start that
-        leaves kernels uncompiled counts for nothing."""
-        for number, name in enumerate(("fa3", "vtensor", "fa3")[1 if self.quick else 0 :]):
-            with tempfile.TemporaryDirectory() as home, self.servers([name], None, Path(home)) as ((client,), (up,)):
-                start = time.perf_counter()
-                left = precompile.wait(client.url) if name == "vtensor" else 0
-                full = up + time.perf_counter() - start
-                log = (self.folder / f"{name}-0.log").read_text(errors="replace")
-            counts = (self.quick or number > 0) and not left
-            self.note("cold", name, counts=counts, first_answer_s=up, full_speed_s=full, kernels_left=left)
-            for seconds, line in gaps(log):
-                console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
+        """Both in each round, and another one first each time. A start that leaves kernels uncompiled counts for
+        nothing."""
+        for turn in self.rounds:
+            for name in ("fa3", "vtensor")[:: 1 if turn % 2 == 0 else -1]:
+                with (
+                    tempfile.TemporaryDirectory() as home,
+                    self.servers([name], None, Path(home)) as ((client,), (up,)),
+                ):
+                    start = time.perf_counter()
+                    left = precompile.wait(client.url) if name == "vtensor" else 0
+                    full = up + time.perf_counter() - start
+                    log = self.log(client.url).read_text(errors="replace")
+                values = {"first_answer_s": up, "full_speed_s": full, "kernels_left": left}
+                self.note("cold", name, round=turn, counts=not left, **values)
+                for seconds, line in gaps(log):
+                    console.print(f"  {seconds:3d} s until: {line[:120]}", markup=False, highlight=False)
+
+
+def nothing(done: threading.Event) -> dict[str, Any]:
+    """What is seen of servers that do not tell what they hold."""
+    return {}
 
 
 def kvcached_environment(port: int) -> dict[str, str]:
@@ -304,31 +437,50 @@ def kill(url: str) -> None:
     os.killpg(server.pid, signal.SIGKILL)
 
 
+def compare(rows: list[dict[str, Any]], theirs: tuple[str, str], ours: tuple[str, str], key: str) -> list[float]:
+    """Theirs over ours, of the rounds that both have; each is a part, and who in it. Rows of before there were rounds
+    are of one."""
+    values: dict[tuple[str, str], dict[int, float]] = {theirs: {}, ours: {}}
+    for one in rows:
+        if (one["part"], one["what"]) in values:
+            values[one["part"], one["what"]][one.get("round", 0)] = one[key]
+    return [value / values[ours][turn] for turn, value in sorted(values[theirs].items()) if turn in values[ours]]
+
+
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the parts that were measured. Ratios above 1 are in our favour, but for `idle_footprint`."""
+    """Of the parts that were measured. Ratios above 1 are in our favour, but for those of `idle`."""
     summary: dict[str, float] = {}
 
-    def of(part: str, what: str, key: str) -> list[float]:
+    def of(part: str, what: str, key: str) -> list[Any]:
         return [one[key] for one in rows if one["part"] == part and one["what"] == what and one.get("counts", True)]
 
     alone, beside = of("alone", "vtensor", "tokens_per_second"), of("two", "vtensor", "tokens_per_second")
     if alone and beside:
         later = beside[1:]  # the first peak finds all memory free
         summary["two_short_vs_alone"] = min(later) / statistics.median(alone)
-    if beside:
-        summary["two_short_changed_hands_bytes"] = sum(of("two", "vtensor", "changed_hands_bytes"))
-    for one in rows:
-        if "held_bytes" in one and one["part"] == "both":
-            summary["both_share"] = min(one["held_bytes"]) / max(one["held_bytes"])
-    static = of("static", "fa3, all", "ttft_p99_ms")
+    if beside:  # in the first peak nobody has anything cached yet
+        summary["two_short_changed_hands_bytes"] = sum(of("two", "vtensor", "changed_hands_bytes")[1:])
+    shares = [min(held) / max(held) for held in of("both", "vtensor, all", "held_bytes")]
+    if shares:
+        summary["both_share"] = statistics.median(shares)
     for part, name in (("three", "vtensor"), ("kvcached", "kvcached")):
-        elastic = of(part, f"{name}, all", "ttft_p99_ms")
-        if elastic and static:
-            ratios = [a / b for a, b in zip(static, elastic, strict=False)]
-            summary[f"{part}_ttft_p99_vs_static"] = statistics.median(ratios)
-    idle = {one["what"]: one["without_pool_bytes"] for one in rows if one["part"] == "idle"}
-    if len(idle) == 2:
-        summary["idle_footprint"] = idle["vtensor"] / idle["fa3"]
+        ratios = compare(rows, ("static", "fa3, all"), (part, f"{name}, all"), "ttft_p99_ms")
+        if ratios:
+            key = f"{part}_ttft_p99_vs_static"
+            summary |= {key: statistics.median(ratios), f"{key}_least": min(ratios), f"{key}_most": max(ratios)}
+    for part, name in (("idle", "vtensor"), ("kvcached_idle", "kvcached")):
+        idle = {one["what"]: one["without_pool_bytes"] for one in rows if one["part"] == part}
+        if len(idle) == 2:
+            summary[f"{part}_footprint"] = idle[name] / idle["fa3"]
+    came = of("third", "vtensor, all", "first_answer_s")
+    if came:
+        summary["third_first_answer_s"] = statistics.median(came)
+    peaks = {
+        when: [one["tokens_per_second"] for one in rows if one["part"] == "stranger" and one["when"] == when]
+        for when in ("before", "behind")
+    }
+    if all(peaks.values()):
+        summary["behind_a_stranger"] = statistics.median(peaks["behind"]) / statistics.median(peaks["before"])
     cold = {name: of("cold", name, "first_answer_s") for name in ("vtensor", "fa3")}
     if all(cold.values()):
         theirs = statistics.median(cold["fa3"])
@@ -344,7 +496,8 @@ def main(
     parts: Annotated[str, typer.Option(help="With commas; all of them by default.")] = "",
     rate: Annotated[float, typer.Option(help="Requests a second at a peak of three servers.")] = Sizes.rate,
     name: Annotated[str, typer.Option(help="One results file for all: results/NAME.json.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="How often the peaks of three servers run.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the parts that have rounds.")] = 3,
+    first: Annotated[int, typer.Option(min=1, help="The number of the first round.")] = 1,
     quick: Annotated[bool, typer.Option(help="A small model on the host backend; nothing is written.")] = False,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write this run's rows, as JSON, here.")] = None,
 ) -> None:
@@ -354,15 +507,21 @@ def main(
     if not (name or quick) and set(chosen) & set(MORE_PARTS):
         raise typer.BadParameter(f"give --name too: {', '.join(MORE_PARTS)} has no results file of its own")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file, 1 if quick else rounds)
+        turns = range(first - 1, first if quick else first - 1 + rounds)
+        bench = Bench(Path(folder), quick, QUICK if quick else Sizes(rate=rate), rows_file, turns)
         for part in chosen:
+            before = len(bench.rows)
             getattr(bench, part)()
-    files = {name or FILES[part] for part in chosen} if not quick else set()
-    for file in sorted(files):
-        rows = [one for one in bench.rows if file in (name, FILES.get(one["part"]))]
-        path, _, dropped = results.add_parts(file, rows, lambda one: one["part"], summarize)
-        console.print(results.written(path, dropped))
+            if not quick:  # what comes next may fail
+                rows = bench.rows[before:]
+                path, _, dropped = results.add_parts(name or FILES[part], rows, part_and_round, summarize)
+                console.print(results.written(path, dropped))
     console.print(summarize(bench.rows))
+
+
+def part_and_round(row: dict[str, Any]) -> tuple[str, int | None]:
+    """What is measured anew replaces rows that are equal in these."""
+    return row["part"], row.get("round")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.stranger import Stranger
 from sglang_vtensor.srt.demand import Demand
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.test_neighbours import Looping, _die_below, _nap
-from tests.gpu.stranger import Stranger
 from tests.harness import Do, Request, Scheduler, nobody_starts
 
 PAGE_BYTES, PAGE_TOKENS = 2 << 20, 128
