@@ -90,6 +90,16 @@ def peak(requests: int, sizes: Sizes) -> Workload:
     return run
 
 
+def steady(requests: int, sizes: Sizes, done: threading.Event) -> Workload:
+    """So many requests, and again as soon as all have been answered, until `done` is set."""
+
+    async def run(client: Client, rng: random.Random) -> None:
+        while not done.is_set():
+            await peak(requests, sizes)(client, rng)
+
+    return run
+
+
 def intermittent(number: int, of: int, sizes: Sizes) -> Workload:
     """What server `number` of so many is asked: quiet requests all the time, and at its turn a peak. All by the clock,
     whether or not earlier ones have been answered."""

@@ -36,14 +36,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import signal
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -55,7 +54,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, Client, Workload, capacity, compiled
+from benchmarks.contestants import ROUND_TOKENS, START_SECONDS, capacity, compiled
 from benchmarks.geometries import GIB, LLAMA
 from benchmarks.memory import HOST_CONTESTANTS, RETURN_SECONDS
 from benchmarks.memory import device_bytes as device_reader
@@ -70,6 +69,7 @@ from benchmarks.peaks import (
     intermittent,
     looking,
     peak,
+    steady,
 )
 from benchmarks.prefix import large_model, small_model
 from benchmarks.serving import CONTESTANTS, command, end_with_servers, parts_of, started
@@ -93,8 +93,6 @@ SERVER_BYTES = 20 * GIB
 LEFT_BYTES, BEFORE_SECONDS, TAKEN_SECONDS = 256 << 20, 5.0, 15.0
 #: What one of two servers needs at its peak, and what it may hold, of the memory that there is for both.
 NEEDED, ALLOWED = 0.75, 0.8
-#: A neighbour of one that comes up has requests for so long.
-BUSY_SECONDS = 150.0
 #: A cold start has none of what these name; all else that is kept is below HOME.
 CACHES = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE", "TVM_FFI_CACHE_DIR")
 
@@ -173,11 +171,14 @@ class Bench:
         """What is compiled, captured or made at first use; and then everything is given back. Raises `RuntimeError` if
         a request fails."""
         for client in clients:
-            told = client.measure(peak(4, self.sizes), seed=0)
-            if told["failed"]:
-                raise RuntimeError(f"{told['failed']} requests failed as {client.url} warmed up: {told['failures']}")
+            self._all_answered(client, client.measure(peak(4, self.sizes), seed=0))
             client.flush()
         time.sleep(RETURN_SECONDS)
+
+    @staticmethod
+    def _all_answered(client: Patient, told: dict[str, Any]) -> None:
+        if told["failed"]:
+            raise RuntimeError(f"{told['failed']} requests failed as {client.url} warmed up: {told['failures']}")
 
     def one_of_two(self) -> dict[str, int]:
         """The peak of one of two servers."""
@@ -271,14 +272,16 @@ class Bench:
             self.warm_up(clients)
             for turn in self.rounds:
                 for client in clients:
-                    client.measure(peak(requests, self.sizes), seed=70 + 3 * turn)
-                before = held_now(clients)
+                    self._all_answered(client, client.measure(peak(requests, self.sizes), seed=70 + 3 * turn))
+                before, done = held_now(clients), threading.Event()
                 with ThreadPoolExecutor(1) as beside:
-                    work = [self._steady(requests // 3)] * 2
-                    busy = beside.submit(drive_at_once, clients, work, 71 + 3 * turn)
-                    with self.servers(["vtensor"], self.room(3) // 3) as ((third,), (up,)):
-                        told = third.measure(peak(max(2, requests // 3), self.sizes), seed=72 + 3 * turn)
-                        after = held_now(clients)
+                    busy = beside.submit(drive_at_once, clients, [steady(requests // 3, self.sizes, done)] * 2, turn)
+                    try:
+                        with self.servers(["vtensor"], self.room(3) // 3) as ((third,), (up,)):
+                            told = third.measure(peak(max(2, requests // 3), self.sizes), seed=72 + 3 * turn)
+                            after = held_now(clients)
+                    finally:
+                        done.set()
                     seconds = busy.result()
                 values = {"round": turn, "first_answer_s": up, "held_before_bytes": before, "held_after_bytes": after}
                 self.note_each("third", "vtensor", clients, seconds, values)
@@ -297,16 +300,6 @@ class Bench:
         finally:
             file.unlink()
 
-    def _steady(self, requests: int) -> Workload:
-        """So many requests, again as soon as all have been answered, for as long as a start may take."""
-
-        async def run(client: Client, rng: random.Random) -> None:
-            end = time.monotonic() + (self.sizes.seconds if self.quick else BUSY_SECONDS)
-            while time.monotonic() < end:
-                await peak(requests, self.sizes)(client, rng)
-
-        return run
-
     def stranger(self) -> None:
         """A peak before, one with the stranger there, and one behind that."""
         one = self.one_of_two()
@@ -317,28 +310,35 @@ class Bench:
             for turn in self.rounds:
                 for when in ("before", "beside", "behind"):
                     client.flush()
+                    shortages = client.stats()["shortages"]
                     with contextlib.ExitStack() as taking, looking(partial(held_between, [client])) as saw:
+                        taken = None
                         if stranger is not None and when == "beside":  # on the host nothing is short
-                            taking.enter_context(self._taking(stranger))
+                            taken = taking.enter_context(self._taking(stranger))
                         told = client.measure(peak(one["requests"], self.sizes), seed=80 + turn)
-                    values = {"round": turn, "when": when, "shortages": client.stats()["shortages"]}
+                    values = {"round": turn, "when": when, "shortages": client.stats()["shortages"] - shortages}
+                    if taken is not None:
+                        values["taken_bytes"] = taken()
+                        if not values["shortages"]:
+                            raise RuntimeError(f"the server never ran short beside a stranger: {values}")
                     self.note("stranger", "vtensor", **values, **saw(), **told)
 
     @contextlib.contextmanager
-    def _taking(self, stranger: Stranger) -> Iterator[None]:
-        """It has all that is free for a while, from a little later on."""
+    def _taking(self, stranger: Stranger) -> Iterator[Callable[[], int]]:
+        """It has all that is free for a while, from a little later on. What is yielded says how much that was, behind
+        this, or raises what the stranger raised."""
 
-        def take() -> None:
-            stranger.take(LEFT_BYTES)
-            time.sleep(TAKEN_SECONDS)
-            stranger.let_go()
+        def take() -> int:
+            time.sleep(BEFORE_SECONDS)
+            try:
+                taken = stranger.take(LEFT_BYTES)
+                time.sleep(TAKEN_SECONDS)
+            finally:
+                stranger.let_go()
+            return taken
 
-        timer = threading.Timer(BEFORE_SECONDS, take)
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.join()
+        with ThreadPoolExecutor(1) as beside:
+            yield beside.submit(take).result
 
     def killed(self) -> None:
         """The second server has cached a peak, and gives of that to the first one, until it is killed."""

@@ -8,6 +8,7 @@ what is idle, what is cached, and what their requests hold as these end. When it
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ BESIDE_BYTES = 6 << 30
 #: It tells so often; it waits for room until none has come for so long, or for so much longer where the others hold
 #: what it needs.
 TELL_SECONDS, PATIENCE_SECONDS, ANSWER_SECONDS = 0.1, 3.0, 60.0
+#: However much comes meanwhile: others may take what others give.
+MOST_SECONDS = 600.0
 #: Files that weights are in.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 #: All weights once more, as they were published at first.
@@ -85,13 +88,14 @@ class Arrival:
     def wait(self) -> bool:
         """Until there is room for what it wants, and no other one's turn; False where no more comes. Alone on a device
         it does not look."""
-        most, since, said = -1, 0.0, False
+        last, since, said, begun = -1, 0.0, False, time.monotonic()
         while (others := self._others()) and not self._has_room(others, free := self._free()):
             now = self._moved_at = time.monotonic()
             # Also what one holds that tells nothing now: it may be in a long batch.
             patience = ANSWER_SECONDS if free + self._held_by(others) >= self.wanted else PATIENCE_SECONDS
-            if free > most:
-                most, since = free, now
+            came, last = free > last, free
+            if came and now < begun + MOST_SECONDS:
+                since = now
             elif now >= since + PATIENCE_SECONDS and not said and patience > PATIENCE_SECONDS:
                 said = True
                 logger.info("waiting until requests of other servers on this device end: %d bytes wanted", self.wanted)
@@ -103,6 +107,7 @@ class Arrival:
                     free,
                     "give no more" if free < self.wanted else "have waited for these longer",
                 )
+                self._moved_at = -math.inf  # its turn is over, until it takes memory
                 return False
             time.sleep(TELL_SECONDS)
         return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -382,9 +383,11 @@ class KVMemory(Room):
         return self._timed
 
     def frames_left(self) -> list[int] | None:
-        """Frames that have memory and no owner, ascending. Any thread may ask; None if another one does not let go of
-        the lock within `LOCKED_SECONDS`, as it may stand in a call of the driver."""
-        if not self._lock.acquire(timeout=LOCKED_SECONDS):
+        """Frames that have memory and no owner, ascending. Any thread may ask. To one beside the scheduling thread,
+        which is its process's first, this is None if the lock is held for `LOCKED_SECONDS`: whoever has it may stand in
+        a call of the driver."""
+        first = threading.current_thread() is threading.main_thread()
+        if not self._lock.acquire(timeout=-1 if first else LOCKED_SECONDS):
             return None
         try:
             return self.backing.newest_vacant(self.backing.free)

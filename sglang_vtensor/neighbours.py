@@ -330,7 +330,7 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
         turn = everybody[first]
         # Requests that begin elsewhere would take what others leave as they end, and it might never be enough.
         if turn.alone > there - sum(one.least for one in takers if one is not turn):
-            return turn.alone if first == 0 else mine.least
+            return max(turn.alone, mine.least) if first == 0 else mine.least
     if mine.wanted:
         return _shares(takers, there)[0]
     if wanted <= 0:
@@ -339,11 +339,12 @@ def allowed(mine: Record, others: Sequence[Record], free: int) -> int | None:
 
 
 def _first(sharers: Sequence[Record], there: int) -> int | None:
-    """Whose turn it is, by number, of those that share `there`: the one that has waited longest. Who can never have so
-    much, beside the minimums of the others, has no turn: they would wait for ever with it."""
+    """Whose turn it is, by number, of those that share `there`: the one that has waited longest of those that want
+    something. Who can never have so much, beside the minimums of the others, has no turn: they would wait for ever with
+    it."""
     kept = [min(one.minimum, one.backed) for one in sharers]
-    able = [n for n, one in enumerate(sharers) if 0 < one.alone <= there - sum(kept) + kept[n]]
-    return min(able, key=lambda n: (sharers[n].since, sharers[n].alone), default=None)
+    able = [n for n, one in enumerate(sharers) if one.wanted and 0 < one.alone <= there - sum(kept) + kept[n]]
+    return min(able, key=lambda n: (sharers[n].since, sharers[n].alone, astuple(sharers[n])), default=None)
 
 
 def _shares(takers: Sequence[Record], there: int) -> list[int]:

@@ -124,6 +124,6 @@ class Room:
         return -(-min(self.over_bytes(), free) // self.page_bytes)
 
     def over_bytes(self) -> int:
-        """Bytes of backed pages beyond the allowance."""
+        """Bytes of backed pages beyond what is allowed: while somebody begins with what is free, it stays."""
         backed = sum((backing.pages - 1) * backing.page_bytes for backing in self.stores)
-        return max(0, backed - self.allowance_bytes)
+        return max(0, backed - self.allowed_bytes)

@@ -29,6 +29,8 @@ class Demand:
     new_token_ratio: float = 0.0
     #: Whose prompt is computed in part.
     chunked: Req | None = None
+    #: Nobody goes on before the engine does: what its requests hold stays.
+    paused: bool = False
 
 
 class Turn:

@@ -269,11 +269,12 @@ class Elastic:
                 wanted = max(wanted, alone - memory.backed_bytes)
         else:
             self._turn.end()
+        live = memory.backed_bytes - memory.budget.free - cached if demand.paused else 0
         return Record(
             backed=memory.backed_bytes,
             idle=memory.budget.free,
             cached=cached,
-            minimum=self.minimum_bytes,
+            minimum=max(self.minimum_bytes, live),
             wanted=wanted,
             alone=alone,
             since=self._turn.since if alone else 0,

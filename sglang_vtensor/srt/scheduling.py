@@ -233,7 +233,7 @@ def on_idle(original: Callable[..., None], scheduler: Any) -> None:
 def while_paused(_: None, scheduler: Any) -> None:
     """A paused engine begins nothing, and so wants nothing of its neighbours; what it has cached it gives them."""
     runtime = runtime_of(scheduler)
-    scheduler.vtensor_elastic.tick(Demand(()))
+    scheduler.vtensor_elastic.tick(Demand((), paused=True))
     if not runtime.copies:  # else the next batch begins with them, and reads what was given up before it
         runtime.idle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from types import SimpleNamespace
@@ -143,20 +144,37 @@ def test_who_comes_later_hears_it_too(tmp_path, monkeypatch):
 def test_of_two_that_come_up_the_later_one_has_what_the_first_one_leaves(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 0.5)
-    taken = [0, 0]
-    neighbours = [Neighbours("gpu", tmp_path / "shared") for _ in taken]
-    first, second = (
-        Arrival(one, 22, held=lambda n=n: taken[n], free=lambda: 30 - sum(taken)) for n, one in enumerate(neighbours)
-    )
+    million, loading = 10**6, itertools.count()  # the first one takes a little more at each look
+    taken = [lambda: next(loading), lambda: 0]
+    folder, free = tmp_path / "shared", [30 * million]
+    first, second = (Arrival(Neighbours("gpu", folder), 22 * million, held=of, free=lambda: free[0]) for of in taken)
     assert first.wait()
     assert not second.wait()
-    assert "need 22 bytes of this device, 30 are free, and the other servers on it have waited for these longer" in (
+    assert "22000000 bytes of this device, 30000000 are free, and the other servers on it have waited for these" in (
         caplog.text
     )
-    taken[0] = 8
-    until(lambda: second._has_room([Record(50), *second._others()], 22 + 14))
+    until(lambda: not second._record().alone)
+    free[0] = 45 * million
+    assert second.wait(), "there is enough for both"
     first.over()
     second.over()
+
+
+def test_memory_that_comes_is_waited_for_also_where_there_was_more_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrival_module, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(arrival_module, "ANSWER_SECONDS", 1.0)
+    other = Neighbours("gpu", tmp_path / "shared")
+    other.tell(Record(60, cached=60))
+    looks = itertools.chain([19], (10 + n // 8 for n in itertools.count()))
+    arrival = Arrival(Neighbours("gpu", tmp_path / "shared"), 20, held=lambda: 0, free=lambda: next(looks))
+    monkeypatch.setattr(arrival_module, "TELL_SECONDS", 0.05)
+    assert arrival.wait(), "it took four seconds, and came bit by bit"
+    monkeypatch.setattr(arrival_module, "MOST_SECONDS", 0.0)
+    looks = itertools.chain([19], (10 + n // 8 for n in itertools.count()))
+    assert not arrival.wait(), "but not for ever"
+    assert not arrival._record().alone, "its turn is over"
+    arrival.over()
+    other.close()
 
 
 def test_a_neighbour_that_is_in_a_long_batch_is_waited_for(tmp_path, monkeypatch):

@@ -95,6 +95,7 @@ def bench_with(folder, monkeypatch, *clients, quick=False):
     monkeypatch.setattr(servers, "large_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "small_model", lambda folder: (folder, 400))
     monkeypatch.setattr(servers, "RETURN_SECONDS", 0.0)
+    monkeypatch.setattr(servers, "QUIET_SECONDS", 0.0)
     return servers.Bench(folder, quick, SIZES, None, range(1))
 
 
@@ -422,3 +423,72 @@ def test_kvcached_stands_beside_ours_where_both_were_measured(monkeypatch):
     ):
         monkeypatch.setattr(server_tables.results, "read", lambda name, ours=ours: ours)
         assert (line in report.servers(record).splitlines()) is there
+
+
+class Beside(Asked):
+    """Has run short once more at each look."""
+
+    def stats(self):
+        return super().stats() | {"shortages": self.looks}
+
+
+def of_each_start(tmp_path, monkeypatch, quick, *starts):
+    """A bench whose servers are those of `starts`, one start after another."""
+    bench, left = bench_with(tmp_path, monkeypatch, quick=quick), iter(starts)
+
+    @contextlib.contextmanager
+    def up(bench, names, tokens):
+        clients = next(left)
+        assert len(names) == len(clients)
+        yield clients, [7.0] * len(clients)
+
+    monkeypatch.setattr(servers.Bench, "servers", up)
+    answer_after_a_while(monkeypatch)
+    bench.room, bench.sizes = lambda count: 40 * count, SIZES
+    return bench
+
+
+def test_a_third_server_comes_up_beside_two_that_are_busy_until_it_is_done(tmp_path, monkeypatch):
+    two, third = [Asked("a", 400), Asked("b", 400)], Asked("c", 400)
+    two[0].seconds = two[1].seconds = 0.01
+    third.seconds = 0.5
+    bench = of_each_start(tmp_path, monkeypatch, True, two, [third])
+    bench.third()
+    assert [row["what"] for row in bench.rows] == ["vtensor", "vtensor", "vtensor, all", "vtensor"]
+    busy, came = bench.rows[0], bench.rows[-1]
+    assert busy["requests"] > 2 * came["requests"], "they are asked again and again meanwhile"
+    assert summarize(bench.rows) == {"third_first_answer_s": 7.0, "requests_failed": 0}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stranger_takes_memory_at_the_second_of_three_peaks(tmp_path, monkeypatch, fails):
+    did = []
+
+    class Stranger:
+        def take(self, leave_bytes):
+            did.append("take")
+            if fails:
+                raise RuntimeError("no answer")
+            return 5
+
+        def let_go(self):
+            did.append("let go")
+
+        def close(self):
+            did.append("close")
+
+    monkeypatch.setattr(servers, "Stranger", Stranger)
+    monkeypatch.setattr(servers, "BEFORE_SECONDS", 0.0)
+    monkeypatch.setattr(servers, "TAKEN_SECONDS", 0.0)
+    bench = of_each_start(tmp_path, monkeypatch, False, [Beside("a", 400)])
+    if fails:
+        with pytest.raises(RuntimeError, match="no answer"):
+            bench.stranger()
+        assert did == ["take", "let go", "close"]
+        return
+    bench.stranger()
+    assert did == ["take", "let go", "close"]
+    assert [(row["when"], row.get("taken_bytes")) for row in bench.rows] == [
+        *[("before", None), ("beside", 5), ("behind", None)]
+    ]
+    assert "behind_a_stranger" in summarize(bench.rows)
