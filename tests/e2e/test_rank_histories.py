@@ -244,7 +244,7 @@ def stays_alike(both: list[Scheduler], scripts: list[list[list[Any]]]) -> None:
     for rid, one in answers[0].items():
         other = answers[1][rid]
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3), rid  # as in `TIE`
-        assert replace(one, logprobs=[], gaps=[], seconds=[]) == replace(other, logprobs=[], gaps=[], seconds=[]), rid
+        assert replace(one, logprobs=[], gaps=[], behind=[]) == replace(other, logprobs=[], gaps=[], behind=[]), rid
     for rank in both:
         rank.check()
     assert all(at_once(both, lambda rank, _: rank.flush()))
