@@ -114,14 +114,14 @@ class Room:
             refused = sum(backing.stuck * backing.page_bytes for backing in self.stores)
         return max(self.budget.nbytes - self.allowed_bytes, refused)
 
-    def missing_pages(self) -> int:
-        """The same in pages of each side."""
-        return -(-self.missing_bytes() // self.page_bytes)
+    def in_pages(self, nbytes: int) -> int:
+        """So many bytes, in pages of each side, rounded up."""
+        return -(-nbytes // self.page_bytes)
 
     def owes(self) -> int:
         """Free pages beyond the allowance, which the worker is to give back; in bytes of pages of each side."""
         free = self.budget.free + len(self.tails) * self.page_bytes
-        return -(-min(self.over_bytes(), free) // self.page_bytes)
+        return self.in_pages(min(self.over_bytes(), free))
 
     def over_bytes(self) -> int:
         """Bytes of backed pages beyond what is allowed: while somebody begins with what is free, it stays."""

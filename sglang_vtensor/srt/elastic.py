@@ -364,8 +364,8 @@ class Elastic:
             if nbytes <= self.limit * page:
                 continue
             message = (
-                f"this request needs {-(-nbytes // page)} pages of KV cache, and the server is limited to {self.limit} "
-                f"({(self.limit + 1) * page} bytes): raise the limit, or shorten the prompt"
+                f"this request needs {memory.in_pages(nbytes)} pages of KV cache, and the server is limited to "
+                f"{self.limit} ({(self.limit + 1) * page} bytes): raise the limit, or shorten the prompt"
             )
             self._refuse(
                 req, waiting, {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}, send

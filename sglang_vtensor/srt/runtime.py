@@ -189,7 +189,7 @@ class Runtime:
 
     def missing_tokens(self) -> int:
         """The same in tokens of the pool's size."""
-        return -(-self.lacking_bytes() // self.memory.page_bytes) * self.page_tokens
+        return self.memory.in_pages(self.lacking_bytes()) * self.page_tokens
 
     def bytes_for(self, tokens: int) -> int:
         """What a request of so many tokens takes at most, on all sides."""

@@ -324,7 +324,7 @@ def test_a_side_that_is_short_makes_pages_missing():
     vmm.create = refuses_large
     assert take(memory, 4) is None
     assert memory.short
-    assert memory.missing_pages() == 15, "four pages of the other side, given back, are one of each"
+    assert memory.in_pages(memory.missing_bytes()) == 15, "four pages of the other side, given back, are one of each"
 
 
 def test_a_side_that_was_refused_and_lacks_none_is_asked_about_again():
@@ -338,10 +338,10 @@ def test_a_side_that_was_refused_and_lacks_none_is_asked_about_again():
     memory.backings[1].trim(0)
     memory.backings[0].refusal = VMMError("create", "injected", "INJECTED")
     assert (memory.backings[0].free, memory.backings[1].free, memory.room()) == (4, 0, 4)
-    assert memory.missing_pages() > 12
+    assert memory.in_pages(memory.missing_bytes()) > 12
     done(memory)
     assert not memory.short
-    assert memory.missing_pages() == 12, "the others are beyond the allowance"
+    assert memory.in_pages(memory.missing_bytes()) == 12, "the others are beyond the allowance"
 
 
 def test_both_sides_get_memory_where_a_request_comes_to_next():
@@ -508,7 +508,7 @@ def test_the_allowance_gives_back_what_is_free_and_lets_what_runs_grow():
     assert memory.owes() == 0
     assert memory.stats()["pages_backed"] == 7
     assert take(memory, 1) is None
-    assert memory.missing_pages() == 11
+    assert memory.in_pages(memory.missing_bytes()) == 11
     assert memory.room() == -1
     more = take(memory, 2, growing=True)
     assert len(more) == 2
@@ -652,13 +652,13 @@ def test_a_full_device_is_an_answer_and_is_said_once(caplog):
     assert len(caplog.records) == 1
     assert "the device gives no more memory" in caplog.text
     assert memory.stats()["shortages"] == 1
-    assert memory.missing_pages() == 13
+    assert memory.in_pages(memory.missing_bytes()) == 13
     frames = take(memory, 3)
     vmm.capacity_bytes = None
     memory.free(frames)
     assert len(take(memory, 16)) == 16
     assert not memory.short
-    assert memory.missing_pages() == 0
+    assert memory.in_pages(memory.missing_bytes()) == 0
 
 
 def test_a_device_that_is_full_is_left_alone_for_a_while():
