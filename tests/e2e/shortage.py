@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import threading
@@ -147,15 +146,20 @@ def share_device(scheduler: Any, pages: int) -> None:
 
 def neighbour_gives(scheduler: Any, pages: int, least: int, seconds: float, wanted: int = 0) -> None:
     """Behind `share_device`: there is a neighbour that holds so many pages, and gives one every `seconds` down to
-    `least` of them when it is asked, as one does whose requests end. It wants so many itself."""
-    page, neighbours, asked_at = _memory(scheduler).layout.page_bytes, scheduler.vtensor_elastic.neighbours, math.inf
+    `least` of them, as one does whose requests end. It wants so many itself.
+
+    It gives only while a request that was retracted waits here. So it is not the machine's speed that decides whether
+    memory comes before a request lacks it."""
+    page, neighbours = _memory(scheduler).layout.page_bytes, scheduler.vtensor_elastic.neighbours
+    waited, looked_at = 0.0, time.monotonic()
 
     def others() -> list[Any]:
-        nonlocal asked_at
-        if neighbours._record.wanted:
-            asked_at = min(asked_at, time.monotonic())
-        given = int(max(0.0, time.monotonic() - asked_at) / seconds)
-        return [Record(backed=max(least, pages - given) * page, wanted=wanted * page)]
+        nonlocal waited, looked_at
+        now = time.monotonic()
+        if neighbours._record.wanted and any(req.retraction_count for req in scheduler.waiting_queue):
+            waited += now - looked_at
+        looked_at = now
+        return [Record(backed=max(least, pages - int(waited / seconds)) * page, wanted=wanted * page)]
 
     neighbours.others = others
 

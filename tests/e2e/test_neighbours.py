@@ -372,7 +372,7 @@ def test_who_was_retracted_begins_again_when_there_is_memory_for_all_of_it(start
     prompt = Prompts(41)
     long = Request("long", prompt(64 * S), 700 * S)
     needed = 4 + 44 + 2  # its prompt, its answer, a page that SGLang counts beside them, and the padding page
-    one.call(neighbour_gives, DEVICE - 14, DEVICE - needed - 2, 0.1)
+    one.call(neighbour_gives, DEVICE - 14, DEVICE - needed - 2, 0.05)
     answer = one.run([[long]])["long"]
     assert answer.retractions == 1, "as it began, before it was known what there was"
     check_all(schedulers(**LIMITS), [long], {"long": answer})
