@@ -10,6 +10,7 @@
 
     gsp                 python -m sglang.bench_serving --dataset-name generated-shared-prefix
     mooncake            python -m sglang.bench_serving --dataset-name mooncake, with the file given by --trace
+    agentic             python -m sglang.bench_serving --dataset-name agentic-trace, with the file given by --agentic
     prefix_repetition   vllm bench serve --dataset-name prefix_repetition, where vLLM is installed or has a --vllm-boot
     multi_turn          benchmark_serving_multi_turn.py of vLLM's repository, whose folder --multi-turn names
 
@@ -60,8 +61,8 @@ from sglang_vtensor.demo import end_with_parent
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of other people's: its client (`sglang`, `vllm` or `multi_turn`), its arguments, those of a shorter run that
-    warms a server up, and the KV tokens that it comes back to or holds at once."""
+    """One of other people's: its client (`sglang`, `sglang_chat`, `vllm` or `multi_turn`), its arguments, those of a
+    shorter run that warms a server up, and the KV tokens that it comes back to or holds at once."""
 
     client: str
     arguments: tuple[str, ...]
@@ -75,6 +76,11 @@ BENCHMARKS = {
         "sglang",
         ("--dataset-name", "mooncake"),
         ("--num-prompts", "64", "--mooncake-slowdown-factor", "0"),
+    ),
+    "agentic": Benchmark(
+        "sglang_chat",
+        ("--dataset-name", "agentic-trace"),
+        ("--num-prompts", "32", "--agentic-max-turns", "1"),
     ),
     "prefix_repetition": Benchmark(
         "vllm",
@@ -97,6 +103,7 @@ QUICK = {
     "gsp": "--gsp-num-groups 2 --gsp-prompts-per-group 3 --gsp-system-prompt-len 64 --gsp-question-len 16 "
     "--gsp-output-len 8",
     "mooncake": "--num-prompts 3",
+    "agentic": "--sharegpt-output-len 8",
     "prefix_repetition": "--num-prompts 6 --prefix-repetition-num-prefixes 2 --prefix-repetition-prefix-len 64 "
     "--prefix-repetition-suffix-len 16 --prefix-repetition-output-len 8",
     "multi_turn": "--max-turns 4 --limit-min-tokens 8 --limit-max-tokens 8",
@@ -119,7 +126,8 @@ def command(benchmark: Benchmark, client: Client, plan: Plan, out: Path) -> list
         script, *arguments = benchmark.arguments
         at = ["--url", client.url, "--model", str(plan.model), "--served-model-name", name]
         return in_vllm(plan, [script, *at, *arguments, "--stats-json-output", str(out)])
-    at = ["--backend", "vllm" if vllm else "sglang", "--base-url", client.url]
+    speaks = {"sglang": ("sglang", "vllm"), "sglang_chat": ("sglang-oai-chat", "vllm-chat")}[benchmark.client]
+    at = ["--backend", speaks[vllm], "--base-url", client.url]
     save = ["--flush-cache", "--output-file", str(out), "--output-details", *([] if vllm else ["--cache-report"])]
     module = ["sglang.bench_serving", *at, *model, *benchmark.arguments]
     return [sys.executable, "-m", *module, *save, "--disable-tqdm"]
@@ -238,17 +246,26 @@ class ThirdParty(Suite):
 
 def shown(benchmark: Benchmark) -> list[str]:
     """What stands in results of upstream's command line: which module, and what is not about where the server is."""
-    module = {"vllm": ["-m", "vllm.entrypoints.cli.main", "bench", "serve"], "sglang": ["-m", "sglang.bench_serving"]}
+    sglang = ["-m", "sglang.bench_serving"]
+    module = {"vllm": ["-m", "vllm.entrypoints.cli.main", "bench", "serve"], "sglang": sglang, "sglang_chat": sglang}
     named = (Path(one).name if os.sep in one else one for one in benchmark.arguments)
     return [*module.get(benchmark.client, []), *named]
 
 
 def choose(
-    kinds: str, trace: Path | None, extra: str, quick: bool, vllm: bool, multi_turn: Path | None = None
+    kinds: str,
+    extra: str,
+    *,
+    quick: bool,
+    vllm: bool,
+    trace: Path | None = None,
+    agentic: Path | None = None,
+    multi_turn: Path | None = None,
 ) -> dict[str, Benchmark]:
     """The benchmarks of these names (with commas), or those that can run. Raises `typer.BadParameter` for one that is
     unknown, or that cannot run."""
-    missing = {} if trace else {"mooncake": "needs --trace FILE"}
+    files = {"mooncake": ("--trace", trace), "agentic": ("--agentic", agentic)}
+    missing = {kind: f"needs {option} FILE" for kind, (option, file) in files.items() if file is None}
     missing |= {} if vllm else {"prefix_repetition": "needs vLLM: --vllm-boot FILE"}
     if multi_turn is None or not (multi_turn / SCRIPT).exists():
         missing["multi_turn"] = f"needs --multi-turn FOLDER: vLLM's benchmarks/multi_turn, with {SCRIPT}"
@@ -262,8 +279,8 @@ def choose(
     made = {}
     for kind in chosen:
         more = [*(QUICK[kind].split() if quick else []), *shlex.split(extra)]
-        if kind == "mooncake":
-            more = ["--dataset-path", str(trace.resolve()) if trace else "", *more]
+        if (file := files.get(kind, ("", None))[1]) is not None:
+            more = ["--dataset-path", str(file.resolve()), *more]
         script = [str((multi_turn / SCRIPT).resolve())] if kind == "multi_turn" and multi_turn else []
         made[kind] = replace(BENCHMARKS[kind], arguments=(*script, *BENCHMARKS[kind].arguments, *more))
     return made
@@ -281,6 +298,7 @@ def main(
     ] = 1,
     tokens: Annotated[int, typer.Option(help="KV tokens of each server; 0 for what the device has room for.")] = 0,
     trace: Annotated[Path | None, typer.Option(exists=True, help="A Mooncake trace.")] = None,
+    agentic: Annotated[Path | None, typer.Option(exists=True, help="A trace of agents, as upstream reads it.")] = None,
     multi_turn: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="The folder benchmarks/multi_turn of vLLM.")
     ] = None,
@@ -300,7 +318,8 @@ def main(
     if unknown := set(names) - set(known):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} unknown: there are {', '.join(known)}")
     vllm = vllm_boot is not None or importlib.util.find_spec("vllm") is not None
-    chosen = choose(kinds, trace, extra, quick, vllm, multi_turn)
+    files = {"trace": trace, "agentic": agentic, "multi_turn": multi_turn}
+    chosen = choose(kinds, extra, quick=quick, vllm=vllm, **files)
     if "mooncake" in chosen and "vllm" in names:
         raise typer.BadParameter("sglang.bench_serving replays mooncake's times only against SGLang: leave vllm out")
     on = devices_of(devices, names, alone=in_turn or quick)

@@ -48,10 +48,21 @@ def test_other_peoples_benchmarks_run_on_the_host(tmp_path):
         for n in range(3):
             entry = {"timestamp": 100 * n, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1, 2 + n]}
             file.write(json.dumps(entry) + "\n")
-    run("benchmarks.third_party", "--quick", "--rounds", "1", "--trace", str(trace), "--rows", str(out))
+    agents = tmp_path / "agents.json"
+    turns = [
+        {"messages": [{"role": "user", "content": f"What is in file {n}?"}], "prompt_tokens": 50} for n in range(3)
+    ]
+    turns[0]["messages"].insert(0, {"role": "system", "content": "You mend programs. " * 8})
+    agents.write_text(json.dumps({"metadata": {}, "conversations": [turns, turns[:2]]}))
+    files = ("--trace", str(trace), "--agentic", str(agents))
+    run("benchmarks.third_party", "--quick", "--rounds", "1", *files, "--rows", str(out))
     rows = {row["workload"]: row for row in json.loads(out.read_text())}
-    assert {kind: row["requests"] for kind, row in rows.items()} == {"gsp": 6, "mooncake": 3}
-    assert {kind: row["output_tokens"] for kind, row in rows.items()} == {"gsp": 6 * 8, "mooncake": 3 * 5}
+    assert {kind: row["requests"] for kind, row in rows.items()} == {"gsp": 6, "mooncake": 3, "agentic": 5}
+    assert {kind: row["output_tokens"] for kind, row in rows.items()} == {
+        "gsp": 6 * 8,
+        "mooncake": 3 * 5,
+        "agentic": 5 * 8,
+    }
     assert rows["mooncake"]["cached_share"] > 0.3, "requests that come after each other share two blocks"
     for row in rows.values():
         assert row["upstream"].startswith("python -m sglang.bench_serving --dataset-name ")

@@ -96,7 +96,8 @@ def test_a_run_with_failures_is_no_measurement(told):
 def test_command_lines_are_upstreams(tmp_path):
     plan = contestants.Plan(tmp_path / "model", 400, 4096, 8192, vllm_boot=tmp_path / "boot", text=True)
     out, url = tmp_path / "out.json", "http://127.0.0.1:1"
-    made = third_party.choose("gsp,mooncake", tmp_path / "trace.jsonl", "--mooncake-slowdown-factor 0.5", False, False)
+    files = {"trace": tmp_path / "trace.jsonl", "agentic": tmp_path / "agents.json"}
+    made = third_party.choose("gsp,mooncake", "--mooncake-slowdown-factor 0.5", quick=False, vllm=False, **files)
     line = shlex.join(third_party.command(made["gsp"], contestants.Client(url, 400), plan, out))
     assert " -m sglang.bench_serving --backend sglang " in line
     assert " --dataset-name generated-shared-prefix " in line
@@ -109,7 +110,11 @@ def test_command_lines_are_upstreams(tmp_path):
     assert " --backend vllm " in line
     assert f" --served-model-name {contestants.VLLM_NAME} " in line
     assert "--cache-report" not in line
-    (of_vllm,) = third_party.choose("prefix_repetition", None, "", True, True).values()
+    made = third_party.choose("agentic", "", quick=False, vllm=False, **files)["agentic"]
+    assert made.arguments == ("--dataset-name", "agentic-trace", "--dataset-path", str(files["agentic"]))
+    for client, backend in ((contestants.Client, "sglang-oai-chat"), (contestants.VllmClient, "vllm-chat")):
+        assert f" --backend {backend} " in shlex.join(third_party.command(made, client(url, 400), plan, out))
+    (of_vllm,) = third_party.choose("prefix_repetition", "", quick=True, vllm=True).values()
     line = shlex.join(third_party.command(of_vllm, contestants.Client(url, 400), plan, out))
     assert f"{tmp_path}/boot python3 -m vllm.entrypoints.cli.main bench serve --backend openai" in line
     assert f" --served-model-name {plan.model} " in line
@@ -127,14 +132,15 @@ def test_servers_of_text_have_their_tokenizer_and_stream_as_they_ship(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "why"),
     [
-        *[("mooncake", "needs --trace"), ("prefix_repetition", "needs vLLM"), ("x", "unknown")],
+        *[("mooncake", "needs --trace"), ("agentic", "needs --agentic"), ("prefix_repetition", "needs vLLM")],
+        ("x", "unknown"),
         ("multi_turn", f"needs --multi-turn .* with {third_party.SCRIPT}"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path, kinds, why):
     for folder in (None, tmp_path):
         with pytest.raises(typer.BadParameter, match=why):
-            third_party.choose(kinds, None, "", True, False, folder)
+            third_party.choose(kinds, "", quick=True, vllm=False, multi_turn=folder)
 
 
 CLIENT = """
@@ -163,7 +169,7 @@ def multi_turn(tmp_path):
 
 def test_conversations_run_by_upstreams_client(tmp_path, multi_turn):
     plan = contestants.Plan(tmp_path / "model", 400, 4096, 8192, host=True, text=True)
-    chosen = third_party.choose("multi_turn", None, "", False, False, multi_turn)
+    chosen = third_party.choose("multi_turn", "", quick=False, vllm=False, multi_turn=multi_turn)
     third_party.write_conversations(multi_turn, tmp_path)
     suite = third_party.ThirdParty(["vtensor"], chosen, plan, {}, None)
     row = suite._upstream(chosen["multi_turn"], "vtensor", contestants.Client("http://127.0.0.1:1", 400))
@@ -175,7 +181,7 @@ def test_conversations_run_by_upstreams_client(tmp_path, multi_turn):
 
 
 def test_what_can_run_is_chosen():
-    assert list(third_party.choose("", None, "", True, False)) == ["gsp"]
+    assert list(third_party.choose("", "", quick=True, vllm=False)) == ["gsp"]
 
 
 def test_the_table_says_what_was_run_and_what_a_client_does_not_tell():
