@@ -42,6 +42,8 @@ class Leaving:
     page: Handle
     frame: int
     mapped: bool = True
+    #: In hand once more, after the driver did not take it back.
+    again: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +95,7 @@ class Backing:
         #: cached, reads it without the lock. On several ranks it says the same at the same point of a history.
         self._used: set[int] = set()
         self._leaving: list[Leaving] = []  # the driver did not take them back when it was last asked to
+        self._again = 0  # of those in hand, the ones that it is asked to take once more
         self._in_hand = 0  # pages that are created, moved or given back without the lock at this moment
         self._pages[0] = self._new_page(0)
         self.vmm.wait_cleared()
@@ -112,8 +115,8 @@ class Backing:
 
     @property
     def stuck(self) -> int:
-        """Pages that the driver did not take back when it was last asked to."""
-        return len(self._leaving)
+        """Pages that the driver did not take back when it was last asked to; also while it is asked once more."""
+        return len(self._leaving) + self._again
 
     @property
     def pages(self) -> int:
@@ -360,6 +363,8 @@ class Backing:
         """Take in hand a page that is stuck, and whose frame is `due`; None if there is none."""
         for leaving in self._leaving:
             if due(leaving.frame):
+                leaving.again = True
+                self._again += 1  # first: who reads `stuck` without the lock sees one too many at most
                 self._leaving.remove(leaving)
                 if not leaving.mapped:
                     self.placement.set_aside(leaving.frame)
@@ -373,10 +378,12 @@ class Backing:
         self._in_hand -= 1
         if not leaving.mapped:
             self.placement.put_back(leaving.frame)
+        again, leaving.again = leaving.again, False
         if done:
             self.releases += 1
         else:
             self._leaving.append(leaving)
+        self._again -= again
 
     def trim(self, keep: int) -> int:
         """Give free pages back, the longest free first, until `keep` are left. Returns how many. Raises `VMMError` at

@@ -342,7 +342,7 @@ class KVMemory(Room):
                     pass
                 with contextlib.suppress(VMMError):
                     backing.trim(0)  # what was in hand may be a page that was created
-        return not any(backing.free or backing.stuck or backing.in_hand for backing in self.stores)
+            return not any(backing.free or backing.stuck or backing.in_hand for backing in self.stores)
 
     def give_way(self) -> None:
         """Let the worker go on if it may have something to do, for a caller that has nothing more urgent."""

@@ -253,26 +253,27 @@ class Elastic:
     def record(self, demand: Demand) -> Record:
         """What the neighbours are told."""
         memory = self.runtime.memory
-        cached = self._cached()
+        with memory.held_still():  # a page that the worker lets go of between the two would be in one of them only
+            backed, free, cached = memory.backed_bytes, memory.budget.free, self._cached()
         wanted = alone = 0
         if self.sleeping:  # it brings to its end what it has begun
             demand = replace(demand, waiting=[req for req in demand.waiting if req.is_retracted])
         if (memory.short or self.pressure is not None or self._awaits_memory) and not self.asleep(demand.waiting):
             # What the requests that run and those at the head of the queue will take, beyond what it holds for them.
-            there = memory.budget.free + cached
+            there = free + cached
             most = self.limit * memory.page_bytes
             wanted = min(max(0, demanded(self.runtime, demand) - there), max(0, most - memory.needed_bytes))
             first = self._turn.take(demand)
             if first is not None:
                 # It may be admitted beyond the limit (`bars`).
                 alone = demanded(self.runtime, Demand([first])) + memory.padding_bytes
-                wanted = max(wanted, alone - memory.backed_bytes)
+                wanted = max(wanted, alone - backed)
         else:
             self._turn.end()
-        live = memory.backed_bytes - memory.budget.free - cached if demand.paused else 0
+        live = backed - free - cached if demand.paused else 0
         return Record(
-            backed=memory.backed_bytes,
-            idle=memory.budget.free,
+            backed=backed,
+            idle=free,
             cached=cached,
             minimum=max(self.minimum_bytes, live),
             wanted=wanted,

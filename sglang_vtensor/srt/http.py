@@ -68,11 +68,12 @@ def add_routes(app: FastAPI, state: Any, *, keyed: bool) -> None:
         return
     guards = [] if keyed else [Depends(only_from_here)]
     maps = add_page(app, state, guards)
-    #: Whether a health check asks the scheduler if it sleeps. While nobody told it to, that would be a waste.
-    told_to_sleep = False
+    #: How often it was told to sleep, and how often when it was last seen awake. While these are equal, a health check
+    #: does not ask the scheduler if it sleeps: that would be a waste.
+    sleeps = sleeps_awake = 0
     #: The question of a health check, which outlives the check: to SGLang, who asks next gets the answer of a question
-    #: that was given up.
-    asking: asyncio.Task[list[dict[str, Any]]] | None = None
+    #: that was given up. Beside it, how often the server had been told to sleep before it was asked.
+    asking: tuple[asyncio.Task[list[dict[str, Any]]], int] | None = None
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def limit(request: Request) -> JSONResponse:
@@ -86,9 +87,9 @@ def add_routes(app: FastAPI, state: Any, *, keyed: bool) -> None:
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def sleep() -> JSONResponse:
-        nonlocal told_to_sleep
+        nonlocal sleeps
         answer = await ask(state.tokenizer_manager, {SLEEP: 1})
-        told_to_sleep = True
+        sleeps += 1
         return answer
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -104,21 +105,22 @@ def add_routes(app: FastAPI, state: Any, *, keyed: bool) -> None:
 
     def unless_asleep(check: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def health(request: Request) -> Response:
-            nonlocal told_to_sleep, asking
+            nonlocal sleeps_awake, asking
             manager = state.tokenizer_manager
             # SGLang's own check is a request, and in a paused engine it waits until that goes on.
-            if (told_to_sleep or manager.is_pause) and not manager.gracefully_exit:
-                if asking is None or asking.done():
-                    asking = asyncio.create_task(_ranks(manager))
-                answered, _ = await asyncio.wait({asking}, timeout=HEALTH_SECONDS)
+            if (sleeps != sleeps_awake or manager.is_pause) and not manager.gracefully_exit:
+                if asking is None or asking[0].done():
+                    asking = asyncio.create_task(_ranks(manager)), sleeps
+                task, before = asking
+                answered, _ = await asyncio.wait({task}, timeout=HEALTH_SECONDS)
                 if answered:
-                    ranks = asking.result()
+                    ranks = task.result()
                     if all(rank["released"] for rank in ranks):
                         return JSONResponse({"status": "released", "message": RELEASED_IS_HEALTHY})
                     if all(rank["sleeping"] for rank in ranks):
                         status = "falling asleep" if any(rank["requests"] for rank in ranks) else "asleep"
                         return JSONResponse({"status": status, "message": SLEEPING_IS_HEALTHY})
-                    told_to_sleep = False  # somebody woke it
+                    sleeps_awake = before  # somebody woke it
             return await check(request)
 
         return health

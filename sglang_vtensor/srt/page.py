@@ -50,7 +50,7 @@ async def take_maps(original: Callable[..., Awaitable[list[dict[str, Any]]]], ma
 
 
 def _maps(manager: Any) -> dict[int, tuple[str, float]]:
-    """The newest map of each rank, as text, and the seconds that making it took."""
+    """The newest map of each rank, as text, and the seconds of its scheduling thread that making it took."""
     kept: dict[int, tuple[str, float]] = vars(manager).setdefault("vtensor_maps", {})
     return kept
 
@@ -99,12 +99,14 @@ class Maps:
     def __init__(self, state: Any) -> None:
         self._state = state
         self._due = 0.0
+        self._changes = 0
         #: It outlives who asked: to SGLang, who asks next gets the answer of a question that was given up.
         self._asking: asyncio.Task[bytes] | None = None
 
     def stale(self) -> None:
-        """Something was changed: who looks is to see it."""
+        """Something was changed: who looks is to see it, also if a map from before is yet to come."""
         self._due = 0.0
+        self._changes += 1
 
     async def newest(self) -> bytes | None:
         """The map as JSON; None where the schedulers take too long."""
@@ -116,14 +118,15 @@ class Maps:
 
     async def _ask(self) -> bytes:
         manager = self._state.tokenizer_manager
-        maps = _maps(manager)
+        maps, changes = _maps(manager), self._changes
         maps.clear()
         await manager.set_internal_state(SetInternalStateReq(server_args={MAP: 1}))
         # Who asks between the two gets the state first, and its map is kept too.
         ranks = [state["vtensor"] for state in await manager.get_internal_state()]
         ranks.sort(key=lambda rank: rank["dp_rank"])  # they come as they answer
         seconds = max((seconds for _, seconds in maps.values()), default=0.0)
-        self._due = time.monotonic() + max(ASK_SECONDS, seconds / SHARE)
+        if changes == self._changes:
+            self._due = time.monotonic() + max(ASK_SECONDS, seconds / SHARE)
         told = (
             b'{"stats":' + orjson.dumps(rank) + b"," + maps.get(rank["dp_rank"], _UNTOLD)[0].encode()[1:]
             for rank in ranks

@@ -266,7 +266,7 @@ def _tell(runtime: Runtime) -> None:
 
 
 def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
-    start = time.perf_counter()
+    start = time.thread_time()
     runtime, tree = runtime_of(scheduler), scheduler.tree_cache
     wanted, runtime.map_wanted, drawn = runtime.map_wanted, False, None
     free, total = runtime.memory.vmm.memory()
@@ -290,7 +290,7 @@ def add_internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     if wanted:  # as text, so that encoding it is timed here too, and is nothing to do again behind
         why = None if drawn else "There are too many pages to draw a map of them."
         page = orjson.dumps({"map": drawn, "history": runtime.history.columns(), "why": why}).decode()
-        result.internal_state["vtensor"] |= {"page": page, "page_seconds": time.perf_counter() - start}
+        result.internal_state["vtensor"] |= {"page": page, "page_seconds": time.thread_time() - start}
     return result
 
 

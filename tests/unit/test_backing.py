@@ -219,6 +219,10 @@ def test_a_page_that_is_half_made_and_not_taken_back_is_stuck(frames, call, at):
         with pytest.raises(VMMError, match="INJECTED"):
             frames.back(8)
     assert frames.backing.stuck == 1
+    leaving = frames.backing.begin_again()
+    assert (frames.backing.stuck, frames.backing.in_hand) == (1, 1), "nobody may count on it yet"
+    frames.backing.finish_trim(leaving, done=False)
+    assert frames.backing.stuck == 1
     frames.check()
     setattr(frames.vmm, call, original)
     frames.vmm.clear = before

@@ -234,6 +234,23 @@ def test_a_server_that_woke_by_whatever_way_is_asked_no_more(manager, path):
     assert manager.looks == looks
 
 
+def test_who_is_told_to_sleep_while_a_check_asks_is_seen_asleep_by_the_next_one(manager, path):
+    server, look = client(manager), manager.get_internal_state
+    server.post("/vtensor/sleep")
+    manager.sleeping = False
+    (sleep,) = (route.endpoint for route in server.app.routes if getattr(route, "path", None) == "/vtensor/sleep")
+
+    async def awake_and_then_told():
+        states = await look()
+        manager.get_internal_state = look
+        await sleep()
+        return states
+
+    manager.get_internal_state = awake_and_then_told
+    assert server.get(path).text == "SGLang's own check"
+    assert server.get(path).json()["status"] == "falling asleep"
+
+
 def test_a_sleeping_scheduler_that_does_not_answer_gets_sglangs_check(manager, path, monkeypatch):
     monkeypatch.setattr(http, "HEALTH_SECONDS", 0.01)
     with client(manager) as server:
@@ -245,7 +262,7 @@ def test_a_sleeping_scheduler_that_does_not_answer_gets_sglangs_check(manager, p
         assert manager.looks == looks + 1, "a question that is not answered yet is not asked again, nor given up"
         manager.answers = True
         manager.answered.set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while server.get(path).text == "SGLang's own check":
             assert time.monotonic() < deadline
         assert not manager.given_up

@@ -150,6 +150,22 @@ def test_who_changes_something_sees_it(manager):
     assert manager.looks == 2
 
 
+def test_who_changes_something_while_a_map_is_made_sees_it(manager):
+    async def look():
+        maps = page.Maps(SimpleNamespace(tokenizer_manager=manager))
+        manager.hangs = True
+        first = asyncio.create_task(maps.newest())
+        while not manager.looks:
+            await asyncio.sleep(0)
+        maps.stale()
+        manager.hangs = False
+        await first
+        await maps.newest()
+
+    asyncio.run(look())
+    assert manager.looks == 2
+
+
 def test_a_map_is_the_pages_whoever_asks_first(manager):
     """It tells the ids of requests, and `GET /server_info` wants another key."""
     manager.others = True
