@@ -93,7 +93,7 @@ class Browser:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    def wait(self, condition: str | Callable[[], Any], seconds: float = 30.0) -> Any:
+    def wait(self, condition: str | Callable[[], Any], seconds: float = 120.0) -> Any:
         """Until the expression, or what the function returns, is true. Returns it."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition) if isinstance(condition, str) else condition()):

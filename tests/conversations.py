@@ -38,7 +38,7 @@ def asking(url: str, new: int) -> Callable[[list[list[int]]], list[Answer]]:
             "return_logprob": True,
             "top_logprobs_num": 2,
         }
-        answer = requests.post(f"{url}/generate", json=body, timeout=120)
+        answer = requests.post(f"{url}/generate", json=body, timeout=600)
         answer.raise_for_status()
         return [_told(one) for one in answer.json()]
 

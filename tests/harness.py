@@ -14,7 +14,7 @@ import os
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,8 +43,9 @@ if not ON_GPU:
 _waiting: deque[tuple[Any, Connection]] = deque()
 WAITING = 4 if ON_GPU else 0
 
-#: Seconds after which a child that does not answer hangs: requests that wait for what never comes, for instance.
-PATIENCE = 300 if ON_GPU else 120
+#: Seconds after which a child that does not answer hangs: requests that wait for what never comes, for instance. Other
+#: tests may have both cores of a slow machine meanwhile.
+PATIENCE = 600
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,20 @@ class Answer:
     prompt_logprobs: list[float] = field(default_factory=list)
 
 
+#: What arrives before a turn of the event loop.
+Arrivals = Sequence[Request | Abort | Do]
+
+
+@dataclass(frozen=True)
+class Until:
+    """These arrive before each turn, until there is a file at `path`."""
+
+    path: Path
+    items: Arrivals = ()
+
+
 #: Before turn i of the event loop, what arrives.
-Script = Sequence[Sequence[Request | Abort | Do]]
+Script = Sequence[Arrivals | Until]
 
 
 class Scheduler:
@@ -317,7 +330,7 @@ def _ready(scheduler: Any) -> None:
 
 
 def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
-    turns = iter(script)
+    turns = _turns(script)
     scheduler.finished_requests.clear()
 
     def receive(**_: Any) -> list[Any]:
@@ -334,6 +347,15 @@ def _run(scheduler: Any, script: Script) -> dict[str, Answer]:
     scheduler.gracefully_exit = False
     scheduler.run_event_loop()
     return {rid: _answer(req) for rid, req in scheduler.finished_requests.items()}
+
+
+def _turns(script: Script) -> Iterator[Arrivals]:
+    for turn in script:
+        if isinstance(turn, Until):
+            while not turn.path.exists():
+                yield turn.items
+        else:
+            yield turn
 
 
 def _message(scheduler: Any, item: Request | Abort) -> Any:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import http.server
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sglang_vtensor.demo import free_port
 
 
 @contextlib.contextmanager
-def stranger(seconds: float = 0.0) -> Iterator[tuple[int, list[str]]]:
-    """It takes so many `seconds` for each answer. Yields its port on 127.0.0.1, and the paths that it is asked for."""
+def stranger(before: Callable[[], object] = lambda: None) -> Iterator[tuple[int, list[str]]]:
+    """It calls `before` ahead of each answer. Yields its port on 127.0.0.1, and the paths that it is asked for."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            time.sleep(seconds)
+            before()
             self.send_response(200)
             self.end_headers()
 

@@ -114,7 +114,7 @@ def share_device(scheduler: Any, pages: int) -> None:
     page = memory.layout.page_bytes
     create, release = type(memory.vmm).create, type(memory.vmm).release
     held, lock = memory.backed, threading.RLock()  # both threads create and release, and so look at the others
-    look = neighbours.others
+    look, tell = neighbours.others, neighbours.tell
 
     def others() -> list[Any]:
         with lock:
@@ -126,7 +126,11 @@ def share_device(scheduler: Any, pages: int) -> None:
     def hold(change: int) -> None:
         nonlocal held
         held += change
-        neighbours.tell(replace(neighbours._record, backed=held * page))
+        told(neighbours._record)
+
+    def told(record: Record) -> None:
+        with lock:  # pages in the worker's hand, too
+            tell(replace(record, backed=held * page))
 
     def created(nbytes: int) -> Any:
         with lock:
@@ -140,7 +144,8 @@ def share_device(scheduler: Any, pages: int) -> None:
         with lock:
             hold(-1)
 
-    memory.vmm.create, memory.vmm.release, neighbours.others = created, released, others
+    memory.vmm.create, memory.vmm.release = created, released
+    neighbours.others, neighbours.tell = others, told
     memory.vmm.memory = lambda: (max(0, free()), pages * page)
 
 

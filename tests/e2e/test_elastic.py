@@ -61,7 +61,7 @@ def _wake(scheduler):
 SLEEP, WAKE = Do(_sleep), Do(_wake)
 
 
-def settle(scheduler, patience=5.0):
+def settle(scheduler, patience=60.0):
     """Let the worker give back what it can."""
     memory = scheduler.token_to_kv_pool_allocator.runtime.memory
     scheduler.on_idle()
@@ -217,17 +217,17 @@ def asleep_with(scheduler, waiting):
 
 
 def test_cached_prefixes_grow_old(schedulers):
-    ours = schedulers(vtensor_cache_idle_seconds=0.4, **OURS)
+    ours = schedulers(vtensor_cache_idle_seconds=1.5, **OURS)
     prompt = Prompts(5)
     stem = prompt(64 * S)
     ours.generate(*[Request(f"r{n}", stem + prompt(40 * S), 8) for n in range(3)])
     assert ours.stats()["tree_tokens"] > 100 * S
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + 4.0
     while time.monotonic() < until:
         ours.generate(Request("fresh", stem + prompt(3 * S), 4))
     stats = ours.stats()
     assert 64 * S <= stats["tree_tokens"] < 100 * S, "what was read is there, the rest is gone"
-    time.sleep(0.6)
+    time.sleep(2.0)
     ours.call(settle)
     stats = ours.stats()
     assert (stats["tree_tokens"], stats["pages_kept"]) == (0, 0)

@@ -15,7 +15,7 @@ from tests.harness import ON_GPU
 from tests.strange_server import stranger
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 500
+SECONDS = 1200
 
 
 def ended(*command, said=b""):

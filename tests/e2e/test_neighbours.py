@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from sglang_vtensor import neighbours
 from sglang_vtensor.srt.elastic import LIMIT
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.e2e.shortage import neighbour_gives, share_device
 from tests.e2e.test_elastic import DTYPE, LIMITS, OURS, PAGES, SLEEP, WAKE, S
-from tests.harness import ON_GPU, Do, Request, Scheduler
+from tests.harness import ON_GPU, Do, Request, Scheduler, Until
+from tests.waiting import wait_for
 
 #: So much of a real GPU's memory for each; the host takes `max_total_tokens`.
 SHARE = {"mem_fraction_static": 0.2} if ON_GPU else {}
@@ -54,25 +57,53 @@ def two(start, request):
 
 
 class Looping:
-    """A server that runs its event loop beside the test, with nothing to do; its time comes in naps."""
+    """A server runs its event loop as long as this lasts, with nothing to do; its time comes in naps."""
 
-    def __init__(self, server, seconds=30.0):
-        self._server = server
-        self._thread = threading.Thread(target=self._loop, args=(seconds,))
-
-    def _loop(self, seconds):
-        self._server.run([[Do(_nap)]] * int(seconds / 0.02))
+    def __init__(self, server):
+        self._server, self._pool, self._folder = server, ThreadPoolExecutor(1), tempfile.TemporaryDirectory()
+        self._over = Path(self._folder.name) / "over"
 
     def __enter__(self):
-        self._thread.start()
+        self._run = self._pool.submit(self._server.run, [Until(self._over, [Do(_nap)])])
 
     def __exit__(self, *_):
-        self._thread.join()
+        self._over.touch()
+        with self._folder, self._pool:
+            self._run.result()
+
+
+def together(servers, *scripts, each=()):
+    """Each server runs its script, and goes on until all of them are idle: none leaves to which another listens. So do
+    the calls `each` before every turn. Returns the answers of each server."""
+    count = len(servers)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
+        over = Path(folder) / "over"
+
+        def run(n):
+            return servers[n].run([*scripts[n], Until(over, [*(each or [Do(_nap)]), Do(_through, (over, n, count))])])
+
+        runs: list[Future] = [pool.submit(run, n) for n in range(count)]
+        wait(runs, return_when=FIRST_EXCEPTION)
+        over.touch()
+        return [one.result() for one in runs]
+
+
+def _through(scheduler, over, number, count):
+    """This server is idle; whoever is the last one says so to all."""
+    if scheduler.is_fully_idle():
+        (over.parent / str(number)).touch()
+        if all((over.parent / str(n)).exists() for n in range(count)):
+            over.touch()
 
 
 def _nap(scheduler):
     if scheduler.idle_sleeper is None:  # else the loop sleeps of itself
         time.sleep(0.02)
+
+
+def more_than(pages, prompt):
+    """A request that ends with more memory than so many pages, and not without."""
+    return Request("more", prompt((pages + 3) * 16 * S), 8)
 
 
 def ask(server, prompt, count, *, name="r"):
@@ -97,7 +128,9 @@ def test_peaks_that_take_turns(two, schedulers):
         # Three times as many as run at once, so that the peak lasts while the other is asked, and gives.
         requests = [Request(f"t{turn}r{n}", prompt(90 * S), 20 * S) for n in range(21)]
         before = idle.stats()["pages_backed"]
-        with Looping(idle, seconds=6.0):
+        if full := before > DEVICE - 40:  # what is left may do for the peak, slowly, but not for this one
+            requests.append(replace(more_than(DEVICE - before, prompt), rid=f"t{turn}more"))
+        with Looping(idle):
             got = busy.run([requests])
         expected = reference.run([requests])
         for rid, theirs in expected.items():
@@ -107,7 +140,7 @@ def test_peaks_that_take_turns(two, schedulers):
         assert sum(stats["pages_backed"] for stats in now.values()) <= DEVICE + MORE
         if turn == 1:
             assert before > 40, "it has cached its own peak, which nobody disturbed"
-        if before > DEVICE - 40:  # the peak takes some fifty pages; it can end with fewer, slowly, but not without any
+        if full:
             assert now[idle]["pages_backed"] < before
             assert now[busy]["pages_backed"] > DEVICE - before, "what it holds was the other's"
         busy.check()
@@ -122,7 +155,8 @@ def test_one_whose_event_loop_sleeps_hears_the_other(two, schedulers):
     prompt = Prompts(4)
     before = fill(one, prompt)
     requests = [Request(f"r{n}", prompt(90 * S), 20 * S) for n in range(21)]
-    with Looping(one, seconds=3.0):
+    requests.append(more_than(DEVICE - before, prompt))
+    with Looping(one):
         got = other.run([requests])
     for rid, theirs in schedulers(**LIMITS).run([requests]).items():
         assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
@@ -144,30 +178,18 @@ def test_one_that_is_killed_leaves_everything_to_the_other(two, schedulers):
     for rid, theirs in expected.items():
         assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
     other.check()
-    stats = other.stats()
-    assert stats["neighbours"] == 0
-    assert stats["pages_cached"] > 40
+    assert other.stats()["pages_cached"] > 40
+    wait_for(lambda: other.stats()["neighbours"] == 0)  # they are listed once a second
 
 
 def test_both_at_once_share_evenly(two, schedulers):
     """Both want more than half: neither starves, and every request ends."""
     prompt = Prompts(3)
     work = [[Request(f"s{n}r{i}", prompt(90 * S), 20 * S) for i in range(12)] for n in range(2)]
-    got: dict = {}
-
-    def run(n):
-        got.update(two[n].run([work[n], *([[Do(_nap)]] * 50)]))
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
+    got = together(two, [work[0]], [work[1]])
     reference = schedulers(**LIMITS)
     for n in range(2):
-        for rid, theirs in reference.run([work[n]]).items():
-            assert got[rid].finish == "FINISH_LENGTH"
-            assert_same(theirs, got[rid], tie=TIE[DTYPE], what=rid)
+        check_all(reference, work[n], got[n])
         two[n].check()
     assert sum(server.stats()["pages_backed"] for server in two) <= DEVICE + MORE
 
@@ -176,9 +198,7 @@ def test_both_are_short_while_answers_of_many_lengths_end(two):
     """What a server asks for is counted between any two batches: some of what it runs is over then."""
     prompt = Prompts(5)
     work = [[Request(f"s{n}r{i}", prompt(60 * S), 2 + 3 * i % 41) for i in range(80)] for n in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        told = list(pool.map(lambda n: two[n].run([work[n], *([[Do(_nap)]] * 20)]), range(2)))
-    for requests, got in zip(work, told, strict=True):
+    for requests, got in zip(work, together(two, [work[0]], [work[1]]), strict=True):
         assert all(got[request.rid].finish == "FINISH_LENGTH" for request in requests)
 
 
@@ -204,8 +224,7 @@ def test_next_requests_that_need_more_than_a_share_have_their_turns(two, schedul
         ]
         for n in range(2)
     ]
-    with ThreadPoolExecutor(2) as pool:
-        got = list(pool.map(lambda n: two[n].run([work[n], *([[Do(_nap)]] * 700)]), range(2)))
+    got = together(two, [work[0]], [work[1]])
     for n in range(2):
         check_all(schedulers(**LIMITS), work[n], got[n])
         two[n].check()
@@ -231,17 +250,18 @@ def test_what_is_idle_is_given_before_what_is_cached_down_to_the_minimum(start, 
     cached, idle = before["pages_cached"], before["pages_free"]
     assert cached >= 15
     assert idle >= 20, "what the first requests had is idle, and kept for an hour"
-    few = [Request(f"few{n}", prompt(90 * S), 70 * S) for n in range(4)]
     left = DEVICE - before["pages_backed"]
-    assert left < 4 * 10 < left + idle, "these need what is idle, and no more"
-    with Looping(one, seconds=6.0):
+    few = [more_than(left, prompt), Request("few", prompt(90 * S), 70 * S)]
+    assert left + 4 + 11 <= left + idle, "these need what is idle, and no more"
+    with Looping(one):
         got = other.run([few])
     check_all(reference, few, got)
     now = one.stats()
     assert now["pages_backed"] < before["pages_backed"]
     assert now["pages_cached"] == cached
     many = [Request(f"many{n}", prompt(90 * S), 20 * S) for n in range(21)]
-    with Looping(one, seconds=6.0):
+    many.append(more_than(DEVICE - cached, prompt))
+    with Looping(one):
         got = other.run([many])
     check_all(reference, many, got)
     now = one.stats()
@@ -258,7 +278,7 @@ def test_a_third_starts_beside_two_that_hold_everything(two, start, schedulers):
         ask(server, prompt, 7, name=f"of{n}r")
     before = [server.stats()["pages_backed"] for server in two]
     assert sum(before) > DEVICE - 4
-    with Looping(two[0], seconds=12.0), Looping(two[1], seconds=12.0):
+    with Looping(two[0]), Looping(two[1]):
         (third,) = start({})
         requests, got = ask(third, prompt, 7)
     check_all(reference, requests, got)
@@ -282,19 +302,29 @@ def _go_on(scheduler):
     scheduler.continue_generation(ContinueGenerationReqInput())
 
 
+def _touch(scheduler, path):
+    path.touch()
+
+
 @pytest.mark.skipif(versions.HERE == "v0_5_17", reason="its event loop has no place to look from while it is paused")
-def test_one_that_is_paused_gives_what_it_has_cached_and_wants_nothing(two, schedulers):
+def test_one_that_is_paused_gives_what_it_has_cached_and_wants_nothing(two, schedulers, tmp_path):
     one, other = two
     reference, prompt = schedulers(**LIMITS), Prompts(9)
     before = fill(one, prompt)
     waiting = [Request(f"w{n}", prompt(90 * S), 20 * S) for n in range(12)]
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    paused = [waiting, [], [], [Do(_pause), Do(_touch, (begun,))], Until(go_on, [Do(_nap)]), [Do(_go_on)]]
     with ThreadPoolExecutor(1) as pool:
-        paused = pool.submit(one.run, [waiting, [], [], [Do(_pause)], *([[Do(_nap)]] * 400), [Do(_go_on)]])
-        requests, got = ask(other, prompt, 21)
-        check_all(reference, requests, got)
-        assert other.stats()["pages_backed"] > DEVICE - before + 10, "what it holds was the other's"
-        with Looping(other, seconds=12.0):
-            check_all(reference, waiting, paused.result())
+        answers = pool.submit(one.run, paused)
+        try:
+            wait_for(begun.exists)
+            requests, got = ask(other, prompt, 21)
+            check_all(reference, requests, got)
+            assert other.stats()["pages_backed"] > DEVICE - before + 10, "what it holds was the other's"
+        finally:
+            go_on.touch()
+        with Looping(other):
+            check_all(reference, waiting, answers.result())
     one.check()
     other.check()
 
@@ -305,7 +335,7 @@ def test_one_that_is_told_to_sleep_gets_what_it_needs_to_end(two, schedulers):
     reference, prompt = schedulers(**LIMITS), Prompts(11)
     before = fill(other, prompt)
     long = [Request(f"long{n}", prompt(90 * S), 300 * S) for n in range(2)]
-    with Looping(other, seconds=20.0):
+    with Looping(other):
         got = one.run([long, *([[]] * 10), [SLEEP]])
     one.run([[WAKE]])
     assert sum(answer.retractions for answer in got.values()) > 0, "it lacked nothing"
@@ -322,43 +352,41 @@ def _die_below(scheduler, pages):
     _nap(scheduler)
 
 
-def test_one_is_killed_in_the_middle_of_giving(two, schedulers):
+def test_one_is_killed_in_the_middle_of_giving(two, schedulers, tmp_path):
     one, other = two
     reference, prompt = schedulers(**LIMITS), Prompts(7)
     before = fill(one, prompt)
-    died = []
-
-    def give_and_die():
-        try:
-            one.run([[Do(_die_below, (before - 3,))]] * 1500)
-        except RuntimeError as error:
-            died.append(str(error))
-
-    giver = threading.Thread(target=give_and_die)
-    giver.start()
-    requests, got = ask(other, prompt, 21)
-    giver.join(100)
-    assert len(died) == 1, "it gave nothing, and lives"
+    requests = [Request(f"r{n}", prompt(90 * S), 20 * S) for n in range(21)]
+    requests.append(more_than(DEVICE - before, prompt))
+    with ThreadPoolExecutor(1) as pool:
+        giver = pool.submit(one.run, [Until(tmp_path / "never", [Do(_die_below, (before - 3,))])])
+        got = other.run([requests])
+        with pytest.raises(RuntimeError, match="the scheduler died"):
+            giver.result()
     one._process.join()
     assert one._process.exitcode == -signal.SIGKILL
     check_all(reference, requests, got)
     other.check()
-    assert other.stats()["neighbours"] == 0
+    wait_for(lambda: other.stats()["neighbours"] == 0)  # they are listed once a second
+
+
+def _believes(scheduler, seconds):
+    """What a neighbour says is taken for true for so long, whether its process comes to run or not."""
+    neighbours.STALE_SECONDS = seconds
 
 
 def test_a_long_answer_beside_a_queue_is_not_retracted_again_and_again(two):
     """It needs more than half of the memory, and nobody waits behind it: it has its turn until it ends."""
-    one, other = two
     prompt = Prompts(31)
     long, short = (
         Request("long", prompt(64 * S), 800 * S),
         [Request(f"s{n}", prompt(60 * S), 60 * S) for n in range(60)],
     )
-    naps = [[Do(_nap)]] * 100  # two seconds: they know each other by then
-    with ThreadPoolExecutor(2) as beside:
-        asked = beside.submit(one.run, [*naps, [long], *naps[:20]])
-        behind = beside.submit(other.run, [*naps, *naps[:5], short, *naps[:20]])
-        answer, others = asked.result()["long"], behind.result()
+    for server in two:
+        server.call(_believes, 60.0)
+    wait_for(lambda: all(server.stats()["neighbours"] == 1 for server in two))
+    asked, others = together(two, [[long]], [*([[Do(_nap)]] * 5), short])
+    answer = asked["long"]
     assert answer.finish == "FINISH_LENGTH"
     assert answer.retractions <= 2, "until its neighbour had made room"
     assert all(other.finish == "FINISH_LENGTH" for other in others.values())
@@ -380,36 +408,40 @@ def test_who_was_retracted_begins_again_when_there_is_memory_for_all_of_it(start
     one.check()
 
 
-def _says_no_more(scheduler, tokens):
-    """No request has more to say after so many tokens, which nobody knew before."""
+def _says_no_more(scheduler, tokens, over):
+    """No request has more to say after so many tokens, which nobody knew before; and when all is said, it is over."""
     for req in scheduler.running_batch.reqs:
         if len(req.output_ids) >= tokens:
             req.sampling_params.max_new_tokens = len(req.output_ids) + 1
     if scheduler.running_batch.is_empty():
         _nap(scheduler)
+    if scheduler.is_fully_idle():
+        over.touch()
 
 
-def test_who_was_retracted_is_tried_with_what_there_is_where_no_more_comes(start, schedulers):
+def test_who_was_retracted_is_tried_with_what_there_is_where_no_more_comes(start, schedulers, tmp_path):
     """Its neighbour gives enough for what it comes to say, but never enough for all that it might say."""
     (one,) = start({})
     prompt, said = Prompts(43), 220 * S
     long = Request("long", prompt(64 * S), 700 * S)
     one.call(neighbour_gives, DEVICE - 14, DEVICE - 22, 0.25)
-    answer = one.run([[long], *([[Do(_says_no_more, (said,))]] * 1000)])["long"]
+    over = tmp_path / "over"
+    answer = one.run([[long], Until(over, [Do(_says_no_more, (said, over))])])["long"]
     assert answer.retractions > 0, "there was memory for it from the beginning"
     assert said <= len(answer.tokens) < said + 16 * S
     check_all(schedulers(**LIMITS), [replace(long, new=len(answer.tokens))], {"long": answer})
     one.check()
 
 
-def test_requests_are_tried_with_what_there_is_on_a_device_that_stays_full(start, schedulers):
+def test_requests_are_tried_with_what_there_is_on_a_device_that_stays_full(start, schedulers, tmp_path):
     """The neighbour holds what its own requests use, and wants more. What is left is enough for what requests say, but
     not for what they might say; and in the end all of it is cached here."""
     (one,) = start({})
     prompt, reference = Prompts(45), schedulers(**LIMITS)
     one.call(neighbour_gives, DEVICE - 24, DEVICE - 24, 1.0, 20)
     requests = [Request(f"r{n}", prompt(64 * S), 700 * S) for n in range(8)]
-    got = one.run([requests, *([[Do(_says_no_more, (20 * S,))]] * 1000)])
+    over = tmp_path / "over"
+    got = one.run([requests, Until(over, [Do(_says_no_more, (20 * S, over))])])
     check_all(reference, [replace(request, new=len(got[request.rid].tokens)) for request in requests], got)
     assert max(len(answer.tokens) for answer in got.values()) < 40 * S
     one.check()

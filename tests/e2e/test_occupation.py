@@ -130,8 +130,10 @@ def test_all_that_was_released_comes_back(saved, order):
     requests = [Request(f"r{n}", Prompts(n)(60), NEW) for n in range(4)]
     expected = saved.generate(*requests)
     script = [[done("release")], [FREE, *requests], [], []]
+    there = {"pages_backed": 1}
     for tag in order:
-        script += [[state(pages_backed=1, requests=0)], [done("resume", tag)]]
+        script += [[state(pages_owned=0, requests=0, **there)], [done("resume", tag)]]
+        there = {} if tag == KV else there  # the worker may make pages ahead, which nobody has yet
     got = saved.run([*script, [Do(table_is_clean)]])
     same(expected, [got[request.rid] for request in requests])
 

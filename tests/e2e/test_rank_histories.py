@@ -44,11 +44,11 @@ def join(scheduler: Any, number: int, store: str) -> None:
 
     runtime = scheduler.token_to_kv_pool_allocator.runtime
     # Ranks that part are told apart by a vote that the other one never casts.
-    runtime.use_group(dist.ProcessGroupGloo(dist.FileStore(store, 2), number, 2, timedelta(seconds=10)))
+    runtime.use_group(dist.ProcessGroupGloo(dist.FileStore(store, 2), number, 2, timedelta(seconds=60)))
     assert runtime.several_ranks
     # Ranks of one model add up their logits, so they have the same ones. These have a model each, and its last bits
     # depend on how many runs a context has, which differs: what the first one samples is what both say.
-    sampled = dist.ProcessGroupGloo(dist.FileStore(f"{store}.sampled", 2), number, 2, timedelta(seconds=10))
+    sampled = dist.ProcessGroupGloo(dist.FileStore(f"{store}.sampled", 2), number, 2, timedelta(seconds=60))
     runner = scheduler.tp_worker.model_runner
     sample = runner.sample
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from sglang_vtensor.server_client import server_stats
 from tests.conversations import asking, assert_same_answers, conversation
 from tests.e2e.compare import TIE, Prompts
 from tests.harness import Request
+from tests.waiting import wait_for
 
 
 @pytest.fixture(params=["auto", "fp8_e4m3"])
@@ -63,15 +63,11 @@ def test_two_ranks_answer_as_one_does(two_ranks, schedulers, cache):
     # Less than all of them need at once: what does not fit waits, on both ranks alike.
     ask_for(two_ranks, "limit", {"limit": f"{24 * stats['page_bytes']}B"})
     compare("with a limit")
-    (stats,) = server_stats(two_ranks)
-    assert stats["backed_bytes"] <= 24 * stats["page_bytes"]
+    wait_for(lambda: server_stats(two_ranks)[0]["backed_bytes"] <= 24 * stats["page_bytes"])  # the worker does it
 
     ask_for(two_ranks, "sleep")
-    until = time.monotonic() + 20
-    while server_stats(two_ranks)[0]["pages_backed"] > 1 and time.monotonic() < until:
-        time.sleep(0.1)
-    (stats,) = server_stats(two_ranks)
-    assert (stats["pages_backed"], stats["sleeping"]) == (1, 1)
+    wait_for(lambda: server_stats(two_ranks)[0]["pages_backed"] == 1)
+    assert server_stats(two_ranks)[0]["sleeping"] == 1
     ask_for(two_ranks, "wake")
     ask_for(two_ranks, "limit", {"limit": "all"})
     compare("awake again")

@@ -36,7 +36,7 @@ def rollout(models, tmp_path_factory):
 
 
 def post(url: str, what: str, body: dict | None = None) -> requests.Response:
-    answer = requests.post(f"{url}/{what}", json=body or {}, timeout=60)
+    answer = requests.post(f"{url}/{what}", json=body or {}, timeout=120)
     answer.raise_for_status()
     return answer
 
@@ -95,7 +95,7 @@ def test_twenty_turns(rollout, models, schedulers, tmp_path_factory):
 
 def test_a_refusal_has_its_reason_and_harms_nobody(rollout):
     answers: list = []
-    running = threading.Thread(target=lambda: answers.extend(asking(rollout, 200)([Prompts(55)(40)])))
+    running = threading.Thread(target=lambda: answers.extend(asking(rollout, 1000)([Prompts(55)(40)])))
     running.start()
     deadline = time.monotonic() + 30
     while not server_stats(rollout)[0]["requests"] and time.monotonic() < deadline:
@@ -109,21 +109,21 @@ def test_a_refusal_has_its_reason_and_harms_nobody(rollout):
         answer = requests.post(f"{rollout}/{what}_memory_occupation", json=body, timeout=60)
         assert answer.status_code == 400
         assert why in answer.text
-    running.join(60)
-    assert len(answers[0].tokens) == 200
+    running.join()
+    assert len(answers[0].tokens) == 1000
     post(rollout, "release_memory_occupation", KV)
     post(rollout, "resume_memory_occupation", KV)
 
 
 def test_who_comes_while_memory_is_released_waits_for_it(rollout):
-    post(rollout, "flush_cache")
+    post(rollout, "flush_cache?timeout=60")
     post(rollout, "release_memory_occupation", KV)
     answers: list = []
     waiting = threading.Thread(target=lambda: answers.extend(asking(rollout, NEW)([Prompts(52)(40)])))
     waiting.start()
     with pytest.raises(NoAnswer, match="refused by the scheduler"):
         ask_for(rollout, "wake")
-    assert requests.get(f"{rollout}/health", timeout=30).status_code == 200
+    assert requests.get(f"{rollout}/health", timeout=60).status_code == 200
     waiting.join(2)
     assert waiting.is_alive()
     (stats,) = server_stats(rollout)
@@ -156,7 +156,7 @@ def computed(url: str) -> int:
 @pytest.mark.parametrize("how", ["one request for eight", "eight requests"])
 def test_samples_of_one_prompt_compute_it_once(rollout, how):
     """Its unfilled last page is copied for each, and the whole pages are there once."""
-    post(rollout, "flush_cache")
+    post(rollout, "flush_cache?timeout=60")
     samples, prompt = 8, Prompts(54)(700)
     before, (held,) = computed(rollout), server_stats(rollout)
     params = {"temperature": 3.0, "max_new_tokens": NEW, "ignore_eos": True}

@@ -54,7 +54,7 @@ def test_what_prometheus_scrapes_is_what_the_server_says(server):
     quiet(server)
     deadline = time.monotonic() + 20
     while True:
-        families = text_string_to_metric_families(requests.get(f"{server}/metrics", timeout=20).text)
+        families = text_string_to_metric_families(requests.get(f"{server}/metrics", timeout=60).text)
         samples = {(s.name, s.labels.get("state", "")): s.value for family in families for s in family.samples}
         (rank,) = server_stats(server)
         wanted = {(name, ""): rank[gauge.values[""]] for name, gauge in GAUGES.items() if not gauge.label}
@@ -202,21 +202,18 @@ def test_sleep_and_wake_on_the_command_line(server):
     shown = command("sleep", "--url", server)
     assert shown.exit_code == 0, shown.output
     assert "asleep" in shown.output
-    deadline = time.monotonic() + 10
-    while server_stats(server)[0]["pages_backed"] > 1:
-        assert time.monotonic() < deadline, "the memory did not go back"
-        time.sleep(0.05)
+    wait_for(lambda: server_stats(server)[0]["pages_backed"] == 1)
     for path in ("health", "health_generate"):
-        health = requests.get(f"{server}/{path}", timeout=5)
+        health = requests.get(f"{server}/{path}", timeout=60)
         assert (health.status_code, health.json()["status"]) == (200, "asleep")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(requests.post, f"{server}/generate", json=body, timeout=60)
         time.sleep(1)
         assert not waiting.done(), "what arrives waits"
-        assert requests.get(f"{server}/health", timeout=5).json()["status"] == "asleep"
+        assert requests.get(f"{server}/health", timeout=60).json()["status"] == "asleep"
         assert command("wake", "--url", server).exit_code == 0
         assert waiting.result().json()["output_ids"] == expected
-    assert requests.get(f"{server}/health", timeout=5).content == b"", "SGLang's own check"
+    assert requests.get(f"{server}/health", timeout=60).content == b"", "SGLang's own check"
     nowhere = command("wake", "--url", f"http://127.0.0.1:{demo.free_port()}")
     assert nowhere.exit_code == 1
     assert "start one there" in nowhere.stderr
@@ -234,12 +231,18 @@ def test_grammars_are_compiled_and_refused_asleep_too(server):
     assert ask("(never closed").status_code == 400, "at once"
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         aborted, waiting = pool.submit(ask, "[ab]+"), pool.submit(ask, "[cd]+")
-        time.sleep(0.5)
-        assert requests.post(f"{server}/abort_request", json={"rid": "asleep-[ab]+"}, timeout=10).status_code == 200
-        assert "abort" in aborted.result(10).text
+
+        def abort():
+            """One of what has not arrived yet is not heard."""
+            asked = requests.post(f"{server}/abort_request", json={"rid": "asleep-[ab]+"}, timeout=60)
+            assert asked.status_code == 200
+            return aborted.done()
+
+        wait_for(abort)
+        assert "abort" in aborted.result().text
         assert not waiting.done()
         assert requests.post(f"{server}/vtensor/wake", timeout=60).status_code == 200
-        assert re.fullmatch("[cd]+", waiting.result(30).json()["text"])
+        assert re.fullmatch("[cd]+", waiting.result().json()["text"])
     assert quiet(server)["requests"] == 0
 
 
@@ -250,7 +253,7 @@ def test_sglangs_own_health_check_is_answered_asleep_too(server):
         asked = {"server_args": {SLEEP if asleep else WAKE: 1}}
         assert requests.post(f"{server}/set_internal_state", json=asked, timeout=60).json() == [True]
         for _ in range(2):
-            assert requests.get(f"{server}/health", timeout=10).status_code == 200
+            assert requests.get(f"{server}/health", timeout=60).status_code == 200
         assert server_stats(server)[0]["sleeping"] == asleep
     assert quiet(server)["requests"] == 0
 
@@ -258,9 +261,18 @@ def test_sglangs_own_health_check_is_answered_asleep_too(server):
 def test_top(server):
     quiet(server)
     nowhere = f"http://127.0.0.1:{demo.free_port()}"
-    told = json.loads(command("top", server, "--once", "--json", "--every", 0.2).output)
-    (rank,) = told[0]["ranks"]
-    (stats,) = server_stats(server)
+    seen = []
+
+    def nothing_changes_meanwhile():
+        """The worker may give something back just then."""
+        before = server_stats(server)[0]["backed_bytes"]
+        told = json.loads(command("top", server, "--once", "--json", "--every", 0.2).output)
+        (stats,) = server_stats(server)
+        seen[:] = told[0]["ranks"][0], stats
+        return stats["backed_bytes"] == before
+
+    wait_for(nothing_changes_meanwhile)
+    rank, stats = seen
     assert rank["memory_bytes"]["cached"] == stats["pages_cached"] * stats["page_bytes"]
     assert sum(rank["memory_bytes"][kind] for kind in ("live", "cached", "kept", "reserve")) == stats["backed_bytes"]
     assert 0 < rank["prefix_hit_rate"] < 1
@@ -272,7 +284,7 @@ def test_top(server):
 
 
 def test_flush_gives_the_cache_up(server):
-    assert requests.post(f"{server}/flush_cache", timeout=60).status_code == 200
+    assert requests.post(f"{server}/flush_cache", params={"timeout": 60}, timeout=120).status_code == 200
     stats = server_stats(server)[0]
     assert (stats["pages_owned"], stats["tree_tokens"]) == (0, 0)
 
@@ -289,11 +301,11 @@ def test_a_demo_that_is_ended_takes_its_server_with_it(tmp_path):
                     seen.append(child)
         return seen
 
-    wait_for(server_is_there, 300)
+    wait_for(server_is_there, 900)  # it may fetch a model first
     (server,) = seen
     demonstration.terminate()
     assert demonstration.wait(60) == 128 + signal.SIGTERM
-    gone, alive = psutil.wait_procs([server], timeout=20)
+    gone, alive = psutil.wait_procs([server], timeout=60)
     assert gone or alive[0].status() == psutil.STATUS_ZOMBIE, "ended, and nobody's to be waited for"
     assert list(tmp_path.iterdir()) == []
 
@@ -307,12 +319,12 @@ def test_check_on_the_command_line():
 
 def quiet(url):
     """The statistics once nothing runs any more."""
-    import time
+    seen = []
 
-    for _ in range(100):
+    def nothing_runs():
         with contextlib.suppress(requests.RequestException):
-            stats = server_stats(url)[0]
-            if not stats["requests"]:
-                return stats
-        time.sleep(0.1)
-    raise AssertionError(f"still running after 10 s: {stats}")
+            seen[:] = server_stats(url)
+        return seen and not seen[0]["requests"]
+
+    wait_for(nothing_runs)
+    return seen[0]

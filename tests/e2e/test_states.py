@@ -9,7 +9,7 @@ import pytest
 from tests import versions
 from tests.e2e.compare import TIE, Prompts, answers_of_both, assert_same
 from tests.e2e.shortage import check_while_the_driver_fails, leave_pages
-from tests.e2e.test_elastic import SLEEP, WAKE, limit
+from tests.e2e.test_elastic import SLEEP, WAKE, limit, settle
 from tests.effort import pairs_of
 from tests.harness import Abort, Do, Request, side_by_side
 from tests.state_models import CHUNKS
@@ -135,6 +135,7 @@ def test_a_limit_takes_states_back_and_a_flush_all_of_them(schedulers, model, pa
     before = ours.stats()
     assert before["states_owned"] == 6
     ours.run([[limit(-(-512 // page))]])
+    ours.call(settle)
     small = ours.stats()
     assert small["states_owned"] < 6
     assert small["backed_bytes"] < before["backed_bytes"]

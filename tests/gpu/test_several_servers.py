@@ -17,7 +17,7 @@ import pytest
 from benchmarks.stranger import Stranger
 from sglang_vtensor.srt.demand import Demand
 from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.e2e.test_neighbours import Looping, _die_below, _nap
+from tests.e2e.test_neighbours import Looping, _die_below, _nap, together
 from tests.harness import Do, Request, Scheduler, nobody_starts
 
 PAGE_BYTES, PAGE_TOKENS = 2 << 20, 128
@@ -155,7 +155,7 @@ def test_two_that_peak_in_turn_take_from_each_other(expect, start, stranger, rec
     for turn, requests in enumerate(work):
         busy, idle = two[turn % 2], two[1 - turn % 2]
         before = backed(idle)
-        with Looping(idle, seconds=10.0):
+        with Looping(idle):
             got = busy.run([requests])
         check_all(expected, requests, got)
         record_property(f"given_{turn}", before - backed(idle))
@@ -193,14 +193,7 @@ def test_both_at_once_get_even_shares(expect, start, stranger, record_property):
     two = start(2)
     stranger.take(2 * HEADROOM + ROOM)
     check_all(expected, first, two[0].run([first]))
-    got: list[dict] = [{}, {}]
-
-    def run(n):
-        got[n] = two[n].run([work[n], *([[Do(_sample)]] * 1500)])
-
-    threads = [in_thread(lambda n=n: run(n)) for n in range(2)]
-    for thread in threads:
-        thread.join(200)
+    got = together(two, [work[0]], [work[1]], each=[Do(_sample)])
     held = []
     for n in range(2):
         check_all(expected, work[n], got[n])
@@ -223,7 +216,7 @@ def test_a_third_starts_beside_two_that_hold_everything(expect, start, stranger,
         server.run([requests_of(20 + n, 30, new=4, tokens=12_000)])
     before = [PAGE_BYTES * backed(server) for server in two]
     assert sum(before) > room - (1 << 30), "they hold nearly everything"
-    with Looping(two[0], seconds=70.0), Looping(two[1], seconds=70.0):
+    with Looping(two[0]), Looping(two[1]):
         (third,) = start(1)
         got = third.run([last])
     check_all(expected, last, got)

@@ -50,9 +50,14 @@ def test_a_port_that_a_connection_just_left_is_not_taken():
 def test_another_server_that_answers_is_not_taken_for_one_that_ended(tmp_path):
     (tmp_path / "log").write_text("OSError: address already in use")
     status = SimpleNamespace(update=lambda _: None)
+
+    def it_ends():
+        process.stdin.close()
+        process.wait()
+
     with (
-        stranger(seconds=1.0) as (port, asked),
-        subprocess.Popen(["sleep", "0.3"]) as process,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process,
+        stranger(it_ends) as (port, asked),
         pytest.raises(demo.NotStarted, match="OSError: address already in use"),
     ):
         demo.wait_until_ready(process, f"http://127.0.0.1:{port}", tmp_path / "log", status)

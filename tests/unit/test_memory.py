@@ -24,7 +24,7 @@ from sglang_vtensor.memory import KVMemory
 from sglang_vtensor.placement import runs_of
 from sglang_vtensor.vmm import VMMError
 from tests.unit.faults import FaultyVirtualMemory
-from tests.waiting import wait_for
+from tests.waiting import SECONDS, wait_for
 
 LAYOUT = KVLayout(2, 1, 32, torch.float32, page_tokens=8, stride_bytes=512, granularity=4096)
 #: A second side, of larger pages.
@@ -750,7 +750,7 @@ def slow():
         def waits(*args):
             setattr(vmm, call, original)
             begun.set()
-            assert go.wait(10)
+            assert go.wait(SECONDS)
             return original(*args)
 
         setattr(vmm, call, waits)
@@ -772,13 +772,13 @@ def test_the_last_page_is_waited_for_in_the_workers_hands(slow):
     take(memory, 15)
     slow_down("clear")
     worker_thread, _ = in_thread(memory.housekeep)
-    assert begun.wait(10)
+    assert begun.wait(SECONDS)
     taker, got = in_thread(take, memory, 1)
     taker.join(0.1)
     assert taker.is_alive(), "the page was handed out before it was there"
     go.set()
     for thread in (worker_thread, taker):
-        thread.join(10)
+        thread.join(SECONDS)
     assert len(got[0]) == 1
     memory.check_integrity()
 
@@ -789,7 +789,7 @@ def test_who_goes_on_waits_for_the_frame_that_the_worker_is_giving_memory(slow):
     frames = take(memory, 2)
     slow_down("clear")
     worker_thread, _ = in_thread(memory.housekeep)
-    assert begun.wait(10)
+    assert begun.wait(SECONDS)
     taker, got = in_thread(go_on, memory, frames)
     other = take(memory, 1)
     assert len(other) == 1, "nobody else waits"
@@ -797,7 +797,7 @@ def test_who_goes_on_waits_for_the_frame_that_the_worker_is_giving_memory(slow):
     assert taker.is_alive()
     go.set()
     for thread in (worker_thread, taker):
-        thread.join(10)
+        thread.join(SECONDS)
     assert got == [[frames[-1] + 1]], "in place, as the worker meant it to be"
     memory.check_integrity()
 
@@ -810,13 +810,13 @@ def test_a_side_that_comes_back_waits_for_the_worker_that_gives_it_back(slow):
     memory.complete(memory.launch())
     slow_down("unmap")
     worker_thread, _ = in_thread(memory.housekeep)
-    assert begun.wait(10)
+    assert begun.wait(SECONDS)
     mender, got = in_thread(memory.back_again, 1, frames)
     mender.join(0.1)
     assert mender.is_alive(), "the worker would unmap the new page"
     go.set()
     for thread in (worker_thread, mender):
-        thread.join(10)
+        thread.join(SECONDS)
     assert got == [True]
     window = memory.layer_views(0, 1)[0]
     for frame in frames:
@@ -841,7 +841,7 @@ def test_a_side_does_not_come_back_where_its_old_page_is_stuck():
     memory.check_integrity()
 
 
-def test_a_thread_that_polls_gives_way_to_the_worker():
+def test_a_thread_that_polls_gives_way_to_the_worker(monkeypatch):
     """What an idle server's event loop does: it asks a socket, and others get the interpreter for moments only."""
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind("inproc://polled")
@@ -851,6 +851,15 @@ def test_a_thread_that_polls_gives_way_to_the_worker():
             memory.free(frames)
             memory.complete(memory.launch())
         memory.allow(0)
+
+        def nap(seconds):
+            """Long enough for the worker to have come to something, if it has anything to do."""
+            done, end = memory.backing.releases, time.monotonic() + SECONDS
+            while memory.worker._working and memory.backing.releases == done and time.monotonic() < end:
+                time.sleep(seconds)
+
+        clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=nap)
+        monkeypatch.setattr(worker, "time", clock)
         for _ in range(1500):
             with pytest.raises(zmq.Again):
                 socket.recv(zmq.NOBLOCK)
@@ -913,19 +922,24 @@ def test_the_clock_counts_everything_once(monkeypatch):
 
 
 def test_nobody_waits_for_a_worker_that_has_nothing_to_do(monkeypatch):
-    memory = make(worker=True)
+    memory = make()
+    memory.worker._thread = threading.current_thread()
+    memory.worker._wake.clear()
     try:
-        wait_for(lambda: not memory.worker._working)
         slept = []
         clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=slept.append)
         monkeypatch.setattr(worker, "time", clock)
         memory.give_way()
         assert not slept
-        memory.worker._due_at = 0.0
-        memory.give_way()
-        assert slept == [worker.GIVE_WAY_SECONDS]
+        for has_to_do in ({"_due_at": 0.0}, {"_working": True}, {"_wake": SimpleNamespace(is_set=lambda: True)}):
+            with monkeypatch.context() as something:
+                for name, value in has_to_do.items():
+                    something.setattr(memory.worker, name, value)
+                memory.give_way()
+        assert slept == 3 * [worker.GIVE_WAY_SECONDS]
     finally:
         monkeypatch.undo()
+        memory.worker._thread = None
         memory.close()
     without = make()
     without.worker._due_at = 0.0

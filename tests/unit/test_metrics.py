@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 
@@ -20,14 +21,17 @@ def test_gauges_are_set_and_counters_grow(monkeypatch):
     def told(name, **more):
         return registry.get_sample_value(name, labels | more)
 
+    now = [100.0]
+    monkeypatch.setattr("sglang_vtensor.srt.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics.update()
     assert told("vtensor_pages", state="live") == stats["pages_live"]
     assert told("vtensor_pages_limit") == stats["pages_limit"]
     assert all(told(f"{name}_total") == stats[key] for name, (key, _) in COUNTERS.items())
     stats = {key: value + 2 for key, value in stats.items()}
+    now[0] += 0.9
     metrics.update()
     assert told("vtensor_pages_created_total") == stats["pages_created"] - 2, "once a second is enough"
-    monkeypatch.setattr(metrics, "_due", 0.0)
+    now[0] += 0.1
     metrics.update()
     assert told("vtensor_pages_created_total") == stats["pages_created"]
     assert told("vtensor_bytes", kind="backed") == stats["backed_bytes"]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor import neighbours
 from sglang_vtensor.neighbours import Neighbours, NoNeighbours, Record, _shares, allowed
@@ -219,6 +219,7 @@ def test_who_has_told_nothing_for_long_wants_nothing_and_gives_nothing(folder, m
 
 @pytest.mark.parametrize("which", ["the folder", "the file"])
 def test_who_can_open_no_more_files_keeps_the_neighbours_that_it_knows(folder, caplog, monkeypatch, which):
+    monkeypatch.setattr(neighbours, "STALE_SECONDS", float("inf"))
     one, two = Neighbours("gpu", folder), Neighbours("gpu", folder)
     assert one.others() == [Record()]
 
@@ -448,6 +449,7 @@ def records(draw):
     return Record(backed, idle, cached, draw(st.integers(0, 500)), wanted, alone, draw(st.integers(0, 3)))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(records(), min_size=2, max_size=5), st.integers(0, 500))
 def test_what_is_wanted_is_given_and_shared(all_of_them, free):
     """Each computes what it may hold by itself, and together that is what there is."""

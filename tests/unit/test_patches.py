@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from sglang_vtensor import patches
 from sglang_vtensor.layout import KVLayout
@@ -152,6 +152,7 @@ def test_a_size_may_have_decimals(given, nbytes):
     assert parse_share_or_bytes(given, "--vtensor-reserve") == nbytes
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.floats(1, 1e15, exclude_min=True))
 def test_what_was_probably_meant_can_be_given(number):
     with pytest.raises(Refused, match="did you mean") as refused:

@@ -21,6 +21,7 @@ from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
 from tests.unit.faults import FaultyVirtualMemory
 from tests.unit.test_memory import make, take
+from tests.waiting import SECONDS
 
 TOKENS = 8
 
@@ -199,7 +200,7 @@ def test_a_watchdog_is_not_held_up_by_who_hangs_in_the_driver(runtime, monkeypat
     watchdog = threading.Thread(target=lambda: told.append(allocator.get_all_free_pages()))
     with runtime.memory.held_still():
         watchdog.start()
-        watchdog.join(20)
+        watchdog.join(SECONDS)
         assert told == [None]
     assert allocator.get_all_free_pages().tolist() == []
 

@@ -19,6 +19,7 @@ from benchmarks import contestants, peaks, report, server_tables, servers, servi
 from benchmarks.contestants import Answer
 from benchmarks.peaks import Patient, Sizes, held_between, held_while_all_ask, intermittent, peak
 from benchmarks.servers import gaps, summarize
+from tests.waiting import SECONDS
 
 SIZES = Sizes(prompt=3, answer=2, rate=100.0, seconds=30.0, every=45.0, quiet=1.0)
 
@@ -125,7 +126,7 @@ def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, m
 
         def measure(self, workload, seed):
             asked.set()
-            assert killed.wait(30)
+            assert killed.wait(SECONDS)
             return super().measure(workload, seed)
 
     class Second(Told):
@@ -139,7 +140,7 @@ def test_a_neighbour_is_killed_when_it_gives_and_not_when_it_is_idle(tmp_path, m
 
     monkeypatch.setattr(servers.Bench, "warm_up", lambda bench, clients: None)
     monkeypatch.setattr(servers, "kill", lambda url: killed.set())
-    bench = bench_with(tmp_path, monkeypatch, First("", 400), Second("", 400), quick=True)
+    bench = bench_with(tmp_path, monkeypatch, First("", 400), Second("", 400))
     bench.killed()
     (row,) = bench.rows
     assert (row["cached_bytes"], row["given_bytes"]) == (80, 20)
@@ -451,8 +452,15 @@ def of_each_start(tmp_path, monkeypatch, quick, *starts):
 def test_a_third_server_comes_up_beside_two_that_are_busy_until_it_is_done(tmp_path, monkeypatch):
     two, third = [Asked("a", 400), Asked("b", 400)], Asked("c", 400)
     two[0].seconds = two[1].seconds = 0.01
-    third.seconds = 0.5
     bench = of_each_start(tmp_path, monkeypatch, True, two, [third])
+    answer = contestants.Client.ask
+
+    async def ask(client, http, tokens, new):
+        while client is third and len(two[0].answers) < 12:
+            await asyncio.sleep(0.01)
+        return await answer(client, http, tokens, new)
+
+    monkeypatch.setattr(contestants.Client, "ask", ask)
     bench.third()
     assert [row["what"] for row in bench.rows] == ["vtensor", "vtensor", "vtensor, all", "vtensor"]
     busy, came = bench.rows[0], bench.rows[-1]

@@ -30,7 +30,9 @@ def test_a_server_ends_with_a_benchmark_that_is_killed(tmp_path):
     log, command = tmp_path / "log", [sys.executable, "-c", BENCHMARK, str(tmp_path / "log")]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as benchmark:
         try:
-            wait_for(lambda: log.exists() and log.read_text().endswith("\n"), seconds=120)  # it imports torch
+            wait_for(
+                lambda: log.exists() and log.read_text().endswith("\n"),
+            )  # it imports torch
             server = psutil.Process(int(log.read_text()))
             assert server.is_running()
         finally:
@@ -43,9 +45,17 @@ def test_a_server_ends_with_a_benchmark_that_is_killed(tmp_path):
 
 
 def test_another_server_that_answers_is_not_taken_for_one_that_ended(tmp_path):
-    command = ["sh", "-c", "echo address already in use; sleep 0.3"]
+    until = tmp_path / "fifo"
+    os.mkfifo(until)
+    command = ["sh", "-c", f"echo address already in use; read until < {until}"]
+
+    def it_ends():
+        (ours,) = (child for child in psutil.Process().children() if str(until) in " ".join(child.cmdline()))
+        until.write_text("now\n")
+        wait_for(lambda: ours.status() == psutil.STATUS_ZOMBIE)
+
     with (
-        stranger(seconds=1.0) as (port, asked),
+        stranger(it_ends) as (port, asked),
         started("ours", command, f"http://127.0.0.1:{port}", tmp_path / "log", dict(os.environ)) as wait,
         pytest.raises(RuntimeError, match="ours did not start:\naddress already in use"),
     ):
