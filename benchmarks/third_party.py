@@ -144,13 +144,17 @@ def read(text: str) -> dict[str, Any]:
     if failed or not told["completed"]:
         done = f"upstream's client counts {told['completed']} as done"
         raise RuntimeError(f"{failed} requests failed or got no token, and {done}: {errors[:1]}")
+    every = told.get("total_throughput") or told["total_token_throughput"]
+    if not (prompt := told["total_input_tokens"]):  # of many turns SGLang's client adds up no prompts
+        prompt = sum(told["input_lens"])
+        every += prompt / told["duration"]
     row = {
         "seconds": round(told["duration"], 3),
         "requests": told["completed"],
         "requests_per_second": round(told["request_throughput"], 3),
-        "tokens_per_second": round(told.get("total_throughput") or told["total_token_throughput"], 1),
+        "tokens_per_second": round(every, 1),
         "output_tokens_per_second": round(told["output_throughput"], 1),
-        "prompt_tokens": told["total_input_tokens"],
+        "prompt_tokens": prompt,
         "output_tokens": told["total_output_tokens"],
         "most_at_once": told["max_concurrent_requests"],
     }

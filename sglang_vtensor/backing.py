@@ -95,7 +95,7 @@ class Backing:
         #: cached, reads it without the lock. On several ranks it says the same at the same point of a history.
         self._used: set[int] = set()
         self._leaving: list[Leaving] = []  # the driver did not take them back when it was last asked to
-        self._again = 0  # of those in hand, the ones that it is asked to take once more
+        self._stuck = 0  # as many, and those in hand that it is asked to take once more: one number, for any reader
         self._in_hand = 0  # pages that are created, moved or given back without the lock at this moment
         self._pages[0] = self._new_page(0)
         self.vmm.wait_cleared()
@@ -115,8 +115,9 @@ class Backing:
 
     @property
     def stuck(self) -> int:
-        """Pages that the driver did not take back when it was last asked to; also while it is asked once more."""
-        return len(self._leaving) + self._again
+        """Pages that the driver did not take back when it was last asked to; also those in hand that it is asked about
+        once more. It needs no lock."""
+        return self._stuck
 
     @property
     def pages(self) -> int:
@@ -297,6 +298,7 @@ class Backing:
         if leaving.mapped:
             self.placement.set_aside(leaving.frame)
         self._leaving.append(leaving)
+        self._stuck += 1
 
     def release(self, leaving: Leaving) -> None:
         """Unmap a page and give it back. After a failure, it goes on where that was."""
@@ -364,7 +366,6 @@ class Backing:
         for leaving in self._leaving:
             if due(leaving.frame):
                 leaving.again = True
-                self._again += 1  # first: who reads `stuck` without the lock sees one too many at most
                 self._leaving.remove(leaving)
                 if not leaving.mapped:
                     self.placement.set_aside(leaving.frame)
@@ -379,11 +380,11 @@ class Backing:
         if not leaving.mapped:
             self.placement.put_back(leaving.frame)
         again, leaving.again = leaving.again, False
+        self._stuck += (not done) - again
         if done:
             self.releases += 1
         else:
             self._leaving.append(leaving)
-        self._again -= again
 
     def trim(self, keep: int) -> int:
         """Give free pages back, the longest free first, until `keep` are left. Returns how many. Raises `VMMError` at
@@ -413,5 +414,6 @@ class Backing:
         assert self._free_epochs == Counter(free.epoch for free in self._free.values())
         held = [*self._pages.values(), *(leaving.page for leaving in self._leaving)]
         assert len(held) == len(set(held)) == self.pages, "a page is in two frames"
+        assert len(self._leaving) <= self._stuck <= len(self._leaving) + self._in_hand
         assert not any(leaving.mapped and self.placement.is_vacant(leaving.frame) for leaving in self._leaving)
         self.budget.check_integrity()

@@ -104,7 +104,7 @@ class Maps:
         self._asking: asyncio.Task[bytes] | None = None
 
     def stale(self) -> None:
-        """Something was changed: who looks is to see it, also if a map from before is yet to come."""
+        """Something was changed: who asks next is to see it, also if a map from before is yet to come."""
         self._due = 0.0
         self._changes += 1
 

@@ -63,6 +63,7 @@ def test_other_peoples_benchmarks_run_on_the_host(tmp_path):
         "mooncake": 3 * 5,
         "agentic": 5 * 8,
     }
+    assert all(row["prompt_tokens"] > 20 * row["requests"] for row in rows.values())
     assert rows["mooncake"]["cached_share"] > 0.3, "requests that come after each other share two blocks"
     for row in rows.values():
         assert row["upstream"].startswith("python -m sglang.bench_serving --dataset-name ")

@@ -252,7 +252,6 @@ def test_what_is_idle_is_given_before_what_is_cached_down_to_the_minimum(start, 
     assert idle >= 20, "what the first requests had is idle, and kept for an hour"
     left = DEVICE - before["pages_backed"]
     few = [more_than(left, prompt), Request("few", prompt(90 * S), 70 * S)]
-    assert left + 4 + 11 <= left + idle, "these need what is idle, and no more"
     with Looping(one):
         got = other.run([few])
     check_all(reference, few, got)

@@ -238,6 +238,7 @@ def test_grammars_are_compiled_and_refused_asleep_too(server):
             assert asked.status_code == 200
             return aborted.done()
 
+        time.sleep(0.5)
         wait_for(abort)
         assert "abort" in aborted.result().text
         assert not waiting.done()

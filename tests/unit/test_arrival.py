@@ -11,6 +11,7 @@ from sglang_vtensor import arrival as arrival_module
 from sglang_vtensor.arrival import Arrival, weights_bytes
 from sglang_vtensor.neighbours import Neighbours, Record, allowed
 from sglang_vtensor.srt import arriving
+from tests.waiting import wait_for
 
 
 class Clock:
@@ -102,6 +103,17 @@ def test_others_give_what_they_have_cached_until_there_is_room(device, arrive, c
     arrival.over()
     clock.sleep(0.1)
     assert not device.seen
+
+
+def test_it_goes_on_telling_while_it_reads_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrival_module, "TELL_SECONDS", 0.01)
+    other, taken = Neighbours("gpu", tmp_path / "shared"), [0]
+    arrival = Arrival(Neighbours("gpu", tmp_path / "shared"), 50, held=lambda: taken[0], free=lambda: 100)
+    taken[0] = 20
+    wait_for(lambda: [told.wanted for told in other.others()] == [30])
+    arrival.over()
+    wait_for(lambda: not other.others())
+    other.close()
 
 
 def test_where_no_more_comes_it_goes_on_and_says_so(device, arrive, caplog):

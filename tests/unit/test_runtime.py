@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from sglang_vtensor.srt import elastic as elastic_module
 from sglang_vtensor.srt.allocation import _attempt
 from sglang_vtensor.srt.allocator import VTensorAllocator
 from sglang_vtensor.srt.batch_sharing import BatchSharing
+from sglang_vtensor.srt.demand import Demand
 from sglang_vtensor.srt.elastic import Elastic
 from sglang_vtensor.srt.runtime import RequestFrames, Runtime, slots_of
 from tests.unit.faults import FaultyVirtualMemory
@@ -190,6 +192,21 @@ def test_memory_has_come_where_there_is_more_than_admission_counted_with(monkeyp
     assert elastic.has_more_room()
     now += 1.0
     assert not elastic.has_more_room()
+
+
+def test_what_neighbours_are_told_is_of_one_moment(runtime, monkeypatch):
+    elastic = Elastic(runtime, SimpleNamespace(evictable_size=lambda: 0), cache_idle_seconds=None, minimum_bytes=0)
+    count, had = elastic._cached, []
+
+    def meanwhile():
+        """Another thread, such as the worker, wants the lock."""
+        with ThreadPoolExecutor(1) as pool:
+            had.append(pool.submit(runtime.memory.worker.lock.acquire, blocking=False).result())
+        return count()
+
+    monkeypatch.setattr(elastic, "_cached", meanwhile)
+    assert elastic.record(Demand([])).backed == runtime.memory.backed_bytes
+    assert had == [False]
 
 
 def test_a_watchdog_is_not_held_up_by_who_hangs_in_the_driver(runtime, monkeypatch):

@@ -456,8 +456,9 @@ def test_a_third_server_comes_up_beside_two_that_are_busy_until_it_is_done(tmp_p
     answer = contestants.Client.ask
 
     async def ask(client, http, tokens, new):
-        while client is third and len(two[0].answers) < 12:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(SECONDS):
+            while client is third and len(two[0].answers) < 12:
+                await asyncio.sleep(0.01)
         return await answer(client, http, tokens, new)
 
     monkeypatch.setattr(contestants.Client, "ask", ask)

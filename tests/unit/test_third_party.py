@@ -79,6 +79,12 @@ def test_a_row_is_what_upstream_says():
     assert not {"cached_share", "goodput_share", "goodput_requests_per_second"} & set(row), "vLLM's client does not say"
 
 
+def test_prompts_of_many_turns_are_added_up():
+    told = SGLANG | {"total_input_tokens": 0, "total_throughput": 16.0, "input_lens": [50, 70, 90, 110]}
+    row = third_party.read(json.dumps(told))
+    assert (row["prompt_tokens"], row["tokens_per_second"]) == (320, 176.0)
+
+
 @pytest.mark.parametrize(
     "told",
     [
