@@ -133,8 +133,8 @@ def fp8_decode(record: Record) -> str:
     shared = [row for row in record["rows"] if row["case"].endswith(tuple(_SHARING))]
     plain = [row for row in record["rows"] if not row["case"].endswith(tuple(SHARED))]
     for what, some in (("prefixes shared, as above", shared), ("nothing shared", plain)):
-        lines += ["", f"| {what}: FlashAttention-3 / what the server takes | mean | least | most | our kernel in "]
-        lines[-1] += "| our kernel over bf16 / over FP8 |"
+        ours = "our kernel in | our kernel over bf16 / over FP8"
+        lines += ["", f"| {what}: FlashAttention-3 / what the server takes | mean | least | most | {ours} |"]
         lines.append("|---" * 6 + "|")
         for geometry in dict.fromkeys(row["case"].rpartition(", ")[0] for row in some):
             rows = [row for row in some if row["case"].rpartition(", ")[0] == geometry]

@@ -268,8 +268,8 @@ def choose(
 ) -> dict[str, Benchmark]:
     """The benchmarks of these names (with commas), or those that can run. Raises `typer.BadParameter` for one that is
     unknown, or that cannot run."""
-    files = {"mooncake": ("--trace", trace), "agentic": ("--agentic", agentic)}
-    missing = {kind: f"needs {option} FILE" for kind, (option, file) in files.items() if file is None}
+    files, options = {"mooncake": trace, "agentic": agentic}, {"mooncake": "--trace", "agentic": "--agentic"}
+    missing = {kind: f"needs {options[kind]} FILE" for kind, file in files.items() if file is None}
     missing |= {} if vllm else {"prefix_repetition": "needs vLLM: --vllm-boot FILE"}
     if multi_turn is None or not (multi_turn / SCRIPT).exists():
         missing["multi_turn"] = f"needs --multi-turn FOLDER: vLLM's benchmarks/multi_turn, with {SCRIPT}"
@@ -283,7 +283,7 @@ def choose(
     made = {}
     for kind in chosen:
         more = [*(QUICK[kind].split() if quick else []), *shlex.split(extra)]
-        if (file := files.get(kind, ("", None))[1]) is not None:
+        if (file := files.get(kind)) is not None:
             more = ["--dataset-path", str(file.resolve()), *more]
         script = [str((multi_turn / SCRIPT).resolve())] if kind == "multi_turn" and multi_turn else []
         made[kind] = replace(BENCHMARKS[kind], arguments=(*script, *BENCHMARKS[kind].arguments, *more))
@@ -322,8 +322,7 @@ def main(
     if unknown := set(names) - set(known):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} unknown: there are {', '.join(known)}")
     vllm = vllm_boot is not None or importlib.util.find_spec("vllm") is not None
-    files = {"trace": trace, "agentic": agentic, "multi_turn": multi_turn}
-    chosen = choose(kinds, extra, quick=quick, vllm=vllm, **files)
+    chosen = choose(kinds, extra, quick=quick, vllm=vllm, trace=trace, agentic=agentic, multi_turn=multi_turn)
     if "mooncake" in chosen and "vllm" in names:
         raise typer.BadParameter("sglang.bench_serving replays mooncake's times only against SGLang: leave vllm out")
     on = devices_of(devices, names, alone=in_turn or quick)

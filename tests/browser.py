@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import SECONDS
+
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 #: Nothing is asked of any host, and nothing is kept. A sandbox needs a user other than root.
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
@@ -93,7 +95,7 @@ class Browser:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    def wait(self, condition: str | Callable[[], Any], seconds: float = 120.0) -> Any:
+    def wait(self, condition: str | Callable[[], Any], seconds: float = SECONDS) -> Any:
         """Until the expression, or what the function returns, is true. Returns it."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition) if isinstance(condition, str) else condition()):

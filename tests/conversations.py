@@ -45,6 +45,13 @@ def asking(url: str, new: int) -> Callable[[list[list[int]]], list[Answer]]:
     return ask
 
 
+def flush(url: str) -> requests.Response:
+    """The scheduler may not be done with what was answered: SGLang waits for that."""
+    answer = requests.post(f"{url}/flush_cache", params={"timeout": 60}, timeout=120)
+    answer.raise_for_status()
+    return answer
+
+
 def assert_same_answers(expected: list[list[Answer]], got: list[list[Answer]], *, tie: float, what: str = "") -> None:
     """Of every turn of every conversation."""
     for number, (theirs, mine) in enumerate(zip(expected, got, strict=True)):

@@ -351,19 +351,26 @@ def _die_below(scheduler, pages):
     _nap(scheduler)
 
 
+def beside_one_that_dies(giver, pages, folder, other, requests):
+    """The answers of `other`, to which `giver` gives what it has cached, and is killed when it holds fewer than so many
+    pages."""
+    with ThreadPoolExecutor(1) as pool:
+        dies = pool.submit(giver.run, [Until(folder / "never", [Do(_die_below, (pages,))])])
+        got = other.run([requests])
+        with pytest.raises(RuntimeError, match="the scheduler died"):
+            dies.result()
+    giver._process.join()
+    assert giver._process.exitcode == -signal.SIGKILL
+    return got
+
+
 def test_one_is_killed_in_the_middle_of_giving(two, schedulers, tmp_path):
     one, other = two
     reference, prompt = schedulers(**LIMITS), Prompts(7)
     before = fill(one, prompt)
     requests = [Request(f"r{n}", prompt(90 * S), 20 * S) for n in range(21)]
     requests.append(more_than(DEVICE - before, prompt))
-    with ThreadPoolExecutor(1) as pool:
-        giver = pool.submit(one.run, [Until(tmp_path / "never", [Do(_die_below, (before - 3,))])])
-        got = other.run([requests])
-        with pytest.raises(RuntimeError, match="the scheduler died"):
-            giver.result()
-    one._process.join()
-    assert one._process.exitcode == -signal.SIGKILL
+    got = beside_one_that_dies(one, before - 3, tmp_path, other, requests)
     check_all(reference, requests, got)
     other.check()
     wait_for(lambda: other.stats()["neighbours"] == 0)  # they are listed once a second

@@ -13,6 +13,8 @@ import requests
 
 from sglang_vtensor.server_client import pages_by_state, server_stats
 from tests.browser import Browser, find
+from tests.conversations import flush
+from tests.waiting import SECONDS
 
 #: An id that becomes an alert, or a title, if it is taken for markup.
 EVIL = '<img src=x onerror="document.title=1">&lt;script&gt;"\'</td><script>document.title=2</script>'
@@ -78,7 +80,7 @@ def shown(page):
 MOVING = {"scheduling_seconds", "worker_seconds", "worker_driver_seconds", "device_free_bytes"}
 
 
-def equal(page, server, seconds=120.0):
+def equal(page, server, seconds=SECONDS):
     """Until the page tells what `/server_info` does, number by number. Returns both."""
     end = time.monotonic() + seconds
     while True:
@@ -121,7 +123,7 @@ def test_the_page_tells_what_server_info_tells_as_the_load_changes(page, server)
     hits = "[...document.querySelectorAll('.numbers div')].find(d => d.textContent.includes('prompts cached'))"
     share = 100 * rank["prefix_tokens_served"] / rank["prompt_tokens"]
     assert page.run(f"{hits}.firstChild.textContent") == f"{share:.1f} %"
-    assert requests.post(f"{server}/flush_cache", params={"timeout": 60}, timeout=120).status_code == 200
+    assert flush(server).status_code == 200
     flushed, _ = equal(page, server)
     assert (flushed["cells"]["cached"], flushed["prefixes"]) == (0, [])
 

@@ -19,7 +19,7 @@ from sglang_vtensor import tiny_model
 from sglang_vtensor.server_client import NoAnswer, server_stats
 from sglang_vtensor.server_client import ask as ask_for
 from tests import versions
-from tests.conversations import asking
+from tests.conversations import asking, flush
 from tests.e2e.compare import TIE, Prompts, assert_same
 from tests.harness import Request, Scheduler
 
@@ -116,7 +116,7 @@ def test_a_refusal_has_its_reason_and_harms_nobody(rollout):
 
 
 def test_who_comes_while_memory_is_released_waits_for_it(rollout):
-    post(rollout, "flush_cache?timeout=60")
+    flush(rollout)
     post(rollout, "release_memory_occupation", KV)
     answers: list = []
     waiting = threading.Thread(target=lambda: answers.extend(asking(rollout, NEW)([Prompts(52)(40)])))
@@ -156,7 +156,7 @@ def computed(url: str) -> int:
 @pytest.mark.parametrize("how", ["one request for eight", "eight requests"])
 def test_samples_of_one_prompt_compute_it_once(rollout, how):
     """Its unfilled last page is copied for each, and the whole pages are there once."""
-    post(rollout, "flush_cache?timeout=60")
+    flush(rollout)
     samples, prompt = 8, Prompts(54)(700)
     before, (held,) = computed(rollout), server_stats(rollout)
     params = {"temperature": 3.0, "max_new_tokens": NEW, "ignore_eos": True}

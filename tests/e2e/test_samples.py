@@ -9,6 +9,7 @@ import requests
 from openai import OpenAI
 
 from sglang_vtensor.server_client import server_stats
+from tests.conversations import flush
 
 PROMPT = "what is a page and who owns it when two users ask about the same thing " * 12
 NEW = 12
@@ -25,11 +26,6 @@ def costs(url: str) -> dict[str, int]:
 
 def since(before: dict[str, int], url: str) -> dict[str, int]:
     return {name: value - before[name] for name, value in costs(url).items()}
-
-
-def flush(url: str) -> None:
-    """The scheduler may not be done with what was answered: SGLang waits for that."""
-    requests.post(f"{url}/flush_cache", params={"timeout": 60}, timeout=120).raise_for_status()
 
 
 @pytest.mark.parametrize("count", [8, 64])

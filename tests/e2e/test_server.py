@@ -26,6 +26,7 @@ from sglang_vtensor.cli import app
 from sglang_vtensor.server_client import server_stats
 from sglang_vtensor.srt.elastic import SLEEP, WAKE
 from sglang_vtensor.srt.metrics import COUNTERS, GAUGES
+from tests.conversations import flush
 from tests.waiting import wait_for
 
 
@@ -285,7 +286,7 @@ def test_top(server):
 
 
 def test_flush_gives_the_cache_up(server):
-    assert requests.post(f"{server}/flush_cache", params={"timeout": 60}, timeout=120).status_code == 200
+    assert flush(server).status_code == 200
     stats = server_stats(server)[0]
     assert (stats["pages_owned"], stats["tree_tokens"]) == (0, 0)
 

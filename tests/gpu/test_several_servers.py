@@ -7,7 +7,6 @@ Run alone: what else runs on the GPU changes what is free.
 from __future__ import annotations
 
 import math
-import signal
 import threading
 import time
 from typing import Any
@@ -17,8 +16,9 @@ import pytest
 from benchmarks.stranger import Stranger
 from sglang_vtensor.srt.demand import Demand
 from tests.e2e.compare import TIE, Prompts, assert_same
-from tests.e2e.test_neighbours import Looping, _die_below, _nap, together
+from tests.e2e.test_neighbours import Looping, _nap, beside_one_that_dies, together
 from tests.harness import Do, Request, Scheduler, nobody_starts
+from tests.waiting import wait_for
 
 PAGE_BYTES, PAGE_TOKENS = 2 << 20, 128
 #: Of each server: what it was promised. A request needs 11 pages, and 32 run at once, or as many as have room.
@@ -228,29 +228,16 @@ def test_a_third_starts_beside_two_that_hold_everything(expect, start, stranger,
         server.check()
 
 
-def test_one_is_killed_in_the_middle_of_giving(expect, start, stranger):
+def test_one_is_killed_in_the_middle_of_giving(expect, start, stranger, tmp_path):
     cached, requests = requests_of(30, 32), requests_of(31, 64)
     expected = expect(cached, requests)
     one, other = start(2)
     stranger.take(2 * HEADROOM + ROOM)
     check_all(expected, cached, one.run([cached]))
-    before, died = backed(one), []
-
-    def give_and_die():
-        try:
-            one.run([[Do(_die_below, (before - 3,))]] * 1500)
-        except RuntimeError as error:
-            died.append(error)
-
-    giver = in_thread(give_and_die)
-    got = other.run([requests])
-    giver.join(60)
-    assert died, "it gave nothing, and lives"
-    one._process.join()
-    assert one._process.exitcode == -signal.SIGKILL
+    got = beside_one_that_dies(one, backed(one) - 3, tmp_path, other, requests)
     check_all(expected, requests, got)
     other.check()
-    assert other.stats()["neighbours"] == 0
+    wait_for(lambda: other.stats()["neighbours"] == 0)  # they are listed once a second
 
 
 def test_a_stranger_takes_memory_at_the_peak(expect, start, stranger, record_property):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +15,7 @@ from starlette.testclient import TestClient
 from sglang_vtensor.srt import http, page
 from sglang_vtensor.srt.elastic import LIMIT, SLEEP, WAKE
 from sglang_vtensor.srt.http import add_routes
+from tests.waiting import wait_for
 
 PAGE = 1 << 20
 
@@ -262,7 +262,5 @@ def test_a_sleeping_scheduler_that_does_not_answer_gets_sglangs_check(manager, p
         assert manager.looks == looks + 1, "a question that is not answered yet is not asked again, nor given up"
         manager.answers = True
         manager.answered.set()
-        deadline = time.monotonic() + 120
-        while server.get(path).text == "SGLang's own check":
-            assert time.monotonic() < deadline
+        wait_for(lambda: server.get(path).text != "SGLang's own check")
         assert not manager.given_up

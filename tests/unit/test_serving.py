@@ -30,9 +30,7 @@ def test_a_server_ends_with_a_benchmark_that_is_killed(tmp_path):
     log, command = tmp_path / "log", [sys.executable, "-c", BENCHMARK, str(tmp_path / "log")]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as benchmark:
         try:
-            wait_for(
-                lambda: log.exists() and log.read_text().endswith("\n"),
-            )  # it imports torch
+            wait_for(lambda: log.exists() and log.read_text().endswith("\n"))  # it imports torch
             server = psutil.Process(int(log.read_text()))
             assert server.is_running()
         finally:
